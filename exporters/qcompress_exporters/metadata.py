@@ -1,0 +1,126 @@
+"""What our ONNX files say of themselves, and the measurements beside them. Reads protobuf through `onnx` alone."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+
+from qcompress.artifacts import short_digest
+from qcompress.errors import SourceError
+
+VERSION: Final = "qcompress.version"
+TARGET: Final = "qcompress.target"
+ORIGINAL_BYTES: Final = "qcompress.original_bytes"
+PLAN: Final = "qcompress.plan"
+SOURCE: Final = "qcompress.source"
+DIGESTS: Final = "qcompress.digests"
+VALIDATION: Final = "qcompress.validation"
+
+VALIDATION_FORMAT: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedFile:
+    """One of our files, as read for the gate and for validation.
+
+    Args:
+        path: where it lies.
+        nbytes: its size.
+        model: the protobuf.
+        metadata: its metadata, by key.
+    """
+
+    path: Path
+    nbytes: int
+    model: onnx.ModelProto
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether qcompress wrote it."""
+        return VERSION in self.metadata
+
+    @property
+    def original_bytes(self) -> int | None:
+        """Bytes of the stripped float ONNX file of the same graph, as export measured them."""
+        text = self.metadata.get(ORIGINAL_BYTES)
+        if text is None:
+            return None
+        if not text.isdecimal() or int(text) == 0:
+            raise SourceError(
+                f"{self.path}: its metadata {ORIGINAL_BYTES} must be a number of bytes, got {text!r}: export it again."
+            )
+        return int(text)
+
+    @property
+    def digest(self) -> str:
+        """Digest of graph and initializers; the same whatever the metadata holds."""
+        return content_digest(self.model)
+
+    def validation(self) -> dict[str, Any] | None:
+        """The measurements of `validate`: those beside the file (FILE.validation.json), else those within it.
+
+        Raises:
+            SourceError: they cannot be read, or were made on another file.
+        """
+        beside = validation_path(self.path)
+        if beside.exists():
+            where, text = str(beside), beside.read_text(encoding="utf-8", errors="replace")
+        elif VALIDATION in self.metadata:
+            where, text = f"{self.path} (metadata)", self.metadata[VALIDATION]
+        else:
+            return None
+        again = f"run `qcompress validate MODEL {self.path}` again"
+        try:
+            measured = json.loads(text)
+            stands_for, version = measured["file"]["digest"], measured["format_version"]
+        except (ValueError, KeyError, TypeError):
+            raise SourceError(f"{where} is not a validation of qcompress: {again}.") from None
+        if version != VALIDATION_FORMAT:
+            raise SourceError(f"{where} has format {version}, this version reads {VALIDATION_FORMAT}: {again}.")
+        if stands_for != self.digest:
+            raise SourceError(
+                f"{where} was measured on another file (digest {stands_for}, {self.path} has {self.digest}): {again}."
+            )
+        return dict(measured)
+
+
+def read(path: Path) -> CompressedFile:
+    """Read an ONNX file, ours or not.
+
+    Raises:
+        SourceError: no such file, or not an ONNX model.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise SourceError(f"{path} cannot be read: {e.strerror}.") from None
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except Exception:  # protobuf's DecodeError has no stable import path
+        model.Clear()
+    if not (model.ir_version and model.opset_import and model.HasField("graph")):
+        raise SourceError(f"{path} is not an ONNX model.")
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    return CompressedFile(path=path, nbytes=len(data), model=model, metadata=entries)
+
+
+def content_digest(model: onnx.ModelProto) -> str:
+    """Digest of a model without its metadata, so that writing measurements into a file does not unsettle them."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.metadata_props[:]
+    return short_digest(bare.SerializeToString(deterministic=True))
+
+
+def validation_path(path: Path) -> Path:
+    """Where the measurements of a file lie.
+
+    >>> validation_path(Path("net.w2.onnx")).name
+    'net.w2.onnx.validation.json'
+    """
+    return path.with_name(path.name + ".validation.json")

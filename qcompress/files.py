@@ -1,0 +1,78 @@
+"""Files are written whole or not at all: beside, fsync, rename. An interrupted command leaves the old file."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from qcompress.errors import OutputError
+
+
+def check_writable(path: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output path before any work is done for it.
+
+    Args:
+        path: where something shall be written.
+        force: whether an existing file may be replaced.
+        inputs: files that are never replaced, `force` or not; links to them included.
+
+    Raises:
+        OutputError: the folder is missing or read-only, the file exists, or it is one of the inputs.
+    """
+    for given in inputs:
+        if path.exists() and given.exists() and path.samefile(given):
+            raise OutputError(f"{path} is an input of this command and is never replaced: name another file with -o.")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, a file name is needed: name a file in it with -o.")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists: name another file with -o, or replace it with --force.")
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"{path} cannot be written: the folder {folder} does not exist. Create it first.")
+    try:
+        handle, probe = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
+    except OSError as e:
+        raise OutputError(f"{path} cannot be written: {e.strerror}. Name another place with -o.") from None
+    os.close(handle)
+    os.unlink(probe)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written; what was there before is still there.
+    """
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+        _sync_folder(path.parent)
+    except OSError as e:
+        raise OutputError(f"{path} cannot be written: {e.strerror}.") from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

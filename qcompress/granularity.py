@@ -1,0 +1,104 @@
+"""The only view of a weight as rows, LUT groups and vectors; whoever needs one calls this, so they cannot disagree.
+
+Shape suffixes: O = output channels, R = elements of one output channel, G = LUT groups, V = vectors, D = vector_dim.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompress.errors import ConfigError
+
+FLOATS = npt.NDArray[np.float32]
+
+
+def output_axis(kind: str) -> int:
+    """The axis of a weight that counts output channels: 1 for transposed convolutions, else 0.
+
+    >>> output_axis("conv_transpose"), output_axis("linear")
+    (1, 0)
+    """
+    return 1 if kind == "conv_transpose" else 0
+
+
+def rows(weight: npt.NDArray[np.generic], axis: int = 0) -> npt.NDArray[np.generic]:
+    """The weight as [O, R]: one row per output channel.
+
+    >>> rows(np.zeros((2, 3, 4)), axis=1).shape
+    (3, 8)
+    """
+    if weight.ndim == 0:
+        return weight.reshape(1, 1)
+    count = weight.shape[axis]
+    return np.moveaxis(weight, axis, 0).reshape(count, weight.size // count if count else 0)
+
+
+def from_rows(rows_OR: npt.NDArray[np.generic], shape: tuple[int, ...], axis: int = 0) -> npt.NDArray[np.generic]:
+    """The exact inverse of `rows`.
+
+    >>> w = np.arange(24).reshape(2, 3, 4)
+    >>> bool((from_rows(rows(w, 1), w.shape, 1) == w).all())
+    True
+    """
+    if not shape:
+        return rows_OR.reshape(())
+    moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+    return np.moveaxis(rows_OR.reshape(moved), 0, axis)
+
+
+def lut_groups(channels: int, rows_per_lut: int | None) -> int:
+    """How many LUTs a weight of `channels` output channels has; the last group may be shorter.
+
+    >>> lut_groups(10, None), lut_groups(10, 4), lut_groups(10, 64)
+    (1, 3, 1)
+    """
+    if rows_per_lut is None:
+        return 1
+    if rows_per_lut < 1:
+        raise ConfigError(f"rows_per_lut must be at least 1, got {rows_per_lut!r}.")
+    return max(1, -(-channels // rows_per_lut))
+
+
+def group_of_row(channels: int, rows_per_lut: int | None) -> npt.NDArray[np.int64]:
+    """[O]: the LUT group that each output channel belongs to.
+
+    >>> group_of_row(5, 2).tolist()
+    [0, 0, 1, 1, 2]
+    """
+    if rows_per_lut is None:
+        return np.zeros(channels, np.int64)
+    lut_groups(channels, rows_per_lut)
+    return np.arange(channels, dtype=np.int64) // rows_per_lut
+
+
+def vectors(weight: npt.NDArray[np.generic], d: int, axis: int | None = None) -> npt.NDArray[np.generic]:
+    """The weight as [V, D]: d consecutive row-major elements each, or along `axis` where one is given.
+
+    The tail is padded with the last element.
+
+    >>> vectors(np.arange(5), 2).tolist()
+    [[0, 1], [2, 3], [4, 4]]
+    >>> vectors(np.arange(4).reshape(2, 2), 2, axis=0).tolist()
+    [[0, 2], [1, 3]]
+    """
+    if d < 1:
+        raise ConfigError(f"vector_dim must be at least 1, got {d!r}.")
+    flat = (weight if axis is None else np.moveaxis(weight, axis, -1)).ravel()
+    tail = -flat.size % d
+    if tail:
+        flat = np.concatenate([flat, np.repeat(flat[-1:], tail)])
+    return flat.reshape(-1, d)
+
+
+def from_vectors(
+    vectors_VD: npt.NDArray[np.generic], shape: tuple[int, ...], axis: int | None = None
+) -> npt.NDArray[np.generic]:
+    """The exact inverse of `vectors`: padding dropped, shape restored.
+
+    >>> from_vectors(vectors(np.arange(5), 2), (5,)).tolist()
+    [0, 1, 2, 3, 4]
+    """
+    flat = vectors_VD.ravel()[: int(np.prod(shape))]
+    if axis is None:
+        return flat.reshape(shape)
+    moved = (*shape[:axis], *shape[axis + 1 :], shape[axis])
+    return np.moveaxis(flat.reshape(moved), -1, axis)

@@ -1,0 +1,131 @@
+"""Codes of 1 to 8 bits to bytes and back, as exact inverse pairs.
+
+The layout is LSB first: code i sits in bits [i*bits, (i+1)*bits) of the stream, and byte j holds bits [8j, 8j+8).
+For 2 and 4 bits this is also the layout of ONNX's UINT2 and UINT4 tensors.
+
+Widths that do not divide 8 can be split into planes (`to_planes`): 3 bits as a 2-bit and a 1-bit plane, 7 as 4 + 2 + 1.
+Each plane is then packed by itself, and every plane's width divides 8, so that a byte table decodes it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompress.errors import ConfigError
+
+Codes = npt.NDArray[np.uint8]
+
+
+def packed_nbytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take.
+
+    >>> packed_nbytes(5, 3)
+    2
+    """
+    return -(-count * bits // 8)
+
+
+def pack(codes: Codes, bits: int) -> Codes:
+    """Pack codes into bytes, LSB first.
+
+    Args:
+        codes: uint8, any shape, every value below 2**bits; read in row-major order.
+        bits: width of a code, 1 to 8.
+
+    Returns:
+        uint8 [ceil(codes.size * bits / 8)]; unused bits of the last byte are 0.
+
+    Raises:
+        ConfigError: bits outside 1..8, or a code that does not fit.
+
+    >>> pack(np.array([1, 2, 3, 0], np.uint8), 2).tolist()
+    [57]
+    """
+    check_bits(bits)
+    flat = np.asarray(codes, np.uint8).ravel()
+    if flat.size and int(flat.max()) >> bits:
+        raise ConfigError(f"pack: every code must be below 2**{bits} = {1 << bits}, got {int(flat.max())}.")
+    if bits == 8:
+        return flat.copy()
+    if 8 % bits == 0:
+        per = 8 // bits
+        padded = np.zeros(-(-flat.size // per) * per, np.uint8)
+        padded[: flat.size] = flat
+        shifted = padded.reshape(-1, per) << (bits * np.arange(per, dtype=np.uint8))
+        return np.bitwise_or.reduce(shifted, axis=1).astype(np.uint8)
+    stream = np.unpackbits(flat[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(stream.ravel(), bitorder="little")
+
+
+def unpack(packed: Codes, bits: int, count: int) -> Codes:
+    """The exact inverse of `pack`.
+
+    Args:
+        packed: uint8 [ceil(count * bits / 8)].
+        bits: width of a code, 1 to 8.
+        count: number of codes.
+
+    Returns:
+        uint8 [count].
+
+    Raises:
+        ConfigError: bits outside 1..8, or a byte count that does not belong to `count` codes.
+
+    >>> unpack(np.array([57], np.uint8), 2, 4).tolist()
+    [1, 2, 3, 0]
+    """
+    check_bits(bits)
+    packed = np.asarray(packed, np.uint8).ravel()
+    if packed.size != packed_nbytes(count, bits):
+        raise ConfigError(
+            f"unpack: {count} codes of {bits} bits take {packed_nbytes(count, bits)} bytes, got {packed.size}."
+        )
+    if bits == 8:
+        return packed.copy()
+    if 8 % bits == 0:
+        shifts = bits * np.arange(8 // bits, dtype=np.uint8)
+        return ((packed[:, None] >> shifts) & np.uint8((1 << bits) - 1)).ravel()[:count]
+    stream = np.unpackbits(packed, bitorder="little")[: count * bits].reshape(count, bits)
+    return np.packbits(stream, axis=1, bitorder="little").ravel()
+
+
+def to_planes(codes: Codes, widths: Sequence[int]) -> list[Codes]:
+    """Split codes into planes of the given widths, lowest bits first.
+
+    Args:
+        codes: uint8, any shape.
+        widths: bits of each plane; their sum is the width of a code.
+
+    Returns:
+        One array per plane, in the shape of `codes`.
+
+    >>> [p.tolist() for p in to_planes(np.array([5, 2], np.uint8), (2, 1))]
+    [[1, 2], [1, 0]]
+    """
+    check_bits(sum(widths))
+    planes, shift = [], 0
+    for width in widths:
+        planes.append((codes >> np.uint8(shift)) & np.uint8((1 << width) - 1))
+        shift += width
+    return planes
+
+
+def from_planes(planes: Sequence[Codes], widths: Sequence[int]) -> Codes:
+    """The exact inverse of `to_planes`.
+
+    >>> from_planes([np.array([1, 2], np.uint8), np.array([1, 0], np.uint8)], (2, 1)).tolist()
+    [5, 2]
+    """
+    check_bits(sum(widths))
+    codes, shift = np.zeros_like(planes[0]), 0
+    for plane, width in zip(planes, widths, strict=True):
+        codes |= plane << np.uint8(shift)
+        shift += width
+    return codes
+
+
+def check_bits(bits: int) -> None:
+    """Raise ConfigError unless `bits` is a width that a code can have."""
+    if not 1 <= bits <= 8:
+        raise ConfigError(f"bits must be in [1, 8], got {bits!r}.")
