@@ -1,0 +1,56 @@
+"""Compress trained PyTorch models to packed 1- to 8-bit weights.
+
+`import qcompress as qc` costs nothing: every name is imported when it is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from qcompress.analysis import analyze
+    from qcompress.artifacts import FloatWeight, IntegerWeight, PalettizedWeight
+    from qcompress.compressed import CompressedModel
+    from qcompress.data import load_data
+    from qcompress.errors import QCompressError
+    from qcompress.plan import Plan, load_plan
+    from qcompress.posthoc.compress import compress
+    from qcompress.sources import load_source
+
+# Every public name and the module that holds it.
+_HOME: Final = {
+    "CompressedModel": "qcompress.compressed",
+    "FloatWeight": "qcompress.artifacts",
+    "IntegerWeight": "qcompress.artifacts",
+    "PalettizedWeight": "qcompress.artifacts",
+    "Plan": "qcompress.plan",
+    "QCompressError": "qcompress.errors",
+    "analyze": "qcompress.analysis",
+    "compress": "qcompress.posthoc.compress",
+    "load_data": "qcompress.data",
+    "load_plan": "qcompress.plan",
+    "load_source": "qcompress.sources",
+}
+
+__all__ = [
+    "CompressedModel",
+    "FloatWeight",
+    "IntegerWeight",
+    "PalettizedWeight",
+    "Plan",
+    "QCompressError",
+    "analyze",
+    "compress",
+    "load_data",
+    "load_plan",
+    "load_source",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,14 +3,14 @@
 An artifact is frozen, holds numpy arrays only, and knows three things about itself: the float32 weight that it stands
 for (`dequantize`, the reference for parity), the bytes that it takes on disk (`nbytes`), and bits per weight.
 
-Shape suffixes: O = output channels, R = elements of one output channel, G = LUT groups, K = LUT entries, D = vector_dim.
+Shape suffixes: O = output channels, R = elements of one output channel, G = LUT groups, K = LUT entries,
+D = vector_dim.
 """
 
 import base64
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, ClassVar, Final, Protocol, final, runtime_checkable
 
 import ml_dtypes
@@ -39,8 +39,8 @@ class Artifact(Protocol):
     def nbytes(self) -> int:
         """Bytes on disk: packed codes, tables and scales, without any container."""
 
-    def dequantize(self) -> Floats:
-        """The float32 weight that this stands for, in its own shape."""
+    def dequantize(self) -> npt.NDArray[Any]:
+        """What the graph computes with, in the weight's own shape: float32, but for integer buffers."""
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
         """Stored form: arrays by suffix (codes unpacked), and what JSON holds of the rest."""
@@ -69,7 +69,8 @@ class PalettizedWeight:
         scale: float32 [O] that multiplies each output channel, or None.
         weight_shape: the weight's shape; needed for vectors only.
 
-    >>> w = PalettizedWeight(codes=np.array([[0, 1], [1, 1]], np.uint8), lut=np.array([[-1.0, 2.0]], np.float32), bits=1)
+    >>> lut_GK = np.array([[-1.0, 2.0]], np.float32)
+    >>> w = PalettizedWeight(codes=np.array([[0, 1], [1, 1]], np.uint8), lut=lut_GK, bits=1)
     >>> w.dequantize().tolist(), w.nbytes
     ([[-1.0, 2.0], [2.0, 2.0]], 9)
     """
@@ -87,7 +88,16 @@ class PalettizedWeight:
         check_bits(self.bits)
         _require(self.codes.dtype == np.uint8, "PalettizedWeight.codes must be uint8", self.codes.dtype)
         _require(self.lut.dtype == np.float32, "PalettizedWeight.lut must be float32", self.lut.dtype)
-        _require(self.lut.ndim in (2, 3), "PalettizedWeight.lut must be [G, K] or [G, K, D]", self.lut.shape)
+        _require(
+            self.lut.ndim == 2 or (self.lut.ndim == 3 and self.lut.shape[2] > 1),
+            "PalettizedWeight.lut must be [G, K], or [G, K, D] with D of at least 2",
+            self.lut.shape,
+        )
+        _require_axis("PalettizedWeight", self.axis, max(1, len(self.shape)))
+        wanted_shape = self._codes_shape
+        _require(
+            self.codes.shape == wanted_shape, f"PalettizedWeight.codes must be {list(wanted_shape)}", self.codes.shape
+        )
         groups, entries = self.lut.shape[:2]
         _require(entries <= 1 << self.bits, f"PalettizedWeight.lut must have at most 2**{self.bits} entries", entries)
         wanted = granularity.lut_groups(self._channels, self.rows_per_lut)
@@ -117,6 +127,13 @@ class PalettizedWeight:
     def _channels(self) -> int:
         shape = self.shape
         return shape[self.axis] if shape else 1
+
+    @property
+    def _codes_shape(self) -> tuple[int, ...]:
+        if self.vector_dim == 1:
+            return self.shape
+        _require(self.weight_shape is not None, "PalettizedWeight.weight_shape must be given for vectors", None)
+        return (-(-int(np.prod(self.shape)) // self.vector_dim),)
 
     @property
     def nbytes(self) -> int:
@@ -193,7 +210,19 @@ class IntegerWeight:
         check_bits(self.bits)
         _require(self.codes.dtype in (np.int8, np.uint8), "IntegerWeight.codes must be int8 or uint8", self.codes.dtype)
         _require(self.scale.dtype == np.float32, "IntegerWeight.scale must be float32", self.scale.dtype)
-        _require((self.axis is None) == (self.scale.ndim == 0), "IntegerWeight.scale must be 0-d without an axis", self.axis)
+        wanted = self._scale_shape
+        _require(self.scale.shape == wanted, f"IntegerWeight.scale must be {list(wanted)}", self.scale.shape)
+        if self.zero_point is not None:
+            _require(
+                self.zero_point.dtype == self.codes.dtype,
+                f"IntegerWeight.zero_point must be {self.codes.dtype} as its codes are",
+                self.zero_point.dtype,
+            )
+            _require(
+                self.zero_point.shape == wanted,
+                f"IntegerWeight.zero_point must be {list(wanted)}",
+                self.zero_point.shape,
+            )
         limits = grid.IntegerRange(self.bits, self.signed)
         if self.codes.size:
             low, high = int(self.codes.min()), int(self.codes.max())
@@ -202,6 +231,18 @@ class IntegerWeight:
                 f"IntegerWeight.codes must be in [{limits.n}, {limits.p}] at {self.bits} bits",
                 (low, high),
             )
+
+    @property
+    def _scale_shape(self) -> tuple[int, ...]:
+        if self.axis is None:
+            _require(self.block_size is None, "IntegerWeight.block_size must be None without an axis", self.block_size)
+            return ()
+        _require_axis("IntegerWeight", self.axis, len(self.shape))
+        count = self.shape[self.axis]
+        if self.block_size is None:
+            return (count,)
+        _require(self.block_size >= 1, "IntegerWeight.block_size must be at least 1", self.block_size)
+        return (*self.shape[: self.axis], -(-count // self.block_size), *self.shape[self.axis + 1 :])
 
     @property
     def signed(self) -> bool:
@@ -247,9 +288,9 @@ class IntegerWeight:
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], fields: Mapping[str, Any]) -> "IntegerWeight":
         """The exact inverse of `to_arrays`."""
         low = grid.IntegerRange(fields["bits"], fields["signed"]).n
-        codes = arrays["codes"].astype(np.int16) + low
+        codes: npt.NDArray[Any] = arrays["codes"].astype(np.int16) + low
         return cls(
-            codes=codes.astype(np.int8 if fields["signed"] else np.uint8),
+            codes=codes.astype(np.int8) if fields["signed"] else codes.astype(np.uint8),
             scale=arrays["scale"],
             zero_point=arrays.get("zero_point"),
             bits=fields["bits"],
@@ -282,9 +323,11 @@ class FloatWeight:
         """Bytes on disk."""
         return self.values.nbytes
 
-    def dequantize(self) -> Floats:
-        """The tensor as float32, the value that the graph computes with; bit-exact widening from 16 bits."""
-        return np.array(self.values, np.float32, order="C")
+    def dequantize(self) -> npt.NDArray[Any]:
+        """The value that the graph computes with: 16-bit floats widened to float32, anything else as it is."""
+        if self.values.dtype in FLOAT_DTYPES:
+            return np.array(self.values, np.float32, order="C")
+        return self.values
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
         """Stored form: the values under no suffix."""
@@ -339,7 +382,7 @@ def digest(values: npt.NDArray[Any]) -> str:
     """A short digest of a decoded tensor: 11 characters, 66 bits of SHA-256 over dtype, shape and bytes.
 
     >>> digest(np.zeros(3, np.float32)), digest(np.zeros(4, np.float32))
-    ('x', 'x')
+    ('hl831PiDsz5', 'J6L4CB6Zs0X')
     """
     values = np.asarray(values, order="C")
     head = f"{values.dtype.str}{list(values.shape)}".encode()
@@ -352,10 +395,16 @@ def short_digest(*parts: bytes) -> str:
     >>> short_digest(b"abc") == short_digest(b"a", b"bc")
     True
     """
-    state = reduce(lambda h, part: (h.update(part), h)[1], parts, hashlib.sha256())
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part)
     return base64.urlsafe_b64encode(state.digest()).decode()[:11]
 
 
 def _require(condition: bool, requirement: str, got: object) -> None:
     if not condition:
         raise ConfigError(f"{requirement}, got {got}.")
+
+
+def _require_axis(who: str, axis: int, ndim: int) -> None:
+    _require(0 <= axis < ndim, f"{who}.axis must be in [0, {ndim})", axis)

@@ -30,6 +30,8 @@ def check_writable(path: Path, *, force: bool = False, inputs: Iterable[Path] = 
     folder = path.parent
     if not folder.is_dir():
         raise OutputError(f"{path} cannot be written: the folder {folder} does not exist. Create it first.")
+    if not folder.stat().st_mode & 0o222:  # root could write there all the same; nobody meant it to
+        raise OutputError(f"{path} cannot be written: the folder {folder} is read-only. Name another place with -o.")
     try:
         handle, probe = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
     except OSError as e:

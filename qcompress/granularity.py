@@ -41,6 +41,7 @@ def from_rows(rows_OR: npt.NDArray[np.generic], shape: tuple[int, ...], axis: in
     """
     if not shape:
         return rows_OR.reshape(())
+    axis %= len(shape)
     moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
     return np.moveaxis(rows_OR.reshape(moved), 0, axis)
 
@@ -100,5 +101,6 @@ def from_vectors(
     flat = vectors_VD.ravel()[: int(np.prod(shape))]
     if axis is None:
         return flat.reshape(shape)
+    axis %= len(shape)
     moved = (*shape[:axis], *shape[axis + 1 :], shape[axis])
     return np.moveaxis(flat.reshape(moved), -1, axis)

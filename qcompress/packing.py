@@ -43,17 +43,20 @@ def pack(codes: Codes, bits: int) -> Codes:
     [57]
     """
     check_bits(bits)
-    flat = np.asarray(codes, np.uint8).ravel()
-    if flat.size and int(flat.max()) >> bits:
-        raise ConfigError(f"pack: every code must be below 2**{bits} = {1 << bits}, got {int(flat.max())}.")
+    flat = np.asarray(codes).ravel()
+    if flat.size and (int(flat.min()) < 0 or int(flat.max()) >> bits):
+        wrong = int(flat.min()) if int(flat.min()) < 0 else int(flat.max())
+        raise ConfigError(f"pack: every code must be in [0, 2**{bits} = {1 << bits}), got {wrong}.")
+    flat = flat.astype(np.uint8)
     if bits == 8:
-        return flat.copy()
+        return flat
     if 8 % bits == 0:
         per = 8 // bits
         padded = np.zeros(-(-flat.size // per) * per, np.uint8)
         padded[: flat.size] = flat
         shifted = padded.reshape(-1, per) << (bits * np.arange(per, dtype=np.uint8))
-        return np.bitwise_or.reduce(shifted, axis=1).astype(np.uint8)
+        merged: Codes = np.bitwise_or.reduce(shifted, axis=1)
+        return merged
     stream = np.unpackbits(flat[:, None], axis=1, count=bits, bitorder="little")
     return np.packbits(stream.ravel(), bitorder="little")
 

@@ -1,0 +1,35 @@
+"""Compressed models as ONNX files, and the proof that they are right."""
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from qcompress_exporters.onnx_file import ExportReport, build, export
+    from qcompress_exporters.parity import ParityReport, validate
+
+# Every public name and the module that holds it.
+_HOME: Final = {
+    "ExportReport": "qcompress_exporters.onnx_file",
+    "ParityReport": "qcompress_exporters.parity",
+    "build": "qcompress_exporters.onnx_file",
+    "export": "qcompress_exporters.onnx_file",
+    "validate": "qcompress_exporters.parity",
+}
+
+__all__ = [
+    "ExportReport",
+    "ParityReport",
+    "build",
+    "export",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,4 +1,4 @@
-"""What every kind of input becomes: named tensors that can be read one at a time, and a float program where there is one."""
+"""What every kind of input becomes: named tensors, read one at a time, and a float program where there is one."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,0 +1,49 @@
+"""Numbers as table cells."""
+
+from collections.abc import Sequence
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, whole numbers below a million in full; a dash where there is no number.
+
+    >>> number(-0.012345), number(1234.5), number(None), number(0.0), number(0.0000123), number(2e9)
+    ('-0.0123', '1,234', '–', '0', '1.2e-05', '2e+09')
+    """
+    if value is None:
+        return "–"
+    if 100 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    text = f"{value:.3g}"
+    return f"{value:.2g}" if "e" in text else text
+
+
+def share(value: float | None) -> str:
+    """A share in percent, never rounded to 0 where it is not.
+
+    >>> share(0.00271), share(0.0), share(0.0000003), share(None)
+    ('0.27', '0', '<0.01', '–')
+    """
+    if value is None:
+        return "–"
+    percent = 100 * value
+    if percent == 0:
+        return "0"
+    return "<0.01" if percent < 0.005 else f"{percent:.2f}"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape.
+
+    >>> shape_text((16, 3, 3, 3)), shape_text(())
+    ('16x3x3x3', 'scalar')
+    """
+    return "x".join(str(n) for n in shape) or "scalar"
+
+
+def counted(count: int, word: str) -> str:
+    """A count with its noun.
+
+    >>> counted(1, "weight"), counted(2300, "weight")
+    ('1 weight', '2,300 weights')
+    """
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

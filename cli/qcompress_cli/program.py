@@ -1,0 +1,79 @@
+"""MODEL as a float program: the example input that tracing takes, from wherever the user gave one."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompress.errors import ConfigError
+from qcompress.sources.base import ProgramOptions, Source
+from qcompress_cli.console import Ui
+from qcompress_cli.project import Settings
+
+if TYPE_CHECKING:
+    from qcompress.program import FloatProgram
+
+
+def open_program(source: Source, given: Settings, ui: Ui, options: ProgramOptions | None = None) -> "FloatProgram":
+    """Trace a source.
+
+    Args:
+        source: the opened MODEL.
+        given: the run's settings: --input-shape, else --data, else --calibration gives the example input.
+        ui: is told what the user should know.
+        options: names that the program must have, where they are known already.
+    """
+    options = options or ProgramOptions()
+    program = source.program(
+        replace(
+            options,
+            inputs=example_inputs(given),
+            dynamic={(d.name, d.axis): d.label for d in given.dynamic} or None,
+            input_names=given.input_names or options.input_names,
+            output_names=given.output_names or options.output_names,
+            device=device(given),
+        )
+    )
+    for note in program.notes:
+        ui.note(note)
+    return program
+
+
+def example_inputs(given: Settings) -> Mapping[str, npt.NDArray[Any]] | None:
+    """One example batch, or None where the user gave nothing that has one."""
+    if given.input_shape:
+        unnamed = [s for s in given.input_shape if s.name is None]
+        if unnamed and len(given.input_shape) > 1:
+            raise ConfigError("Several --input-shape must each have a name: --input-shape ids=1,128:int64.")
+        random = np.random.default_rng(0)
+        return {
+            s.name or "x": random.standard_normal(s.shape).astype(s.dtype)
+            if np.dtype(s.dtype).kind == "f"
+            else np.zeros(s.shape, s.dtype)
+            for s in given.input_shape
+        }
+    for spec, flag in ((given.data, "--data"), (given.calibration, "--calibration")):
+        if spec:
+            from qcompress.data import load_data
+
+            return load_data(spec, transform=given.transform, what=flag).example()
+    return None
+
+
+def device(given: Settings) -> str:
+    """`cpu` or `cuda`; `auto` takes what there is.
+
+    Raises:
+        ConfigError: cuda was asked for and is not there.
+    """
+    if given.device == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if given.device == "cuda":
+        raise ConfigError("--device cuda needs a GPU that torch can use, and there is none: use --device auto or cpu.")
+    return "cpu"

@@ -1,0 +1,134 @@
+"""`qcompress validate MODEL FILE`: is the compressed file still right?"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from qcompress.errors import ConfigError, SourceError
+from qcompress.files import check_writable, write_whole
+from qcompress.sources.base import ProgramOptions
+from qcompress_cli import options
+from qcompress_cli.console import Ui, new_table
+from qcompress_cli.exits import CHECK_FAILED
+from qcompress_cli.open_model import open_model
+from qcompress_cli.program import device, open_program
+from qcompress_cli.project import settings
+
+if TYPE_CHECKING:
+    from qcompress.metrics import MetricResult
+    from qcompress_exporters.parity import Check, ParityReport
+
+
+@options.command("validate")
+@options.model_argument
+@click.argument("file", required=False, type=options.PATH)
+@click.option("--write", is_flag=True, help="Write the measurements into FILE's metadata too.")
+@options.source_options
+@options.input_options
+@options.metric_options
+@options.common_options
+def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, **flags: Any) -> None:
+    """Measure FILE, which export wrote, against MODEL, its original: weights and graph bit for bit, the exporter
+    within 1e-4, signal to noise, agreement, and the metric where the data has labels.
+
+    The measurements go to FILE.validation.json, where gate finds them. Where the config names MODEL, give FILE alone.
+    """
+    from qcompress.data import load_data
+    from qcompress.metrics import load_metric
+    from qcompress_exporters import metadata
+    from qcompress_exporters.lower import serialize
+    from qcompress_exporters.parity import validate
+
+    ui = Ui(json=json, quiet=quiet)
+    if file is None:  # one argument: the config names MODEL
+        file, flags["model"] = flags["model"], None
+    given = settings(flags)
+    if file is None:
+        raise ConfigError("validate must have the FILE to measure: qcompress validate MODEL FILE --data X.npz")
+    if given.data is None:
+        raise ConfigError("validate must have inputs to measure on: --data X.npz (x, and y where there are labels).")
+    compressed = metadata.read(file)
+    data = load_data(given.data, transform=given.transform)
+    for note in data.notes:
+        ui.note(note)
+    metric = None
+    if data.labels is not None:
+        metric = load_metric(given.metric or "top1", lower_is_better=given.lower_is_better)
+    elif given.metric is not None:
+        raise ConfigError(f"--metric {given.metric} needs labels, and {given.data} has no array y.")
+    result_path = metadata.validation_path(file)
+    check_writable(result_path, force=True)
+    source = open_model(given, ui)
+    if source.path is not None and source.path.exists() and source.path.samefile(file):
+        raise SourceError(f"{file} is MODEL itself: name the original model first, then the file that export wrote.")
+    graph = compressed.model.graph
+    names = ProgramOptions(
+        input_names=tuple(v.name for v in graph.input), output_names=tuple(v.name for v in graph.output)
+    )
+    program = open_program(source, given, ui, names)
+    report = validate(
+        program, file, data, metric=metric, seed=seed, device=device(given),
+        track=lambda batches: ui.track(batches, "running both"),
+    )  # fmt: skip
+
+    document = report.as_dict()
+    write_whole(result_path, (_dumps(document) + "\n").encode())
+    if write:
+        kept = {k: v for k, v in compressed.metadata.items() if k != metadata.VALIDATION}
+        write_whole(file, serialize(compressed.model, {**kept, metadata.VALIDATION: _dumps(document, indent=None)}))
+    ui.emit(document)
+    ui.show(_check_table(report), *_words(report))
+    ui.note(f"measurements written to {result_path}" + (f" and into {file}" if write else ""))
+    if not report.ok:
+        failed = ", ".join(f"{c.name} ({c.session})" for c in report.checks if not c.ok)
+        ui.note(f"FAILED: {failed}")
+        click.get_current_context().exit(CHECK_FAILED)
+
+
+def _dumps(document: dict[str, Any], indent: int | None = 2) -> str:
+    import json
+
+    return json.dumps(document, indent=indent, allow_nan=False)
+
+
+def _check_table(report: "ParityReport") -> Table:
+    table = new_table("check", ["session", "error", "limit", "verdict", ""], left=["session", "verdict", ""])
+    for check in report.checks:
+        verdict = "ok" if check.ok else "FAIL"
+        table.add_row(
+            check.name, check.session, _error(check), f"{check.limit:g}", verdict, check.detail,
+            style=None if check.ok else "bold red",
+        )  # fmt: skip
+    return table
+
+
+def _error(check: "Check") -> str:
+    if check.error is None:
+        return "-"
+    return "0" if check.error == 0 else f"{check.error:.1e}"
+
+
+def _words(report: "ParityReport") -> list[str]:
+    lines = []
+    for name, output in report.outputs.items():
+        noise = "no noise at all" if output.sqnr_db is None else f"SQNR {output.sqnr_db:.1f} dB"
+        agrees = "" if output.agreement is None else f", top-1 agreement {output.agreement:.2%}"
+        lines.append(f"{name}: {noise}{agrees} against the original, {report.data['samples']:,} samples")
+    if report.metric is not None:
+        lines.append(_metric(report.metric))
+    same = "the same operators as the float file's" if report.same_ops else "other operators than the float file's"
+    lines.append(f"onnxruntime's optimised graph holds {same}")
+    return lines + [f"note: {note}" for note in report.notes]
+
+
+def _metric(result: "MetricResult") -> str:
+    interval = ""
+    if result.interval is not None:
+        low, high = result.interval
+        interval = f", 95 % interval {low:+.4f} to {high:+.4f}"
+    return (
+        f"{result.name}: {result.original:.4f} -> {result.compressed:.4f}, drop {result.drop:+.4f}{interval} "
+        f"on the same {result.samples:,} samples"
+    )

@@ -1,0 +1,235 @@
+"""A compressed model to an ONNX file: encodings chosen, bytes counted, file written whole."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata as package_metadata
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight, bits_per_weight
+from qcompress.compressed import CompressedModel
+from qcompress.errors import ConfigError
+from qcompress.files import check_writable, write_whole
+from qcompress.size import SizeReport, ideal_nbytes
+from qcompress_exporters import metadata
+from qcompress_exporters.encodings.native import Native
+from qcompress_exporters.encodings.palette import ENCODINGS, choose
+from qcompress_exporters.lower import Lowered, lower
+from qcompress_exporters.targets import BASE_OPSET, DEFAULT_TARGET, Target
+from qcompress_exporters.trace import Trace, trace
+
+Leftovers = Literal["float32", "float16"]
+
+# A native type needs a newer opset than the byte table; it is taken where it saves this share of the file.
+_WORTH_AN_OPSET: Final = 0.01
+_HALF_MAX: Final = float(np.finfo(np.float16).max)
+_HALF_MIN_SIZE: Final = 32  # below, the Cast costs what the narrower type saves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorReport:
+    """How one tensor left.
+
+    Args:
+        name: qualified name.
+        shape: its shape.
+        artifact: kind of artifact.
+        bits: bits per code, or of the float type.
+        bits_per_weight: its bytes on disk, tables included, per weight.
+        nbytes: its bytes on disk, without protobuf.
+        float_nbytes: its bytes in the float file.
+        encoding: `native`, `words`, `planes`, or the float type.
+        why: why this encoding, or why it stayed float.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    artifact: str
+    bits: int
+    bits_per_weight: float
+    nbytes: int
+    float_nbytes: int
+    encoding: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """What was written, to the byte.
+
+    Args:
+        path: the file; None where nothing was written.
+        target: the oldest runtime that runs it.
+        opset: its opset.
+        size: ideal, payload, file and original bytes.
+        tensors: every tensor of the graph.
+        notes: what a user should be told.
+    """
+
+    path: Path | None
+    target: str
+    opset: int
+    size: SizeReport
+    tensors: tuple[TensorReport, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def shrank(self) -> bool:
+        """Whether any tensor got smaller."""
+        return any(t.nbytes < t.float_nbytes for t in self.tensors)
+
+    @property
+    def left_in_float(self) -> tuple[TensorReport, ...]:
+        """The tensors that no code was made for."""
+        return tuple(t for t in self.tensors if t.artifact == FloatWeight.kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A file in memory.
+
+    Args:
+        data: its bytes.
+        report: what it holds.
+    """
+
+    data: bytes
+    report: ExportReport
+
+    def write(self, path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> ExportReport:
+        """Write the file, whole or not at all; see `files.check_writable`."""
+        check_writable(path, force=force, inputs=inputs)
+        write_whole(path, self.data)
+        return replace(self.report, path=path)
+
+
+def export(
+    model: CompressedModel,
+    path: str | Path,
+    *,
+    target: str = DEFAULT_TARGET,
+    float_leftovers: Leftovers = "float32",
+    force: bool = False,
+) -> ExportReport:
+    """Write a compressed model as ONNX.
+
+    Args:
+        model: from `qcompress.compress`, or loaded from a folder.
+        path: the file to write.
+        target: the oldest onnxruntime that must run it.
+        float_leftovers: type on disk of what stays float.
+        force: replace an existing file.
+
+    Raises:
+        OutputError: the file exists or cannot be written.
+        ConfigError: a target that there is not.
+        SourceError: the graph cannot be written as ONNX.
+    """
+    path = Path(path)
+    check_writable(path, force=force)
+    return build(model, target=target, float_leftovers=float_leftovers).write(path, force=force)
+
+
+def build(model: CompressedModel, *, target: str = DEFAULT_TARGET, float_leftovers: Leftovers = "float32") -> Built:
+    """The same file in memory, nothing written; see `export`."""
+    runtime = Target.parse(target)
+    graph = trace(model.program)
+    artifacts = {name: model.artifacts[name] for name in graph.state_names}
+    if float_leftovers == "float16":
+        artifacts = {name: _halved(a) for name, a in artifacts.items()}
+    elif float_leftovers != "float32":
+        raise ConfigError(f"float_leftovers must be float32 or float16, got {float_leftovers!r}.")
+    original = float_file(graph, model.program.state())
+    lowered, opset, why_opset = _at_best_opset(graph, artifacts, runtime)
+    data = lowered.serialize(
+        {
+            metadata.VERSION: package_metadata.version("qcompress"),
+            metadata.TARGET: runtime.text,
+            metadata.ORIGINAL_BYTES: str(len(original)),
+            metadata.PLAN: model.plan_digest,
+            metadata.SOURCE: model.source_digest,
+        }
+    )
+    count = sum(int(np.prod(a.shape)) for a in artifacts.values())
+    ideal = ideal_nbytes(artifacts.values())
+    report = ExportReport(
+        path=None,
+        target=runtime.text,
+        opset=opset,
+        size=SizeReport(ideal=ideal, payload=lowered.payload, file=len(data), original=len(original), count=count),
+        tensors=tuple(_tensor_report(n, a, lowered.encodings[n], why_opset) for n, a in artifacts.items()),
+        notes=(*model.notes, *graph.notes),
+    )
+    return Built(data, report)
+
+
+def float_file(graph: Trace, state: Mapping[str, Any]) -> bytes:
+    """The stripped float ONNX file of a graph: what a compressed file is compared with."""
+    floats = {
+        name: FloatWeight(values=state[name].detach().cpu().numpy(), reason="original") for name in graph.state_names
+    }
+    return lower(graph, floats, BASE_OPSET, sign=False).serialize()
+
+
+def _at_best_opset(graph: Trace, artifacts: Mapping[str, Artifact], target: Target) -> tuple[Lowered, int, str]:
+    """The lowest opset that the widths need; a higher one where its native types save enough of the file.
+
+    Returns:
+        The model, its opset, and why not another.
+    """
+    widths = {a.bits for a in artifacts.values() if isinstance(a, PalettizedWeight)}
+    needed = BASE_OPSET
+    for bits in widths:
+        opsets = [o for e in ENCODINGS if e.name != Native.name and (o := e.opset(bits)) and o in target.opsets]
+        needed = max(needed, opsets[0] if opsets else BASE_OPSET)
+    best, best_opset = lower(graph, artifacts, needed), needed
+    why = "any opset will do" if needed == BASE_OPSET else f"its second plane needs opset {needed}"
+    nbytes, tried = len(best.serialize()), {_choices(widths, needed)}
+    for opset in (o for o in target.opsets if o > needed):
+        if _choices(widths, opset) in tried:
+            continue
+        tried.add(_choices(widths, opset))
+        higher = lower(graph, artifacts, opset)
+        saved = 1 - len(higher.serialize()) / nbytes
+        if saved >= _WORTH_AN_OPSET:
+            best, best_opset, nbytes = higher, opset, len(higher.serialize())
+            why = f"native types (opset {opset}) save {saved:.1%} of the file"
+        else:
+            why = f"native types (opset {opset}) would save {saved:.1%} of the file, less than {_WORTH_AN_OPSET:.0%}"
+    return best, best_opset, why
+
+
+def _choices(widths: set[int], opset: int) -> tuple[str, ...]:
+    return tuple(choose(bits, opset).name for bits in sorted(widths))
+
+
+def _tensor_report(name: str, artifact: Artifact, encoding: str, why_opset: str) -> TensorReport:
+    palette = isinstance(artifact, PalettizedWeight)
+    count = int(np.prod(artifact.shape))
+    return TensorReport(
+        name=name,
+        shape=artifact.shape,
+        artifact=artifact.kind,
+        bits=artifact.bits if isinstance(artifact, PalettizedWeight) else 8 * _itemsize(artifact),
+        bits_per_weight=bits_per_weight(artifact),
+        nbytes=artifact.nbytes,
+        float_nbytes=count * artifact.dequantize().itemsize,
+        encoding=encoding,
+        why=why_opset if palette else getattr(artifact, "reason", ""),
+    )
+
+
+def _itemsize(artifact: Artifact) -> int:
+    return artifact.values.itemsize if isinstance(artifact, FloatWeight) else 4
+
+
+def _halved(artifact: Artifact) -> Artifact:
+    """A float32 leftover as float16, where it fits and pays."""
+    if not isinstance(artifact, FloatWeight) or artifact.values.dtype != np.float32:
+        return artifact
+    values = artifact.values
+    if values.size < _HALF_MIN_SIZE or float(np.abs(values).max()) > _HALF_MAX:
+        return artifact
+    return FloatWeight(values=values.astype(np.float16), reason=artifact.reason)

@@ -1,0 +1,84 @@
+"""The onnxruntime sessions that parity runs, and what its optimiser makes of a file."""
+
+import collections
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from qcompress.errors import SourceError, missing
+
+try:
+    import onnxruntime
+except ImportError:
+    raise missing("onnxruntime", "running a file") from None
+
+ort: Any = onnxruntime
+Session = Any  # onnxruntime ships no types
+
+Mode = Literal["exact", "deployed"]
+
+# `exact`: onnxruntime's own approximations off. `deployed`: what a user gets who sets nothing.
+_EXACT_CONFIG: Final = {"session.qdq_matmulnbits_accuracy_level": "1"}
+_EXACT_DISABLED: Final = ["WeightBiasQuantization"]
+_ERRORS_ONLY: Final = 3
+_VNNI: Final = ("avx512_vnni", "avx_vnni")
+
+
+def session(data: bytes, mode: Mode, *, optimized_path: Path | None = None) -> Session:
+    """A session on the CPU.
+
+    Args:
+        data: the file's bytes.
+        mode: `exact` or `deployed`.
+        optimized_path: where onnxruntime writes the graph that it will run.
+
+    Raises:
+        SourceError: onnxruntime does not load the file.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    disabled: list[str] = []
+    if mode == "exact":
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        for key, value in _EXACT_CONFIG.items():
+            options.add_session_config_entry(key, value)
+        disabled = _EXACT_DISABLED
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
+    try:
+        return ort.InferenceSession(
+            data, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled or None
+        )
+    except Exception as e:  # onnxruntime's exceptions have no common base below Exception
+        raise SourceError(f"onnxruntime {ort.__version__} cannot load the file: {str(e).splitlines()[0]}") from None
+
+
+def run(active: Session, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Outputs by name for one batch."""
+    names = [o.name for o in active.get_outputs()]
+    return dict(zip(names, (np.asarray(v) for v in active.run(names, dict(feeds))), strict=True))
+
+
+def optimized_ops(data: bytes) -> collections.Counter[str]:
+    """How many of which operator onnxruntime runs, as deployed, once it has folded and fused what it can.
+
+    Two files with the same counts do the same work at run time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        session(data, "deployed", optimized_path=path)
+        return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def cpu_features() -> dict[str, bool | None]:
+    """What integer kernels depend on: VNNI (without it sums of u8 x s8 can saturate). None: cannot be told here."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return {"vnni": None}
+    return {"vnni": any(flag in flags for flag in _VNNI)}

@@ -1,0 +1,243 @@
+"""From the float program to an ONNX graph whose weights are still open.
+
+torch.onnx writes the graph; every parameter and buffer is then turned into a graph input, so that the optimizer sees
+its shape but not its values and can fold none of it away. Whatever is written for a weight later, float initializer or
+packed codes, takes the place of that input under the same name.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import numpy_helper
+from onnxscript import optimizer, version_converter
+
+from qcompress._quiet import quiet_torch
+from qcompress.errors import SourceError
+from qcompress.program import FloatProgram
+from qcompress_exporters.names import ShortNames
+from qcompress_exporters.targets import BASE_OPSET, ir_version
+
+_FOLD_INPUT_LIMIT: Final = 1024
+_FOLD_OUTPUT_LIMIT: Final = 4096
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An ONNX graph with open weights.
+
+    Args:
+        base: the graph at BASE_OPSET; its inputs are the program's own, then one for each tensor of the state.
+        state_names: the tensors of the state that the graph uses.
+        notes: what a user should be told.
+    """
+
+    base: onnx.ModelProto
+    state_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    _converted: dict[int, onnx.ModelProto] = field(default_factory=dict)
+
+    def at_opset(self, opset: int) -> onnx.ModelProto:
+        """A fresh copy of the graph at an opset that is not lower than BASE_OPSET."""
+        if opset not in self._converted:
+            model = ir.from_proto(self.base)
+            if opset != BASE_OPSET:
+                with quiet_torch():
+                    version_converter.convert_version(model, opset)
+                if model.opset_imports.get("") != opset:
+                    raise SourceError(f"The graph cannot be written at opset {opset}: name an older --target.")
+            proto = ir.to_proto(model)
+            proto.ir_version = ir_version(opset)
+            self._converted[opset] = tidy(proto, self.state_names)
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self._converted[opset])
+        return copy
+
+    @cached_property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the graph's outputs."""
+        return tuple(o.name for o in self.base.graph.output)
+
+
+def trace(program: FloatProgram) -> Trace:
+    """Lower a program to ONNX.
+
+    Args:
+        program: BatchNorm already folded where it shall be.
+
+    Returns:
+        The graph, each tensor of `program.state()` an input under its qualified name.
+
+    Raises:
+        SourceError: torch.onnx has no translation for an operator; names it.
+    """
+    with quiet_torch():
+        try:
+            exported = torch.onnx.export(
+                program.exported, dynamo=True, optimize=False, verbose=False, opset_version=BASE_OPSET
+            )
+        except Exception as e:
+            raise SourceError(_failure(e)) from e
+        assert exported is not None
+        model = exported.model
+        graph = model.graph
+        for name in list(graph.initializers):
+            value = graph.initializers.pop(name)
+            value.const_value = None
+            graph.inputs.append(value)
+        optimizer.optimize(model, input_size_limit=_FOLD_INPUT_LIMIT, output_size_limit=_FOLD_OUTPUT_LIMIT)
+    for value in list(graph.inputs)[len(program.input_names) :]:
+        if not value.uses() and not value.is_graph_output():
+            graph.inputs.remove(value)
+    state_names = tuple(str(v.name) for v in list(graph.inputs)[len(program.input_names) :])
+    _name_inputs_and_outputs(graph, program)
+    return Trace(ir.to_proto(model), state_names, program.notes)
+
+
+def _name_inputs_and_outputs(graph: ir.Graph, program: FloatProgram) -> None:
+    """The program's own names, and the names of its dynamic axes."""
+    inputs, outputs = list(graph.inputs)[: len(program.input_names)], list(graph.outputs)
+    taken = {v.name for v in graph.inputs}
+    symbols: dict[str, str] = {}
+    for name, value in zip(program.input_names, inputs, strict=True):
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and (name, axis) in program.dynamic:
+                symbols.setdefault(str(size.value), program.dynamic[name, axis])
+        value.name = name
+    for position, (name, value) in enumerate(zip(program.output_names, outputs, strict=True)):
+        if value in graph.inputs or value in outputs[:position] or name in taken:
+            node = ir.Node("", "Identity", [value])
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[position] = node.outputs[0]
+            value = node.outputs[0]
+            name = name if name not in taken else f"{name}_output"
+        value.name = name
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([_rename(d, symbols) for d in value.shape])
+
+
+def _rename(dim: Any, symbols: Mapping[str, str]) -> Any:
+    if not isinstance(dim, ir.SymbolicDim) or dim.value is None:
+        return dim
+    return re.sub(r"[A-Za-z_]\w*", lambda m: symbols.get(m[0], m[0]), str(dim.value))
+
+
+def tidy(model: onnx.ModelProto, keep: tuple[str, ...]) -> onnx.ModelProto:
+    """Drop what a runtime does not need: names, types of inner values, notes, attributes that say the default.
+
+    Args:
+        model: changed in place.
+        keep: names of values that stay as they are, beside those of inputs and outputs.
+
+    Returns:
+        The same model.
+    """
+    graph = model.graph
+    fixed = {*keep, *(v.name for v in graph.input), *(v.name for v in graph.output)}
+    names = ShortNames(fixed)
+    opset = next(o.version for o in model.opset_import if o.domain == "")
+    for message in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        message.ClearField("doc_string")
+        if message is not model or model.metadata_props:
+            message.ClearField("metadata_props")
+    del graph.value_info[:]
+    graph.name = "g"
+    model.producer_name, model.producer_version = "qcompress", ""
+    _deduplicate(graph)
+    used = {o.domain for o in graph.node}
+    for entry in [o for o in model.opset_import if o.domain and o.domain not in used]:
+        model.opset_import.remove(entry)
+    renamed: dict[str, str] = {"": ""}
+    for node in graph.node:
+        node.ClearField("name")
+        node.ClearField("overload")
+        _drop_defaults(node, opset)
+    _rename_values(graph, fixed, names, renamed)
+    return model
+
+
+def _rename_values(graph: onnx.GraphProto, fixed: set[str], names: ShortNames, renamed: dict[str, str]) -> None:
+    """Give every inner value a short name, those of subgraphs included."""
+
+    def short(name: str) -> str:
+        if name not in renamed:
+            renamed[name] = name if name in fixed else names.new()
+        return renamed[name]
+
+    for tensor in graph.initializer:
+        tensor.name = short(tensor.name)
+    for node in graph.node:
+        node.input[:] = [short(n) for n in node.input]
+        node.output[:] = [short(n) for n in node.output]
+        for attribute in node.attribute:
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                for value in (*inner.input, *inner.output):
+                    value.name = short(value.name)
+                del inner.value_info[:]
+                _rename_values(inner, fixed, names, renamed)
+
+
+def _deduplicate(graph: onnx.GraphProto) -> None:
+    """Let equal constants be one initializer."""
+    first: dict[bytes, str] = {}
+    same: dict[str, str] = {}
+    kept = []
+    for tensor in graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        key = repr((tensor.data_type, values.shape)).encode() + values.tobytes()
+        if key in first:
+            same[tensor.name] = first[key]
+        else:
+            first[key] = tensor.name
+            kept.append(tensor)
+    if same and not any(a.HasField("g") or a.graphs for n in graph.node for a in n.attribute):
+        for node in graph.node:
+            node.input[:] = [same.get(n, n) for n in node.input]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+
+
+# Attributes whose default depends on the rank, so that the schema cannot state it.
+_ONES: Final = ("strides", "dilations")
+_ZEROS: Final = ("pads", "output_padding")
+_WINDOWED: Final = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool")
+
+
+def _drop_defaults(node: onnx.NodeProto, opset: int) -> None:
+    if node.domain:
+        return
+    schema = onnx.defs.get_schema(node.op_type, opset)
+    kept = []
+    for attribute in node.attribute:
+        declared = schema.attributes.get(attribute.name)
+        value = onnx.helper.get_attribute_value(attribute)
+        default = None
+        if declared is not None and declared.default_value.name:
+            default = onnx.helper.get_attribute_value(declared.default_value)
+        if node.op_type in _WINDOWED:
+            if attribute.name in _ONES:
+                default = [1] * len(value)
+            elif attribute.name in _ZEROS:
+                default = [0] * len(value)
+            elif attribute.name == "kernel_shape" and node.op_type in ("Conv", "ConvTranspose"):
+                continue  # it is the weight's own shape
+        if default is None or not np.array_equal(np.asarray(default), np.asarray(value)):
+            kept.append(attribute)
+    del node.attribute[:]
+    node.attribute.extend(sorted(kept, key=lambda a: a.name))
+
+
+def _failure(error: Exception) -> str:
+    text = str(error)
+    operators = sorted(set(re.findall(r"(?:aten|prims)\.\w+(?:\.\w+)?", text)))
+    what = f" It has no translation for {', '.join(operators[:3])}." if operators else ""
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return f"torch.onnx cannot write the model: {first}{what} Write that part with other operators."

@@ -1,0 +1,39 @@
+"""What the inputs and outputs of a program are called."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+
+def input_names(exported: ExportedProgram, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """Names of the inputs: forward's argument names, or a dict's own keys where they are unique."""
+    plain = names or tuple(str(n) for n in exported.graph_signature.user_inputs)
+    spec = exported.call_spec.in_spec
+    if spec is None or spec.num_leaves != len(plain):
+        return plain
+    paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(plain))), spec))[0]
+    keys = [key_name(path[2:]) for path, _ in paths]  # path: (args | kwargs) -> argument -> keys
+    counts = Counter([k for k in keys if k] + [n for k, n in zip(keys, plain, strict=True) if not k])
+    return tuple(k if k and counts[k] == 1 else n for k, n in zip(keys, plain, strict=True))
+
+
+def output_names(exported: ExportedProgram) -> tuple[str, ...]:
+    """Names of the outputs: the keys of a dict, else `output`, `output_1`, ..."""
+    count = len(exported.graph_signature.user_outputs)
+    spec = exported.call_spec.out_spec
+    paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(count)), spec))[0]
+    names: list[str] = []
+    for path, _ in paths:
+        base = key_name(path) or "output"
+        taken = sum(n == base or n.startswith(f"{base}_") for n in names)
+        names.append(base if base not in names else f"{base}_{taken}")
+    return tuple(names)
+
+
+def key_name(path: Sequence[Any]) -> str:
+    """The string keys of a pytree path, joined."""
+    keys = [getattr(k, "key", getattr(k, "name", None)) for k in path]
+    return "_".join(k for k in keys if isinstance(k, str))

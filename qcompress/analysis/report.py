@@ -1,0 +1,119 @@
+"""What `analyze` found, as frozen values and as the JSON that docs/json.md describes."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Final, final
+
+from qcompress.analysis.moments import TensorStatistics
+
+# The widths, in bits, that a report gives bytes for.
+WIDTHS: Final = (2, 3, 4, 8)
+
+FORMAT_VERSION: Final = 1
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorReport:
+    """One tensor.
+
+    Args:
+        name: qualified name.
+        kind: kind of the layer whose weight it is, as the source tells it.
+        shape: its shape.
+        dtype: numpy name of its dtype.
+        nbytes: bytes that it takes now.
+        nbytes_at: bytes at each of WIDTHS: packed codes and one float32 table, or `nbytes` where that is not fewer.
+        stays: why it stays as it is at every width, or None for a weight that is compressed.
+        aliases: further names of the same tensor.
+        statistics: over its finite values.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    nbytes_at: dict[int, int]
+    stays: str | None
+    aliases: tuple[str, ...]
+    statistics: TensorStatistics
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Sums over the tensors of a report.
+
+    Args:
+        tensors: how many tensors.
+        weights: how many of them are compressed.
+        count: elements.
+        non_finite: NaN and infinite elements.
+        nbytes: bytes now.
+        nbytes_at: bytes at each of WIDTHS, what stays included.
+    """
+
+    tensors: int
+    weights: int
+    count: int
+    non_finite: int
+    nbytes: int
+    nbytes_at: dict[int, int]
+
+
+def totals_of(tensors: Iterable[TensorReport]) -> Totals:
+    """Sums over some tensors."""
+    tensors = tuple(tensors)
+    return Totals(
+        tensors=len(tensors),
+        weights=sum(t.stays is None for t in tensors),
+        count=sum(t.statistics.count for t in tensors),
+        non_finite=sum(t.statistics.non_finite for t in tensors),
+        nbytes=sum(t.nbytes for t in tensors),
+        nbytes_at={bits: sum(t.nbytes_at[bits] for t in tensors) for bits in WIDTHS},
+    )
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnalysisReport:
+    """A model.
+
+    Args:
+        model: what a user calls it.
+        original_bytes: bytes of its file, or of its tensors.
+        sha256: of its file, or of its tensors.
+        tensors: every tensor once, in the source's order.
+    """
+
+    model: str
+    original_bytes: int
+    sha256: str
+    tensors: tuple[TensorReport, ...]
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over all tensors."""
+        return totals_of(self.tensors)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form; its keys are in docs/json.md."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "original_bytes": self.original_bytes,
+            "sha256": self.sha256,
+            "tensors": [_tensor_dict(tensor) for tensor in self.tensors],
+            "totals": _with_text_keys(asdict(self.totals)),
+        }
+
+
+def _tensor_dict(tensor: TensorReport) -> dict[str, Any]:
+    fields = asdict(tensor)
+    numbers = fields.pop("statistics")
+    return {**_with_text_keys(fields), **numbers, "range": tensor.statistics.range}
+
+
+def _with_text_keys(fields: dict[str, Any]) -> dict[str, Any]:
+    return {**fields, "nbytes_at": {str(bits): nbytes for bits, nbytes in fields["nbytes_at"].items()}}

@@ -1,0 +1,83 @@
+"""A model's tensors one after the other: no more than one of them is in memory at a time."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16 and float8 by name)
+import numpy as np
+
+from qcompress.analysis.moments import statistics
+from qcompress.analysis.report import WIDTHS, AnalysisReport, TensorReport
+from qcompress.errors import SourceError
+from qcompress.size import nbytes_at
+from qcompress.sources.base import UNKNOWN, WEIGHT_KINDS, LazyArray, Source, SourceTensor
+
+_FLOATS: Final = ("float64", "float32", "float16", "bfloat16")
+
+
+def analyze(model: Any) -> AnalysisReport:
+    """What is in a model, and what each width would cost. Nothing of the model is run or changed.
+
+    Args:
+        model: a path, a Source, a torch module, or a state dict (of torch tensors or numpy arrays).
+
+    Raises:
+        SourceError: no tensor in it, or none of these.
+
+    >>> report = analyze({"fc.weight": np.zeros((16, 64), np.float32), "fc.bias": np.ones(16, np.float32)})
+    >>> report.totals.nbytes, report.totals.nbytes_at[2]
+    (4160, 336)
+    """
+    from qcompress.sources import load_source
+
+    source = load_source(model)
+    return report_of(source, walk(source))
+
+
+def walk(source: Source) -> Iterator[TensorReport]:
+    """A report for each tensor of a source, in its order."""
+    return (_report(tensor) for tensor in source.tensors())
+
+
+def report_of(source: Source, tensors: Iterable[TensorReport]) -> AnalysisReport:
+    """The report of a source from those of its tensors.
+
+    Raises:
+        SourceError: there is no tensor.
+    """
+    found = tuple(tensors)
+    if not found:
+        raise SourceError(f"No tensor found in {source.label}: a model file holds at least one.")
+    return AnalysisReport(model=source.label, original_bytes=source.original_bytes, sha256=source.sha256, tensors=found)
+
+
+def _report(tensor: SourceTensor) -> TensorReport:
+    array = tensor.array
+    count = math.prod(array.shape)
+    stays = _stays(tensor.kind, array)
+    # A 4-bit float fills a byte in numpy, half of one in most files; what numpy holds is what we can measure.
+    nbytes = count * np.dtype(array.dtype).itemsize
+    at = {bits: nbytes if stays else nbytes_at(count, bits, nbytes) for bits in WIDTHS}
+    if stays is None and min(at.values()) == nbytes:
+        stays = "too small: codes and table would not be fewer bytes"
+    return TensorReport(
+        name=tensor.name,
+        kind=tensor.kind,
+        shape=tuple(array.shape),
+        dtype=array.dtype,
+        nbytes=nbytes,
+        nbytes_at=at,
+        stays=stays,
+        aliases=tensor.aliases,
+        statistics=statistics(np.asarray(array)),
+    )
+
+
+def _stays(kind: str, array: LazyArray) -> str | None:
+    """Why a tensor is left as it is at every width; None for a weight."""
+    if array.dtype not in _FLOATS:
+        return f"{array.dtype} is not compressed"
+    if kind == UNKNOWN:  # a bare state dict does not tell; biases and normalization statistics have one axis
+        return None if len(array.shape) >= 2 else "not a weight"
+    return None if kind in WEIGHT_KINDS else "not a weight"

@@ -1,0 +1,234 @@
+"""A compressed model: the float program and one artifact per tensor; saved as a folder without any pickle of ours."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import safetensors
+from safetensors.numpy import save
+
+from qcompress.artifacts import ARTIFACTS, ActivationGrid, Artifact, bits_per_weight
+from qcompress.errors import ConfigError, OutputError, SourceError
+from qcompress.packing import pack, unpack
+from qcompress.plan import Plan, load_plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcompress.program import FloatProgram
+
+FORMAT_VERSION: Final = 1
+_READABLE: Final = (FORMAT_VERSION,)  # from version 2 on: N and N - 1
+
+WEIGHTS: Final = "weights.safetensors"
+PLAN: Final = "plan.toml"
+PROGRAM: Final = "program.pt2"
+REPORT: Final = "report.json"
+
+_KEY: Final = "qcompress"  # of our entry in the safetensors header
+# How arrays of an artifact are called on disk: the tensor's name and one of these.
+_SUFFIX: Final = {"codes": "_codes", "lut": "_lut", "scale": "_scale", "zero_point": "_zero_point", "": ""}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedModel:
+    """What every method ends in, for a whole model.
+
+    Args:
+        program: the float program that the artifacts belong to (BatchNorm folded).
+        artifacts: one per tensor of the program's state, by qualified name.
+        plan: the plan that made them.
+        source_digest: short digest of the model that came in.
+        plan_digest: digest of the plan as it was resolved.
+        activations: grids of quantized activations.
+        notes: what a user should be told of how it was made.
+    """
+
+    program: "FloatProgram"
+    artifacts: Mapping[str, Artifact]
+    plan: Plan
+    source_digest: str
+    plan_digest: str
+    activations: tuple[ActivationGrid, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Ideal bytes: packed codes, tables, scales and float leftovers."""
+        return sum(a.nbytes for a in self.artifacts.values())
+
+    def to_module(self) -> "torch.nn.Module":
+        """A plain float module that holds the dequantized weights."""
+        return self.program.with_state({name: a.dequantize() for name, a in self.artifacts.items()}).module()
+
+    def report(self) -> dict[str, Any]:
+        """What `report.json` says: each tensor with its kind of artifact, bytes, and why it stayed float."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "nbytes": self.nbytes,
+            "tensors": [
+                {
+                    "name": name,
+                    "artifact": a.kind,
+                    "shape": list(a.shape),
+                    "nbytes": a.nbytes,
+                    "bits_per_weight": round(bits_per_weight(a), 4),
+                    "reason": getattr(a, "reason", None),
+                }
+                for name, a in self.artifacts.items()
+            ],
+            "notes": list(self.notes),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write the folder, whole or not at all.
+
+        Raises:
+            OutputError: it exists, or cannot be written.
+        """
+        import torch
+
+        if folder.exists():
+            raise OutputError(f"{folder} exists: name another folder, or remove it first.")
+        try:
+            part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        except OSError as e:
+            raise OutputError(f"{folder} cannot be written: {e.strerror}.") from None
+        try:
+            (part / WEIGHTS).write_bytes(self._to_safetensors())
+            (part / PLAN).write_text(self.plan.to_toml(), encoding="utf-8")
+            (part / REPORT).write_text(json.dumps(self.report(), indent=1) + "\n", encoding="utf-8")
+            torch.export.save(self.program.exported, part / PROGRAM)
+            part.chmod(0o755)
+            os.replace(part, folder)
+        except OSError as e:
+            raise OutputError(f"{folder} cannot be written: {e.strerror}.") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _to_safetensors(self) -> bytes:
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        header: dict[str, Any] = {}
+        for name, artifact in self.artifacts.items():
+            arrays, fields = artifact.to_arrays()
+            shapes = {}
+            for key, array in arrays.items():
+                if key == "codes":
+                    shapes[key] = list(array.shape)
+                    array = pack(array, fields["bits"])
+                tensors[name + _SUFFIX[key]] = np.array(array, order="C")
+            header[name] = {"kind": artifact.kind, "fields": fields, "codes_shape": shapes.get("codes")}
+        about = {
+            "format_version": FORMAT_VERSION,
+            "artifacts": header,
+            "source_digest": self.source_digest,
+            "plan_digest": self.plan_digest,
+            "input_names": list(self.program.input_names),
+            "output_names": list(self.program.output_names),
+            "dynamic": [[name, axis, label] for (name, axis), label in self.program.dynamic.items()],
+            "notes": list(self.notes),
+        }
+        return save(tensors, {_KEY: json.dumps(about)})
+
+    @classmethod
+    def load(cls, folder: Path) -> "CompressedModel":
+        """Read a folder that `save` wrote. Nothing in it is executed.
+
+        Args:
+            folder: the folder.
+
+        Raises:
+            SourceError: not such a folder, damaged, or of a newer format.
+        """
+        from qcompress.program import FloatProgram
+        from qcompress.sources.exported_program import load_exported
+
+        about, artifacts = read_artifacts(folder)
+        exported = load_exported(folder / PROGRAM)
+        program = FloatProgram(
+            exported,
+            tuple(about["input_names"]),
+            tuple(about["output_names"]),
+            {(name, axis): label for name, axis, label in about["dynamic"]},
+        )
+        unknown = sorted(set(program.state()) ^ set(artifacts))
+        if unknown:
+            raise SourceError(
+                f"{folder}: {WEIGHTS} and {PROGRAM} do not belong together: {unknown[0]} is in one alone."
+            )
+        for name, value in program.state().items():
+            if tuple(value.shape) != artifacts[name].shape:
+                raise SourceError(
+                    f"{folder}: {name} must have shape {list(value.shape)} as in {PROGRAM}, got "
+                    f"{list(artifacts[name].shape)}: the folder was put together from two."
+                )
+        return cls(
+            program=program,
+            artifacts={name: artifacts[name] for name in program.state()},
+            plan=load_plan(folder / PLAN),
+            source_digest=about["source_digest"],
+            plan_digest=about["plan_digest"],
+            notes=tuple(about["notes"]),
+        )
+
+
+def read_artifacts(folder: Path) -> tuple[dict[str, Any], dict[str, Artifact]]:
+    """The artifacts of a saved folder, without its program: numpy only.
+
+    Returns:
+        What the header says of the model, and the artifacts by name.
+
+    Raises:
+        SourceError: damaged, or of a format that this version does not read.
+    """
+    path = folder / WEIGHTS
+    try:
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        about = json.loads(header["__metadata__"][_KEY])
+        version = about["format_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SourceError(f"{path} is not the weights file of a compressed model: save it again.") from None
+    if version not in _READABLE:
+        raise SourceError(
+            f"{folder} has format {version}, this version reads {', '.join(map(str, _READABLE))}: "
+            + ("use a newer qcompress." if version > FORMAT_VERSION else "save it again with the version before.")
+        )
+    try:
+        stored = {name: _array(entry) for name, entry in safetensors.deserialize(data)}  # type: ignore[no-untyped-call]
+        artifacts = {name: _artifact(name, entry, stored) for name, entry in about["artifacts"].items()}
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError, ConfigError) as e:
+        reason = e.args[0] if isinstance(e, ConfigError) else "an array is missing or does not fit"
+        raise SourceError(f"{path} is damaged: {reason}") from None
+    return about, artifacts
+
+
+def _artifact(name: str, entry: Mapping[str, Any], stored: Mapping[str, npt.NDArray[Any]]) -> Artifact:
+    fields = entry["fields"]
+    arrays = {key: stored[name + suffix] for key, suffix in _SUFFIX.items() if name + suffix in stored}
+    if entry["codes_shape"] is not None:
+        arrays.pop("", None)
+        shape = tuple(entry["codes_shape"])
+        arrays["codes"] = unpack(arrays["codes"], fields["bits"], int(np.prod(shape))).reshape(shape)
+    return ARTIFACTS[entry["kind"]].from_arrays(arrays, fields)
+
+
+_DTYPES: Final = {
+    "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
+
+
+def _array(entry: Mapping[str, Any]) -> npt.NDArray[Any]:
+    return np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])

@@ -1,0 +1,1 @@
+"""Compression that needs no training."""

@@ -1,0 +1,232 @@
+"""The one float program: whatever torch source, what runs the model is one ATen graph, traced once with a batch of 2.
+
+Layer kinds, BatchNorm folding and layer inputs are read from that graph; the user's module is never touched.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from qcompress.errors import ConfigError, DataError, did_you_mean
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+STATE_KINDS: Final = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+@dataclass(frozen=True, slots=True)
+class FloatProgram:
+    """A float model as one graph, with the names that its inputs and outputs go by.
+
+    Args:
+        exported: the graph, parameters lifted to its inputs under their qualified names.
+        input_names: one per user input, in the graph's order.
+        output_names: one per user output.
+        dynamic: name of each dynamic axis, by (input name, axis).
+        notes: what a user should be told (switched to eval, a fixed batch).
+    """
+
+    exported: ExportedProgram
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dynamic: Mapping[tuple[str, int], str]
+    notes: tuple[str, ...] = ()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Parameters, buffers and constants that the graph uses, by qualified name, in the graph's order."""
+        return {spec.target: tensor_of(self.exported, spec) for _, spec in _state_inputs(self.exported) if spec.target}
+
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Further names of tied tensors, by the name that `state` has."""
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for name, value in self.exported.state_dict.items():
+            groups.setdefault(identity(value), []).append(name)
+        return {
+            name: others
+            for name, value in self.state().items()
+            if (others := tuple(n for n in groups.get(identity(value), []) if n != name))
+        }
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch that the program takes; None: any."""
+        for name, node in zip(self.input_names, user_inputs(self.exported), strict=True):
+            if value_of(node).ndim and (name, 0) not in self.dynamic:
+                return int(value_of(node).shape[0])
+        return None
+
+    def with_state(self, values: Arrays) -> "FloatProgram":
+        """The same program with other values for some tensors; shapes and dtypes stay.
+
+        Args:
+            values: arrays by qualified name.
+        """
+        state, constants = dict(self.exported.state_dict), dict(self.exported.constants)
+        for name, value in values.items():
+            home = state if name in state else constants
+            if name not in home:
+                raise ConfigError(f"The program has no tensor {name!r}.{did_you_mean(name, self.state())}")
+            old = home[name]
+            new = torch.from_numpy(np.array(value, order="C")).to(old.dtype)
+            if new.shape != old.shape:
+                raise ConfigError(f"{name} must have shape {list(old.shape)}, got {list(new.shape)}.")
+            home[name] = torch.nn.Parameter(new, False) if isinstance(old, torch.nn.Parameter) else new
+        return replace(self, exported=rebuild(self.exported, state=state, constants=constants))
+
+    def module(self) -> torch.nn.Module:
+        """A plain module that runs the program: its parameters under their qualified names."""
+        module: torch.nn.Module = self.exported.module(check_guards=False)
+        return module
+
+    def bind(self, arrays: Arrays) -> list[npt.NDArray[Any]]:
+        """The program's inputs, in order, from named arrays; a single input may also be called `x`.
+
+        Raises:
+            DataError: an input is missing, or a shape or dtype does not fit.
+        """
+        bound = []
+        for name, node in zip(self.input_names, user_inputs(self.exported), strict=True):
+            if name in arrays:
+                value = np.asarray(arrays[name])
+            elif len(self.input_names) == 1 and "x" in arrays:
+                value = np.asarray(arrays["x"])
+            else:
+                raise DataError(
+                    f"The model's inputs are {', '.join(self.input_names)}; the data has "
+                    f"{', '.join(sorted(arrays)) or 'no arrays'}: {name} is missing."
+                )
+            bound.append(_check_input(name, value, node))
+        return bound
+
+    def run(self, arrays: Arrays, device: str = "cpu") -> dict[str, npt.NDArray[Any]]:
+        """Run the program on one batch.
+
+        Args:
+            arrays: inputs by name, as `bind` takes them.
+            device: `cpu` or `cuda`.
+
+        Returns:
+            Outputs by name.
+        """
+        return self.runner(device)(arrays)
+
+    def runner(self, device: str = "cpu") -> "Runner":
+        """Something that runs many batches: the module is built once."""
+        return Runner(self, self.module().to(device), device)
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """Runs a program batch by batch; see `FloatProgram.runner`."""
+
+    program: FloatProgram
+    module: torch.nn.Module
+    device: str
+
+    def __call__(self, arrays: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """Outputs by name for one batch of inputs by name."""
+        flat = [torch.from_numpy(np.array(a, order="C")).to(self.device) for a in self.program.bind(arrays)]
+        args, kwargs = pytree.tree_unflatten(flat, self.program.exported.call_spec.in_spec)
+        with torch.no_grad():
+            out = self.module(*args, **kwargs)
+        tensors = pytree.tree_leaves(out)
+        return {n: t.detach().cpu().numpy() for n, t in zip(self.program.output_names, tensors, strict=True)}
+
+
+def copy_graph(exported: ExportedProgram) -> GraphModule:
+    """A copy of a program's graph that can be changed: same node names, tensors not copied (they are inputs)."""
+    module: GraphModule = copy.deepcopy(exported.graph_module)
+    for old, new in zip(exported.graph.nodes, module.graph.nodes, strict=True):
+        new.name = old.name  # copying renames what is called like a builtin, `input` for one
+    return module
+
+
+def rebuild(
+    exported: ExportedProgram,
+    *,
+    module: GraphModule | None = None,
+    specs: list[InputSpec] | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
+    constants: Mapping[str, Any] | None = None,
+) -> ExportedProgram:
+    """The same program with some of its parts replaced; tensors are shared, not copied."""
+    module = module or exported.graph_module
+    old = exported.graph_signature
+    returned = module.graph.output_node().args[0]
+    outputs = [
+        replace(spec, arg=TensorArgument(name=node.name)) if isinstance(node, Node) else spec
+        for spec, node in zip(old.output_specs, returned, strict=True)  # type: ignore[arg-type]
+    ]
+    signature = ExportGraphSignature(list(specs if specs is not None else old.input_specs), outputs)
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=signature,
+        state_dict=dict(state if state is not None else exported.state_dict),
+        range_constraints=dict(exported.range_constraints),
+        module_call_graph=list(exported.module_call_graph),
+        example_inputs=exported.example_inputs,
+        constants=dict(constants if constants is not None else exported.constants),
+        verifiers=exported.verifiers,
+    )
+
+
+def state_nodes(exported: ExportedProgram) -> dict[Node, str]:
+    """The graph's inputs that are state, and the qualified name of each."""
+    return {node: spec.target or "" for node, spec in _state_inputs(exported)}
+
+
+def _state_inputs(exported: ExportedProgram) -> Iterator[tuple[Node, InputSpec]]:
+    by_name = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind in STATE_KINDS:
+            yield by_name[spec.arg.name], spec
+
+
+def user_inputs(exported: ExportedProgram) -> list[Node]:
+    by_name = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    return [by_name[s.arg.name] for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+
+
+def tensor_of(exported: ExportedProgram, spec: InputSpec) -> torch.Tensor:
+    name = spec.target or ""
+    value = exported.state_dict[name] if name in exported.state_dict else exported.constants[name]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def identity(value: torch.Tensor) -> tuple[Any, ...]:
+    """What makes two names one tensor: same memory, same view of it."""
+    if value.numel() == 0:
+        return (id(value),)
+    return value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride(), value.dtype
+
+
+def value_of(node: Node) -> torch.Tensor:
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _check_input(name: str, value: npt.NDArray[Any], node: Node) -> npt.NDArray[Any]:
+    wanted = value_of(node)
+    shape = [s if isinstance(s, int) else None for s in wanted.shape]
+    if value.ndim != len(shape) or any(s is not None and s != g for s, g in zip(shape, value.shape, strict=True)):
+        text = ", ".join("any" if s is None else str(s) for s in shape)
+        raise DataError(f"Input {name} must have shape [{text}], got {list(value.shape)}.")
+    dtype = torch.empty(0, dtype=wanted.dtype).numpy().dtype
+    if value.dtype == dtype:
+        return value
+    if np.issubdtype(value.dtype, np.floating) and np.issubdtype(dtype, np.floating):
+        return value.astype(dtype)
+    if np.issubdtype(value.dtype, np.integer) and np.issubdtype(dtype, np.integer):
+        return value.astype(dtype)
+    raise DataError(f"Input {name} must be {dtype}, got {value.dtype}: convert it, or name a --transform that does.")

@@ -1,0 +1,142 @@
+"""`package.module:factory` and `path/file.py:factory`: user code that the user named, found and called."""
+
+import ast
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from qcompress.errors import ConfigError, SourceError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+
+def parse_arch_kwargs(items: Iterable[str]) -> dict[str, Any]:
+    """Arguments of a factory from `name=value` words: Python literals, true, false and none; anything else is text.
+
+    Raises:
+        ConfigError: a word without a name, or a name given twice.
+
+    >>> parse_arch_kwargs(["num_classes=10", "width=0.75", "name=abc", "flag=true", "dims=(1,2)"])
+    {'num_classes': 10, 'width': 0.75, 'name': 'abc', 'flag': True, 'dims': (1, 2)}
+    """
+    kwargs: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--arch-kwargs needs name=value, got {item!r}: write num_classes=10, for one.")
+        if name in kwargs:
+            raise ConfigError(f"--arch-kwargs names {name!r} twice: keep one.")
+        kwargs[name] = _literal(text)
+    return kwargs
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def find_object(spec: str, flag: str) -> Any:
+    """The object that `package.module:name` or `path/file.py:name` names; imports that module, and so runs it.
+
+    Args:
+        spec: what the user wrote.
+        flag: the flag it was written after, for messages.
+
+    Raises:
+        SourceError: no such file, module or name, or the module fails while it is imported.
+
+    >>> find_object("collections:OrderedDict", "--arch").__name__
+    'OrderedDict'
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        raise SourceError(f"{flag} needs package.module:name or path/file.py:name, got {spec!r}.")
+    is_file = place.endswith(".py") or "/" in place or "\\" in place
+    first_on_path(Path.cwd())
+    module = _import_file(Path(place), spec, flag) if is_file else _import_module(place, spec, flag)
+    if not hasattr(module, name):
+        public = [word for word in vars(module) if not word.startswith("_")]
+        known = did_you_mean(name, public) or (f" It defines {', '.join(sorted(public)[:10])}." if public else "")
+        raise SourceError(f"{flag} {spec}: {place} has no {name!r}.{known}")
+    return getattr(module, name)
+
+
+def build_module(spec: str, kwargs: Mapping[str, Any]) -> "torch.nn.Module":
+    """The float module that the factory of `--arch` returns.
+
+    Raises:
+        SourceError: the factory cannot be found, fails, or returns something else.
+    """
+    import torch
+
+    factory: Callable[..., Any] = find_object(spec, "--arch")
+    call = f"{spec.rpartition(':')[2]}({', '.join(f'{k}={v!r}' for k, v in kwargs.items())})"
+    if not callable(factory):
+        raise SourceError(f"--arch {spec}: a factory or a class is needed, it is of type {type(factory).__name__}.")
+    try:
+        module = factory(**kwargs)
+    except (Exception, SystemExit) as e:
+        raise SourceError(
+            f"--arch {spec}: {call} failed with {one_line(e)}. Its arguments come from --arch-kwargs."
+        ) from e
+    if not isinstance(module, torch.nn.Module):
+        raise SourceError(f"--arch {spec}: {call} must return a torch.nn.Module, got {type(module).__name__}.")
+    return module
+
+
+def first_on_path(folder: Path) -> None:
+    """Put a folder first on the import path, as `python -m` does with the working directory."""
+    if sys.path[:1] != [str(folder)]:
+        sys.path.insert(0, str(folder))
+
+
+def one_line(e: BaseException) -> str:
+    """An exception in one line.
+
+    >>> one_line(TypeError("bad\\nvalue"))
+    'TypeError: bad value'
+    """
+    text = " ".join(str(e).split())
+    return f"{type(e).__name__}: {text[:300]}" if text else type(e).__name__
+
+
+def _import_module(name: str, spec: str, flag: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name is not None and (name == e.name or name.startswith(f"{e.name}.")):
+            raise SourceError(
+                f"{flag} {spec}: there is no module {e.name!r}; looked in the working directory {Path.cwd()} and in "
+                "the installed packages."
+            ) from None
+        raise SourceError(f"{flag} {spec}: importing {name} failed with {one_line(e)}.") from e
+    except (Exception, SystemExit) as e:
+        raise SourceError(f"{flag} {spec}: importing {name} failed with {one_line(e)}.") from e
+
+
+def _import_file(path: Path, spec: str, flag: str) -> ModuleType:
+    if not path.is_file():
+        raise SourceError(f"{flag} {spec}: there is no file {path}.")
+    name = f"_qcompress_arch_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise SourceError(f"{flag} {spec}: {path} is no Python file.")
+    first_on_path(path.resolve().parent)
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    except (Exception, SystemExit) as e:
+        del sys.modules[name]
+        raise SourceError(f"{flag} {spec}: running {path} failed with {one_line(e)}.") from e
+    return module

@@ -1,0 +1,139 @@
+"""A state dict becomes a program: its architecture is built by the user's factory, its tensors are laid in by name."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompress.errors import SourceError, did_you_mean
+from qcompress.sources._factory import build_module, parse_arch_kwargs
+from qcompress.sources.base import LazyArray, ProgramOptions, SourceOptions, SourceTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcompress.program import FloatProgram
+
+__all__ = ["load_state", "module_of_state_dict", "parse_arch_kwargs", "program_of_state_dict", "with_kinds_of"]
+
+
+def program_of_state_dict(
+    tensors: Iterable[SourceTensor], source: SourceOptions, options: ProgramOptions, label: str
+) -> "FloatProgram":
+    """The float program of an architecture with these tensors in it.
+
+    Raises:
+        SourceError: no architecture is named, it cannot be built, or the tensors do not fit it.
+    """
+    if source.arch is None:
+        raise SourceError(
+            f"{label}: a state dict holds no program: name its architecture with --arch package.module:factory or "
+            "path/file.py:factory"
+        )
+    module = module_of_state_dict(tensors, source, label)
+
+    from qcompress.tracing import from_module
+
+    return from_module(module.eval(), options)
+
+
+def module_of_state_dict(tensors: Iterable[SourceTensor], source: SourceOptions, label: str) -> "torch.nn.Module":
+    """The module that `source.arch` builds, these tensors in it.
+
+    Raises:
+        SourceError: it cannot be built, or the tensors do not fit it.
+    """
+    assert source.arch is not None
+    module = build_module(source.arch, source.arch_kwargs)
+    arrays = {name: t.array for t in tensors for name in (t.name, *t.aliases)}
+    load_state(module, arrays, label, f"--arch {source.arch}")
+    return module
+
+
+def with_kinds_of(tensors: Iterable[SourceTensor], source: SourceOptions, label: str) -> Iterator[SourceTensor]:
+    """The tensors of a state dict; where an architecture is named, with its kinds and in its order."""
+    if source.arch is None:
+        yield from tensors
+        return
+    from qcompress.sources.module import kinds_of
+
+    kept = list(tensors)
+    kinds = kinds_of(module_of_state_dict(kept, source, label))
+    order = {name: i for i, name in enumerate(kinds)}
+    for tensor in sorted(kept, key=lambda t: order.get(t.name, len(order))):
+        yield replace(tensor, kind=kinds.get(tensor.name, "other"))
+
+
+def load_state(module: "torch.nn.Module", arrays: Mapping[str, LazyArray], label: str, who: str) -> None:
+    """Lay named arrays into a module: every name once, every shape equal.
+
+    A tied tensor may be there under one of its names; the counters `num_batches_tracked` may be missing.
+
+    Args:
+        module: is changed in place.
+        arrays: the state dict.
+        label: what the arrays come from, for messages.
+        who: what the module comes from, for messages.
+
+    Raises:
+        SourceError: names or shapes differ; the message counts them and names the first and the nearest.
+    """
+    import torch
+
+    expected = {name: t for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    given_ids = {id(expected[name]) for name in arrays if name in expected}
+    missing = [
+        name
+        for name, t in expected.items()
+        if name not in arrays and id(t) not in given_ids and not name.endswith("num_batches_tracked")
+    ]
+    unexpected = [name for name in arrays if name not in expected]
+    if missing or unexpected:
+        raise SourceError(f"{label} does not fit {who}: {_difference(missing, unexpected)} Check --arch-kwargs.")
+    wrong = [name for name, array in arrays.items() if tuple(expected[name].shape) != array.shape]
+    if wrong:
+        examples = "; ".join(
+            f"{name} is {list(arrays[name].shape)} in the file, {list(expected[name].shape)} in the architecture"
+            for name in wrong[:3]
+        )
+        raise SourceError(f"{label} does not fit {who}: {len(wrong)} shapes differ ({examples}). Check --arch-kwargs.")
+    state = {name: to_torch(np.asarray(array)) for name, array in arrays.items()}
+    module.load_state_dict(state, strict=False)
+
+
+def to_torch(values: npt.NDArray[Any]) -> "torch.Tensor":
+    """A tensor of its own memory from an array, bfloat16 and float8 included.
+
+    >>> import ml_dtypes
+    >>> to_torch(np.ones(2, ml_dtypes.bfloat16)).dtype
+    torch.bfloat16
+    """
+    import torch
+
+    copied = np.array(values, order="C")
+    if copied.dtype.isbuiltin == 1:  # 2: added by ml_dtypes
+        return torch.from_numpy(copied)
+    raw = torch.from_numpy(copied.reshape(-1).view(np.uint8))
+    dtype: torch.dtype = getattr(torch, copied.dtype.name)
+    return raw.view(dtype).reshape(copied.shape)
+
+
+def _difference(missing: list[str], unexpected: list[str]) -> str:
+    parts = []
+    if missing:
+        first = missing[0]
+        parts.append(
+            f"{len(missing)} tensors are missing in the file ({_some(missing)}).{did_you_mean(first, unexpected)}"
+        )
+    if unexpected:
+        first = unexpected[0]
+        parts.append(
+            f"{len(unexpected)} are unknown to the architecture ({_some(unexpected)}).{did_you_mean(first, missing)}"
+        )
+    return " ".join(parts)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,0 +1,58 @@
+"""A folder that `CompressedModel.save` wrote, as a Source: its tensors dequantized, its float program."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+from qcompress.compressed import PROGRAM, WEIGHTS, CompressedModel, read_artifacts
+from qcompress.sources.base import UNKNOWN, LazyArray, ProgramOptions, SourceOptions, SourceTensor
+
+if TYPE_CHECKING:
+    from qcompress.program import FloatProgram
+
+
+@final
+class CompressedSource:
+    """See the module.
+
+    Args:
+        path: the folder.
+        options: not used; nothing in the folder needs them.
+    """
+
+    def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
+        self.path = path
+
+    @property
+    def label(self) -> str:
+        """The path as given."""
+        return str(self.path)
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes of the files that hold weights."""
+        return sum((self.path / name).stat().st_size for name in (WEIGHTS, PROGRAM) if (self.path / name).exists())
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the weights file."""
+        return hashlib.sha256((self.path / WEIGHTS).read_bytes()).hexdigest()
+
+    def tensors(self) -> Iterator[SourceTensor]:
+        """Every tensor, dequantized."""
+        for name, artifact in read_artifacts(self.path)[1].items():
+            yield SourceTensor(name, UNKNOWN, LazyArray(artifact.shape, "float32", artifact.dequantize))
+
+    def program(self, options: ProgramOptions) -> "FloatProgram":
+        """The float program, as saved."""
+        return self._model.program
+
+    def model(self) -> CompressedModel:
+        """The compressed model itself."""
+        return self._model
+
+    @cached_property
+    def _model(self) -> CompressedModel:
+        return CompressedModel.load(self.path)

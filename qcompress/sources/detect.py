@@ -1,0 +1,124 @@
+"""What a file is, by what it holds; its name is never asked."""
+
+import string
+import struct
+from pathlib import Path
+from typing import Final, Literal
+
+from qcompress.errors import SourceError, did_you_mean
+from qcompress.sources._zip import ZipArchive
+
+Content = Literal[
+    "empty",
+    "safetensors",
+    "exported",
+    "old_exported",
+    "torchscript",
+    "checkpoint",
+    "legacy_checkpoint",
+    "tar_checkpoint",
+    "pickle",
+    "zip",
+    "onnx",
+    "compressed_folder",
+    "folder",
+    "text",
+    "unknown",
+]
+
+# What a user is told that a file is.
+DESCRIPTIONS: Final[dict[Content, str]] = {
+    "empty": "an empty file",
+    "safetensors": "a safetensors file",
+    "exported": "an exported program",
+    "old_exported": "an exported program in the layout of torch before 2.8",
+    "torchscript": "a TorchScript archive",
+    "checkpoint": "a torch checkpoint",
+    "legacy_checkpoint": "a torch checkpoint in the format before torch 1.6",
+    "tar_checkpoint": "a torch checkpoint in the tar format of torch before 0.2",
+    "pickle": "a plain Python pickle",
+    "zip": "a zip archive that holds no model",
+    "onnx": "an ONNX file",
+    "compressed_folder": "a folder that qcompress wrote",
+    "folder": "a folder",
+    "text": "a text file",
+    "unknown": "a file of an unknown kind",
+}
+
+_LEGACY_MAGIC: Final = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+_TEXT: Final = frozenset(string.printable.encode()) | frozenset(range(0x80, 0x100))
+# What can follow the IR version in a protobuf ModelProto: producer's name or version, domain, graph, opset.
+_ONNX_FIELDS: Final = (0x12, 0x1A, 0x22, 0x3A, 0x42)
+_COMPRESSED: Final = ("weights.safetensors", "plan.toml")
+
+
+def content_of(path: Path) -> Content:
+    """The kind of a file or folder, from its content.
+
+    Raises:
+        SourceError: there is nothing at `path`, it cannot be read, or it is an archive that was cut off.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "model.pt").write_text("hello")
+    ...     content_of(Path(folder) / "model.pt"), content_of(Path(folder))
+    ('text', 'folder')
+    """
+    try:
+        if path.is_dir():
+            return "compressed_folder" if all((path / name).is_file() for name in _COMPRESSED) else "folder"
+        with path.open("rb") as f:
+            head = f.read(4096)
+            f.seek(0, 2)
+            nbytes = f.tell()
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist: name a model file.{_near(path)}") from None
+    except OSError as e:
+        raise SourceError(f"{path} cannot be read: {e.strerror}.") from None
+    if not head:
+        return "empty"
+    if head.startswith(b"PK\x03\x04"):
+        return _zip_content(path)
+    return _flat_content(head, nbytes)
+
+
+def _zip_content(path: Path) -> Content:
+    archive = ZipArchive(path)
+    if "archive_format" in archive or any(n.startswith("models/") and n.endswith(".json") for n in archive.names):
+        return "exported"
+    if "serialized_exported_program.json" in archive:
+        return "old_exported"
+    if "data.pkl" in archive:
+        return "torchscript" if "constants.pkl" in archive else "checkpoint"
+    return "zip"
+
+
+def _flat_content(head: bytes, nbytes: int) -> Content:
+    if _LEGACY_MAGIC in head[:32]:
+        return "legacy_checkpoint"
+    if head[257:262] == b"ustar":
+        return "tar_checkpoint"
+    if head[0] == 0x08 and len(head) > 2 and head[1] < 0x20 and head[2] in _ONNX_FIELDS:
+        return "onnx"
+    if len(head) >= 9:
+        (header_length,) = struct.unpack_from("<Q", head)
+        if head[8:9] == b"{" and (header_length <= nbytes or not all(byte in _TEXT for byte in head[:8])):
+            return "safetensors"
+    if head[0] == 0x80 and len(head) > 1 and head[1] <= 5:
+        return "pickle"
+    if all(byte in _TEXT for byte in head):
+        # Protocol 0 is text too: it starts with a mark or a global and ends with a dot.
+        return (
+            "pickle"
+            if head[:1] in (b"(", b"c") and b"\n" in head and nbytes <= 4096 and head.rstrip()[-1:] == b"."
+            else "text"
+        )
+    return "unknown"
+
+
+def _near(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir()][:1000]
+    except OSError:
+        return ""
+    return did_you_mean(path.name, names)

@@ -1,0 +1,304 @@
+"""How a model becomes a float program: traced once with a batch of 2, pruned, its inputs and outputs named."""
+
+import copy
+import inspect
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputSpec
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from qcompress._quiet import quiet_torch
+from qcompress._value_names import input_names, key_name, output_names
+from qcompress.errors import ConfigError, DataError, SourceError, did_you_mean
+from qcompress.program import (
+    STATE_KINDS,
+    Arrays,
+    FloatProgram,
+    copy_graph,
+    identity,
+    rebuild,
+    tensor_of,
+    user_inputs,
+    value_of,
+)
+from qcompress.sources.base import ProgramOptions
+
+TRACE_BATCH: Final = 2  # torch.export specializes a batch of 1
+_STATISTICS: Final = ("training", "train")  # arguments that say: as in training
+
+
+def from_module(module: torch.nn.Module, options: ProgramOptions) -> FloatProgram:
+    """Trace a module.
+
+    Args:
+        module: any module that torch.export can trace; it is not modified (its training flags are restored).
+        options: example inputs (needed), names, dynamic axes.
+
+    Raises:
+        ConfigError: no example inputs.
+        SourceError: torch.export cannot trace the model; names the line of the user's code.
+    """
+    if not options.inputs:
+        raise ConfigError(
+            "Tracing the model takes an example input: give --input-shape 1,3,32,32 (the first number is the batch), "
+            "or data that has one (--data, --calibration)."
+        )
+    training = [m for m in module.modules() if m.training]
+    notes: tuple[str, ...] = ()
+    if module.training:
+        notes += ("The model was in training mode; it is exported in eval mode.",)
+    inputs = options.inputs
+    odd = sorted({str(t.dtype).removeprefix("torch.") for t in module.state_dict().values() if _is_odd_float(t.dtype)})
+    if odd:
+        notes += (f"The model holds {', '.join(odd)}; it is exported in float32.",)
+        module = copy.deepcopy(module).float()
+        inputs = {n: v.astype(np.float32) if v.dtype.kind == "f" else v for n, v in inputs.items()}
+    module.eval()
+    try:
+        args, kwargs = _arguments(module, inputs)
+        return _trace(module, args, kwargs, options, notes)
+    finally:
+        for m in training:
+            m.training = True
+
+
+def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatProgram:
+    """Take an exported program; one with a fixed batch is traced again, so that its batch becomes dynamic.
+
+    Raises:
+        SourceError: the program takes something other than tensors.
+    """
+    exported, notes = _in_eval_mode(exported)
+    wanted = {axis for _, axis in options.dynamic or {}} | {0}
+    fixed = [
+        node
+        for node in user_inputs(exported)
+        if any(isinstance(size, int) for axis, size in enumerate(value_of(node).shape) if axis in wanted)
+    ]
+    if not fixed:
+        return _canonical(exported, options, notes)
+    flat = [_example(node, options, i) for i, node in enumerate(user_inputs(exported))]
+    args, kwargs = pytree.tree_unflatten(flat, exported.call_spec.in_spec)
+    names = tuple(exported.graph_signature.user_inputs)
+    options = replace(options, input_names=options.input_names or input_names(exported, tuple(map(str, names))))
+    try:
+        return _trace(exported.module(check_guards=False), args, kwargs, options, notes)
+    except SourceError:
+        fixed_note = (
+            f"The program's inputs {', '.join(n.name for n in fixed)} stay fixed: it cannot be traced otherwise."
+        )
+        return _canonical(exported, options, (*notes, fixed_note))
+
+
+def _trace(
+    module: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: ProgramOptions,
+    notes: tuple[str, ...],
+) -> FloatProgram:
+    """Trace with a batch of 2 and dynamic axes; where the net allows no dynamic batch, as the example stands."""
+    two_args, two_kwargs = pytree.tree_map(_batch_of_two, (tuple(args), dict(kwargs)))
+    names = list(inspect.signature(module.forward).parameters)[: len(args)]
+    names += [f"argument_{i}" for i in range(len(names), len(args))]
+    dims = {n: _dynamic_axes(n, v, options) for n, v in (dict(zip(names, two_args, strict=True)) | two_kwargs).items()}
+    try:
+        shapes = dims if two_kwargs else tuple(dims.values())
+        exported = _export(module, two_args, two_kwargs, shapes)
+    except Exception:
+        try:
+            exported = _export(module, tuple(args), dict(kwargs), None)
+        except Exception as e:
+            raise SourceError(_export_failure(e)) from e
+    return _canonical(exported, options, notes)
+
+
+def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    with quiet_torch(), torch.no_grad():  # what fails is told by our own error
+        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+
+
+def _dynamic_axes(argument: str, value: Any, options: ProgramOptions) -> Any:
+    """For each tensor of an argument its dynamic axes: the first, and those that the user named."""
+
+    def axes(path: Sequence[Any], tensor: Any) -> dict[int, Any]:
+        if not isinstance(tensor, torch.Tensor):
+            return {}
+        name = key_name(path) or argument
+        wanted = {0} | {axis for given, axis in options.dynamic or {} if given == name}
+        return {axis: torch.export.Dim.AUTO for axis in sorted(wanted) if axis < tensor.ndim}
+
+    return pytree.tree_map_with_path(axes, value)
+
+
+def _batch_of_two(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+        return value
+    return value[:TRACE_BATCH] if len(value) >= TRACE_BATCH else torch.cat([value] * TRACE_BATCH)[:TRACE_BATCH]
+
+
+def _is_odd_float(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype != torch.float32
+
+
+def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Bind arrays to forward's arguments: by name, a single array to a single argument, several to one dict."""
+    tensors = {name: torch.from_numpy(np.array(value, order="C")) for name, value in inputs.items()}
+    parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    names = [p.name for p in parameters]
+    required = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return list(tensors.values()), {}
+    if len(tensors) == 1 and not set(tensors) & set(names):
+        return list(tensors.values()), {}
+    if len(required) == 1 and not set(tensors) & set(names):
+        return [tensors], {}
+    unknown = sorted(set(tensors) - set(names))
+    lacking = [n for n in required if n not in tensors]
+    if lacking or unknown:
+        faults = [f"{n} is missing." for n in lacking]
+        faults += [f"{n} is none of them.{did_you_mean(n, names)}" for n in unknown]
+        raise DataError(
+            f"The model's forward takes {', '.join(names)}; the example inputs are {', '.join(tensors)}: "
+            + " ".join(faults)
+        )
+    positional: list[Any] = []
+    for name in names:  # positional as far as there is no gap: torch.export then keeps forward's order
+        if name not in tensors:
+            break
+        positional.append(tensors[name])
+    rest = {n: tensors[n] for n in names[len(positional) :] if n in tensors}
+    return positional, rest
+
+
+def _canonical(exported: ExportedProgram, options: ProgramOptions, notes: tuple[str, ...]) -> FloatProgram:
+    """Prune what the graph does not use, give tied tensors one name, name inputs and outputs."""
+    for node in user_inputs(exported):
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            raise SourceError(
+                f"The model's input {node.name} must be a tensor, got {type(node.meta.get('val')).__name__}: "
+                "wrap the model in a module whose forward takes tensors alone."
+            )
+    exported = _prune(exported)
+    inputs = _check_names(options.input_names, input_names(exported), "--input-names", "inputs")
+    outputs = _check_names(options.output_names, output_names(exported), "--output-names", "outputs")
+    nodes = dict(zip(inputs, user_inputs(exported), strict=True))
+    _check_dynamic(options, {name: value_of(node).ndim for name, node in nodes.items()})
+    dynamic: dict[tuple[str, int], str] = {}
+    for name, node in nodes.items():
+        for axis, size in enumerate(value_of(node).shape):
+            if not isinstance(size, int):
+                default = "batch" if axis == 0 else f"{name}_{axis}"
+                dynamic[name, axis] = (options.dynamic or {}).get((name, axis), default)
+    fixed = {n: node for n, node in nodes.items() if value_of(node).ndim and (n, 0) not in dynamic}
+    if fixed:
+        sizes = ", ".join(f"{n} {list(value_of(node).shape)}" for n, node in fixed.items())
+        notes = (*notes, f"The model cannot take any batch: it is exported with fixed inputs ({sizes}).")
+    return FloatProgram(exported, inputs, outputs, dynamic, notes)
+
+
+def _check_dynamic(options: ProgramOptions, ranks: Mapping[str, int]) -> None:
+    for name, axis in options.dynamic or {}:
+        if name not in ranks:
+            raise ConfigError(f"--dynamic: the model has no input {name!r}; it has {', '.join(ranks)}.")
+        if axis >= ranks[name]:
+            raise ConfigError(f"--dynamic: input {name} has {ranks[name]} axes, there is no axis {axis}.")
+
+
+def _check_names(given: tuple[str, ...] | None, default: tuple[str, ...], flag: str, what: str) -> tuple[str, ...]:
+    if given is None:
+        return default
+    if len(given) != len(default) or len(set(given)) != len(given):
+        raise ConfigError(
+            f"{flag} must be {len(default)} different names (the {what}: {', '.join(default)}), got {','.join(given)}."
+        )
+    return given
+
+
+def _example(node: Node, options: ProgramOptions, index: int) -> torch.Tensor:
+    """An input for tracing an exported program again: the user's, or zeros of the shape that it was traced with."""
+    given = dict(options.inputs or {})
+    named = given.get(node.name, list(given.values())[index] if index < len(given) else None)
+    if named is not None:
+        return torch.from_numpy(np.array(named, order="C"))
+    value = value_of(node)
+    return torch.zeros([s if isinstance(s, int) else TRACE_BATCH for s in value.shape], dtype=value.dtype)
+
+
+def _in_eval_mode(exported: ExportedProgram) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """Switch BatchNorm and dropout of a program that was exported in training mode."""
+    trained = [n for n in exported.graph.nodes if n.op == "call_function" and _training_argument(n) is not None]
+    if not trained:
+        return exported, ()
+    module = copy_graph(exported)
+    for node in module.graph.nodes:
+        position = _training_argument(node) if node.op == "call_function" else None
+        if position is not None:
+            node.update_arg(position, False)
+    module.graph.lint()
+    module.recompile()
+    return rebuild(exported, module=module), ("The program was exported in training mode; it is used in eval mode.",)
+
+
+def _training_argument(node: Node) -> int | None:
+    """The position of an argument `training=True`, if the node has one."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return None
+    for position, argument in enumerate(schema.arguments):
+        if argument.name in _STATISTICS and position < len(node.args) and node.args[position] is True:
+            return position
+    return None
+
+
+def _prune(exported: ExportedProgram) -> ExportedProgram:
+    """Drop state that no node uses, and let tied tensors enter once, under their first name."""
+    module = copy_graph(exported)
+    by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
+    first_name: dict[tuple[Any, ...], str] = {}
+    for name, value in exported.state_dict.items():
+        first_name.setdefault(identity(value), name)
+    kept: dict[tuple[Any, ...], Node] = {}
+    specs: list[InputSpec] = []
+    for spec in exported.graph_signature.input_specs:
+        node = by_name[spec.arg.name]
+        if spec.kind not in STATE_KINDS:
+            specs.append(spec)
+            continue
+        same = identity(tensor_of(exported, spec))
+        if same in kept:
+            node.replace_all_uses_with(kept[same])
+        mutated = any(spec.target == m for m in exported.graph_signature.buffers_to_mutate.values())
+        if not node.users and not mutated:
+            module.graph.erase_node(node)
+            continue
+        kept.setdefault(same, node)
+        specs.append(replace(spec, target=first_name.get(same, spec.target)))
+    module.recompile()
+    return rebuild(exported, module=module, specs=specs)
+
+
+def _export_failure(error: Exception) -> str:
+    """One message from a torch.export failure: the reason's first line and the user's line that it came from."""
+    package = str(Path(torch.__file__).parent)
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith((package, "<")) and "qcompress" not in Path(f.filename).parts
+    ]
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    return (
+        f"torch.export cannot trace the model{where}: {reason} Change that line so that it can be traced, "
+        "or export an ONNX file of the model by other means and use that as MODEL."
+    )

@@ -1,0 +1,34 @@
+"""What all tests share: a quiet hypothesis, and the digits sample trained once."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# The same examples on every run and machine; time limits belong to no test that a busy machine may run.
+hypothesis.settings.register_profile("qcompress", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("qcompress")
+
+
+@pytest.fixture(scope="session")
+def digits(request: pytest.FixtureRequest) -> Path:
+    """A folder with what `samples/digits/train.py` writes; kept between runs until the sample changes. Read-only."""
+    sample = ROOT / "samples" / "digits"
+    key = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(sample.glob("*.py")))).hexdigest()[:12]
+    cache = request.config.cache
+    assert cache is not None
+    folder = Path(cache.mkdir("digits")) / key
+    if not folder.is_dir():
+        training = folder.with_name(f"{key}.{os.getpid()}")
+        training.mkdir()
+        subprocess.run([sys.executable, str(sample / "train.py"), "--out", str(training)], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        training.rename(folder)
+    return folder
