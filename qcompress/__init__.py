@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from qcompress.analysis import analyze
     from qcompress.artifacts import FloatWeight, IntegerWeight, PalettizedWeight
     from qcompress.compressed import CompressedModel
-    from qcompress.data import load_data
+    from qcompress.data import Dataset, load_data
     from qcompress.errors import QCompressError
     from qcompress.plan import Plan, load_plan
     from qcompress.posthoc.compress import compress
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Every public name and the module that holds it.
 _HOME: Final = {
     "CompressedModel": "qcompress.compressed",
+    "Dataset": "qcompress.data",
     "FloatWeight": "qcompress.artifacts",
     "IntegerWeight": "qcompress.artifacts",
     "PalettizedWeight": "qcompress.artifacts",
@@ -33,6 +34,7 @@ _HOME: Final = {
 
 __all__ = [
     "CompressedModel",
+    "Dataset",
     "FloatWeight",
     "IntegerWeight",
     "PalettizedWeight",

@@ -317,7 +317,10 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
             lambda: Plan().with_flags(scheme="auto"),
             r"--scheme must be 'palette', the only scheme of this version, got 'auto'\.",
         ),
-        (lambda: Plan(kind={"convs": Settings()}), r"\[kind\.convs\]: unknown kind; known: .* Did you mean conv or .*\?"),
+        (
+            lambda: Plan(kind={"convs": Settings()}),
+            r"\[kind\.convs\]: unknown kind; known: .* Did you mean conv or .*\?",
+        ),
     ],
 )
 def test_from_python_and_from_flags_the_words_are_the_same(call, message):

@@ -11,7 +11,7 @@ import click
 from rich.table import Table
 
 from qcompress.artifacts import PalettizedWeight
-from qcompress.errors import ConfigError
+from qcompress.errors import ConfigError, OutputError
 from qcompress.files import check_writable, write_whole
 from qcompress.plan import Plan, ResolvedPlan, load_plan
 from qcompress.size import format_size
@@ -22,7 +22,7 @@ from qcompress_cli.exits import CHECK_FAILED
 from qcompress_cli.numbers import shape_text
 from qcompress_cli.open_model import open_model
 from qcompress_cli.program import open_program
-from qcompress_cli.project import Settings, settings
+from qcompress_cli.project import OWN_FILE, PYPROJECT, Settings, settings
 from qcompress_cli.text import printable
 
 if TYPE_CHECKING:
@@ -83,9 +83,8 @@ def command(
     given = settings(flags)
     source = open_model(given, ui)
     inputs = _input_files(source, given)
-    for path in (given.output, save_plan):
-        if path is not None and not dry_run:
-            check_writable(path, force=given.force, inputs=inputs)
+    if not dry_run:
+        _check_outputs(given, save_plan, save_compressed, inputs)
 
     from qcompress_exporters.onnx_file import build
     from qcompress_exporters.targets import DEFAULT_TARGET
@@ -157,10 +156,25 @@ def _compressed(
 
 
 def _input_files(source: Source, given: Settings) -> list[Path]:
-    """Files of the user's that this command reads and must never replace."""
-    named = [given.data, given.calibration, given.arch]
+    """Files of the user's that this command reads and must never replace; those of a folder one by one."""
+    named = [given.data, given.calibration, given.arch, given.transform]
     files = [Path(text.rpartition(":")[0] or text) for text in named if text] + [Path(t) for t in named if t]
-    return [p for p in (source.path, given.plan, *files) if p is not None and p.exists()]
+    found = [p for p in (source.path, given.plan, Path(OWN_FILE), Path(PYPROJECT), *files) if p and p.exists()]
+    return [inner for p in found for inner in (sorted(p.iterdir()) if p.is_dir() else [p])]
+
+
+def _check_outputs(given: Settings, save_plan: Path | None, save_compressed: Path | None, inputs: list[Path]) -> None:
+    """Refuse what cannot be written before the long work begins."""
+    files = [path for path in (given.output, save_plan) if path is not None]
+    for path in files:
+        check_writable(path, force=given.force, inputs=inputs)
+    if save_compressed is not None:
+        if save_compressed.exists():
+            raise OutputError(f"{save_compressed} exists: name another folder, or remove it first.")
+        check_writable(save_compressed)
+        files.append(save_compressed)
+    if len({path.absolute() for path in files}) < len(files):
+        raise ConfigError("-o, --save-plan and --save-compressed must name different files.")
 
 
 def _default_output(source: Source, widths: Collection[int]) -> Path:

@@ -23,22 +23,42 @@ def open_program(source: Source, given: Settings, ui: Ui, options: ProgramOption
         source: the opened MODEL.
         given: the run's settings: --input-shape, else --data, else --calibration gives the example input.
         ui: is told what the user should know.
-        options: names that the program must have, where they are known already.
+        options: names and dynamic axes that the program must have, where they are known already.
+
+    Raises:
+        DataError: the example input does not fit the model.
     """
     options = options or ProgramOptions()
+    inputs = example_inputs(given)
     program = source.program(
         replace(
             options,
-            inputs=example_inputs(given),
-            dynamic={(d.name, d.axis): d.label for d in given.dynamic} or None,
+            inputs=inputs,
+            dynamic={(d.name, d.axis): d.label for d in given.dynamic} or options.dynamic,
             input_names=given.input_names or options.input_names,
             output_names=given.output_names or options.output_names,
             device=device(given),
         )
     )
+    if inputs is not None:
+        _check_fits(program, inputs)
     for note in program.notes:
         ui.note(note)
     return program
+
+
+def _check_fits(program: "FloatProgram", inputs: Mapping[str, npt.NDArray[Any]]) -> None:
+    """An exported program is not traced again, so that nothing else would notice data of another model."""
+    renamed = not set(inputs) & set(program.input_names) and len(inputs) == len(program.input_names)
+    arrays = dict(zip(program.input_names, inputs.values(), strict=True)) if renamed else inputs
+    batch = program.fixed_batch
+    program.bind(
+        arrays if batch is None else {n: a if a.ndim == 0 else _of_length(a, batch) for n, a in arrays.items()}
+    )
+
+
+def _of_length(values: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
+    return np.concatenate([values] * -(-length // max(1, len(values))))[:length]
 
 
 def example_inputs(given: Settings) -> Mapping[str, npt.NDArray[Any]] | None:

@@ -37,6 +37,7 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     """
     from qcompress.data import load_data
     from qcompress.metrics import load_metric
+    from qcompress.sources.compressed_folder import CompressedSource
     from qcompress_exporters import metadata
     from qcompress_exporters.lower import serialize
     from qcompress_exporters.parity import validate
@@ -64,12 +65,25 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     if source.path is not None and source.path.exists() and source.path.samefile(file):
         raise SourceError(f"{file} is MODEL itself: name the original model first, then the file that export wrote.")
     graph = compressed.model.graph
-    names = ProgramOptions(
-        input_names=tuple(v.name for v in graph.input), output_names=tuple(v.name for v in graph.output)
+    as_exported = ProgramOptions(
+        input_names=tuple(v.name for v in graph.input),
+        output_names=tuple(v.name for v in graph.output),
+        dynamic={
+            (v.name, axis): size.dim_param
+            for v in graph.input
+            for axis, size in enumerate(v.type.tensor_type.shape.dim)
+            if axis and size.dim_param
+        },
     )
-    program = open_program(source, given, ui, names)
+    try:
+        program = open_program(source, given, ui, as_exported)
+    except ConfigError:
+        if given.input_names or given.output_names or given.dynamic:
+            raise
+        program = open_program(source, given, ui)  # what is wrong is then the file's names: validate tells which
+    made_from = source.model().source_digest if isinstance(source, CompressedSource) else source.sha256[:11]
     report = validate(
-        program, file, data, metric=metric, seed=seed, device=device(given),
+        program, file, data, metric=metric, source_digest=made_from, seed=seed, device=device(given),
         track=lambda batches: ui.track(batches, "running both"),
     )  # fmt: skip
 

@@ -87,6 +87,7 @@ class ParityReport:
         outputs: by name of the output.
         metric: the user's metric, where there are labels.
         same_ops: whether onnxruntime's optimised graph of the file holds the same operators as the float file's.
+        same_source: whether the file was exported from this very model file; None where that is not known.
         cpu: features that integer kernels depend on.
         notes: what a user should be told.
     """
@@ -97,6 +98,7 @@ class ParityReport:
     outputs: Mapping[str, OutputReport]
     metric: MetricResult | None
     same_ops: bool
+    same_source: bool | None
     cpu: Mapping[str, bool | None]
     notes: tuple[str, ...] = ()
 
@@ -129,6 +131,7 @@ class ParityReport:
             "sqnr_db": self.sqnr_db,
             "metric": None if self.metric is None else asdict(self.metric),
             "same_ops": self.same_ops,
+            "same_source": self.same_source,
             "cpu": dict(self.cpu),
             "notes": list(self.notes),
         }
@@ -140,6 +143,7 @@ def validate(
     data: Dataset,
     *,
     metric: Metric | None = None,
+    source_digest: str = "",
     seed: int = 0,
     device: str = "cpu",
     track: Track = iter,
@@ -151,6 +155,7 @@ def validate(
         path: the file.
         data: inputs, with labels where there are any.
         metric: what to measure where there are labels.
+        source_digest: short digest of the model file that `model` was read from; a compressed model knows its own.
         seed: of the bootstrap.
         device: where the original runs.
         track: passes batches on: a progress bar.
@@ -162,7 +167,11 @@ def validate(
     file = metadata.read(Path(path))
     if not file.is_ours:
         raise SourceError(f"{path} was not written by qcompress: validate compares a file with what export knew of it.")
-    program = model.program if isinstance(model, CompressedModel) else model
+    if isinstance(model, CompressedModel):
+        program, source_digest = model.program, model.source_digest
+    else:
+        program = model
+    _check_names(program, file)
     weights, reference, graph = _reference(program, file.model)
     data = _usable(program, data)
     head = list(_bound(program, _usable(program, data.head(max(PARITY_SAMPLES, program.fixed_batch or 0)))))
@@ -173,12 +182,28 @@ def validate(
     original = float_file(graph, fold_batchnorm(program).state())
     checks += [_exporter_check(original, program, head, mode, device) for mode in _MODES]
     ours, theirs = _both(program, packed, data, device, track)
+    _check_finite(theirs, "the original")
+    _check_finite(ours, str(path))
+    for name in program.output_names:
+        if ours[name].shape != theirs[name].shape:
+            ours_shape, theirs_shape = (list(o[name].shape[1:]) for o in (ours, theirs))
+            raise SourceError(
+                f"{path} was not made from this model: its output {name} has shape {ours_shape} for each sample, "
+                f"the model's {theirs_shape}."
+            )
     outputs = {name: _output_report(theirs[name], ours[name]) for name in program.output_names}
-    notes = tuple(
+    made_from = file.metadata.get(metadata.SOURCE, "")
+    same_source = made_from == source_digest if made_from and source_digest else None
+    notes = [
         f"output {name}: {CONSTANT}, so that parity and agreement prove nothing"
         for name, o in outputs.items()
         if o.constant
-    )
+    ]
+    if same_source is False:
+        notes.append(
+            f"{file.path.name} was not exported from this model file (it was from one with the digest {made_from}, "
+            f"this one has {source_digest}): where it should have been, export it again"
+        )
     measured = None
     if metric is not None:
         if data.labels is None:
@@ -196,9 +221,22 @@ def validate(
         outputs=outputs,
         metric=measured,
         same_ops=optimized_ops(packed) == optimized_ops(original),
+        same_source=same_source,
         cpu=cpu_features(),
-        notes=notes,
+        notes=tuple(notes),
     )
+
+
+def _check_names(program: FloatProgram, file: metadata.CompressedFile) -> None:
+    for what, wanted, values in (
+        ("inputs", program.input_names, file.model.graph.input),
+        ("outputs", program.output_names, file.model.graph.output),
+    ):
+        if sorted(wanted) != sorted(v.name for v in values):
+            raise SourceError(
+                f"{file.path} was not made from this model: its {what} are {', '.join(v.name for v in values)}, "
+                f"the model's {', '.join(wanted)}."
+            )
 
 
 def _reference(program: FloatProgram, model: onnx.ModelProto) -> tuple[Check, bytes | None, Trace]:
@@ -278,6 +316,13 @@ def _exporter_check(original: bytes, program: FloatProgram, batches: list[Arrays
     runner = program.runner(device)
     wanted = _concatenated([runner(b) for b in batches])
     got = _outputs(original, batches, mode)
+    _check_finite(wanted, "the original")
+    for name, values in wanted.items():
+        if got[name].shape != values.shape or not np.isfinite(got[name]).all():
+            what = f"has shape {list(got[name].shape)}, torch gives {list(values.shape)}"
+            what = what if got[name].shape != values.shape else "holds NaN or Inf, torch's does not"
+            detail = f"float model, onnxruntime against torch; output {name} {what}"
+            return Check(name="exporter", session=mode, ok=False, error=None, limit=EXPORTER_TOLERANCE, detail=detail)
     errors = {name: _error(wanted[name], got[name]) for name in wanted}
     known = {name: e for name, e in errors.items() if e is not None}
     if not known:
@@ -339,10 +384,20 @@ def _output_report(original: npt.NDArray[Any], ours: npt.NDArray[Any]) -> Output
 
 
 def _error(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float | None:
-    """Largest difference over the spread; None where there is no spread to speak of."""
-    if wanted.shape != got.shape or is_constant(wanted):
+    """Largest difference over the spread; None where there is no spread to speak of, or no finite difference."""
+    if wanted.shape != got.shape or not (np.isfinite(wanted).all() and np.isfinite(got).all()) or is_constant(wanted):
         return None
     return float(np.abs(wanted.astype(np.float64) - got).max() / spread(wanted))
+
+
+def _check_finite(outputs: Arrays, of: str) -> None:
+    for name, values in outputs.items():
+        bad = values.size - int(np.isfinite(values).sum())
+        if bad:
+            raise DataError(
+                f"Output {name} of {of} must be finite to be compared, {bad} of its {values.size} values on this data "
+                "are NaN or Inf."
+            )
 
 
 def _same_bits(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:

@@ -1,48 +1,17 @@
 """`package.module:factory` and `path/file.py:factory`: user code that the user named, found and called."""
 
-import ast
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from qcompress.errors import ConfigError, SourceError, did_you_mean
+from qcompress.errors import SourceError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
-
-
-def parse_arch_kwargs(items: Iterable[str]) -> dict[str, Any]:
-    """Arguments of a factory from `name=value` words: Python literals, true, false and none; anything else is text.
-
-    Raises:
-        ConfigError: a word without a name, or a name given twice.
-
-    >>> parse_arch_kwargs(["num_classes=10", "width=0.75", "name=abc", "flag=true", "dims=(1,2)"])
-    {'num_classes': 10, 'width': 0.75, 'name': 'abc', 'flag': True, 'dims': (1, 2)}
-    """
-    kwargs: dict[str, Any] = {}
-    for item in items:
-        name, equals, text = item.partition("=")
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"--arch-kwargs needs name=value, got {item!r}: write num_classes=10, for one.")
-        if name in kwargs:
-            raise ConfigError(f"--arch-kwargs names {name!r} twice: keep one.")
-        kwargs[name] = _literal(text)
-    return kwargs
-
-
-def _literal(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
 
 
 def find_object(spec: str, flag: str) -> Any:

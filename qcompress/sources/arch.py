@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompress.errors import SourceError, did_you_mean
-from qcompress.sources._factory import build_module, parse_arch_kwargs
+from qcompress.sources._factory import build_module
 from qcompress.sources.base import LazyArray, ProgramOptions, SourceOptions, SourceTensor
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qcompress.program import FloatProgram
 
-__all__ = ["load_state", "module_of_state_dict", "parse_arch_kwargs", "program_of_state_dict", "with_kinds_of"]
+__all__ = ["load_state", "module_of_state_dict", "program_of_state_dict", "with_kinds_of"]
 
 
 def program_of_state_dict(

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, final
 import numpy as np
 
 from qcompress.errors import QCompressError, SourceError, UnsafeFileError, missing
-from qcompress.sources import _files
 from qcompress.sources._allowed import allow_list, calls
 from qcompress.sources._factory import one_line
+from qcompress.sources._files import AbstractFile
 from qcompress.sources._inert import unpickle
 from qcompress.sources._named import Named, choose
 from qcompress.sources._standins import Name
@@ -43,7 +43,7 @@ class _Content:
 
 
 @final
-class CheckpointSource:
+class CheckpointSource(AbstractFile):
     """The tensors of a torch checkpoint, and its program where it is a module or `--arch` is named.
 
     Args:
@@ -56,8 +56,7 @@ class CheckpointSource:
     """
 
     def __init__(self, path: Path, options: SourceOptions | None = None, *, legacy: bool = False) -> None:
-        self.path: Path | None = path
-        self._file = path
+        self.path = path
         self._options = options or SourceOptions()
         self._content = _read_legacy(path) if legacy else _read_zip(path)
         try:
@@ -68,21 +67,6 @@ class CheckpointSource:
                 raise UnsafeFileError(f"{e} Its pickle names {named}; nothing of it was run.") from None
             raise
         self._check()
-
-    @property
-    def label(self) -> str:
-        """The path as given."""
-        return str(self._file)
-
-    @property
-    def original_bytes(self) -> int:
-        """Bytes of the file."""
-        return _files.nbytes_of(self._file)
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the file."""
-        return _files.sha256_of(self._file)
 
     @property
     def note(self) -> str | None:
@@ -130,7 +114,7 @@ class CheckpointSource:
             allowed = allow_list(self._content.names, self._options.allow_classes, self.label)
         try:
             with torch.serialization.safe_globals(allowed):
-                value = torch.load(self._file, map_location="cpu", weights_only=not self._options.trust_pickle)
+                value = torch.load(self.path, map_location="cpu", weights_only=not self._options.trust_pickle)
         except QCompressError:
             raise
         except Exception as e:

@@ -6,10 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from qcompress.compressed import PROGRAM, WEIGHTS, CompressedModel, read_artifacts
 from qcompress.sources.base import UNKNOWN, LazyArray, ProgramOptions, SourceOptions, SourceTensor
 
+# qcompress.compressed is imported where it is used: it imports the plan, and that the sources.
+
 if TYPE_CHECKING:
+    from qcompress.compressed import CompressedModel
     from qcompress.program import FloatProgram
 
 
@@ -33,15 +35,21 @@ class CompressedSource:
     @property
     def original_bytes(self) -> int:
         """Bytes of the files that hold weights."""
+        from qcompress.compressed import PROGRAM, WEIGHTS
+
         return sum((self.path / name).stat().st_size for name in (WEIGHTS, PROGRAM) if (self.path / name).exists())
 
     @property
     def sha256(self) -> str:
         """SHA-256 of the weights file."""
+        from qcompress.compressed import WEIGHTS
+
         return hashlib.sha256((self.path / WEIGHTS).read_bytes()).hexdigest()
 
     def tensors(self) -> Iterator[SourceTensor]:
         """Every tensor, dequantized."""
+        from qcompress.compressed import read_artifacts
+
         for name, artifact in read_artifacts(self.path)[1].items():
             yield SourceTensor(name, UNKNOWN, LazyArray(artifact.shape, "float32", artifact.dequantize))
 
@@ -49,10 +57,12 @@ class CompressedSource:
         """The float program, as saved."""
         return self._model.program
 
-    def model(self) -> CompressedModel:
+    def model(self) -> "CompressedModel":
         """The compressed model itself."""
         return self._model
 
     @cached_property
-    def _model(self) -> CompressedModel:
+    def _model(self) -> "CompressedModel":
+        from qcompress.compressed import CompressedModel
+
         return CompressedModel.load(self.path)

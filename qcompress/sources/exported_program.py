@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 from qcompress.errors import QCompressError, SourceError, UnsafeFileError, missing
-from qcompress.sources import _files
 from qcompress.sources._factory import one_line
+from qcompress.sources._files import AbstractFile
 from qcompress.sources._graph_check import checked_program
 from qcompress.sources._graph_kinds import graph_kinds
 from qcompress.sources._payload import Payload, read_payload
@@ -42,7 +42,7 @@ _MEMBERS: Final = re.compile(
 
 
 @final
-class ExportedSource:
+class ExportedSource(AbstractFile):
     """An exported program in a file: its tensors read from the archive, its program through a checked copy.
 
     Args:
@@ -56,8 +56,7 @@ class ExportedSource:
     """
 
     def __init__(self, path: Path, options: SourceOptions | None = None, *, weightless: bool = False) -> None:
-        self.path: Path | None = path
-        self._file = path
+        self.path = path
         self._options = options or SourceOptions()
         self._archive = ZipArchive(path)
         _check_members(self._archive)
@@ -66,21 +65,6 @@ class ExportedSource:
         self._constants = read_payload(self._archive, "constants")
         if not weightless and not self._weights.views and not self._constants.views:
             raise SourceError(f"no tensor found in {path}: the exported program has no weights.")
-
-    @property
-    def label(self) -> str:
-        """The path as given."""
-        return str(self._file)
-
-    @property
-    def original_bytes(self) -> int:
-        """Bytes of the file."""
-        return _files.nbytes_of(self._file)
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the file."""
-        return _files.sha256_of(self._file)
 
     def tensors(self) -> Iterator[SourceTensor]:
         """Every weight and constant, tied ones once; torch is not asked, nothing of the file is run."""

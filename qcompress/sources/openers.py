@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from qcompress.errors import DependencyError, SourceError, UnsafeFileError
 from qcompress.sources.base import Source, SourceOptions
@@ -117,8 +117,8 @@ def _from_pickle(path: Path, options: SourceOptions) -> Source:
 
 
 def _from_object(model: object, options: SourceOptions) -> Source:
-    if isinstance(model, Source):
-        return model
+    if all(hasattr(type(model), method) for method in ("tensors", "program")):  # a Source; isinstance would hash it
+        return cast(Source, model)
     if isinstance(model, Mapping):
         from qcompress.sources.state_dict import StateDictSource
 

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from qcompress.errors import SourceError
-from qcompress.sources import _files
+from qcompress.sources._files import AbstractFile
 from qcompress.sources._strided import Bytes, Strided, lazy_view
 from qcompress.sources.arch import program_of_state_dict, with_kinds_of
 from qcompress.sources.base import UNKNOWN, ProgramOptions, SourceOptions, SourceTensor
@@ -46,7 +46,7 @@ MAX_HEADER: Final = 100_000_000  # the format's own limit
 
 
 @final
-class SafetensorsSource:
+class SafetensorsSource(AbstractFile):
     """The tensors of a .safetensors file; with `--arch` also a program.
 
     Raises:
@@ -54,27 +54,11 @@ class SafetensorsSource:
     """
 
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
-        self.path: Path | None = path
-        self._file = path
+        self.path = path
         self._options = options or SourceOptions()
         self._views, self._start = _read_header(path)
         if not self._views:
             raise SourceError(f"no tensor found in {path}: it is a safetensors file without one.")
-
-    @property
-    def label(self) -> str:
-        """The path as given."""
-        return str(self._file)
-
-    @property
-    def original_bytes(self) -> int:
-        """Bytes of the file."""
-        return _files.nbytes_of(self._file)
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the file."""
-        return _files.sha256_of(self._file)
 
     def tensors(self) -> Iterator[SourceTensor]:
         """Every tensor in the order of its data; the kinds are those of `--arch`, else unknown."""
@@ -89,7 +73,7 @@ class SafetensorsSource:
             yield SourceTensor(name, UNKNOWN, lazy_view(view, partial(self._read, start, stop)))
 
     def _read(self, start: int, stop: int) -> Bytes:
-        return np.memmap(self._file, np.uint8, "r", self._start + start, (stop - start,))
+        return np.memmap(self.path, np.uint8, "r", self._start + start, (stop - start,))
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[int, int, Strided]], int]:

@@ -5,9 +5,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from qcompress.errors import ConfigError, SourceError
+from qcompress.errors import SourceError
 from qcompress.sources import ProgramOptions, SourceOptions, load_source
-from qcompress.sources.arch import module_of_state_dict, parse_arch_kwargs
+from qcompress.sources.arch import module_of_state_dict
 
 OPTIONS = ProgramOptions(inputs={"x": np.zeros((2, 3), np.float32)})
 NETS = """
@@ -145,19 +145,6 @@ def test_shapes_that_do_not_fit(folder):
         "state dict does not fit --arch nets/net.py:build: 6 shapes differ (second.weight is [2, 5] in the file, "
         "[10, 5] in the architecture; "
     )
-
-
-@pytest.mark.parametrize(
-    ("words", "match"),
-    [
-        (["classes"], r"^--arch-kwargs needs name=value, got 'classes': write num_classes=10, for one\.$"),
-        (["1a=3"], r"^--arch-kwargs needs name=value, got '1a=3'"),
-        (["a=3", "a=4"], r"^--arch-kwargs names 'a' twice: keep one\.$"),
-    ],
-)
-def test_arch_kwargs_errors(words, match):
-    with pytest.raises(ConfigError, match=match):
-        parse_arch_kwargs(words)
 
 
 def test_state_dict_in_memory_must_hold_tensors():

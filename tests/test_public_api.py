@@ -1,0 +1,51 @@
+"""Public names are a promise, and importing them costs nothing."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+import qcompress
+import qcompress_exporters
+
+CORE = [
+    "CompressedModel", "Dataset", "FloatWeight", "IntegerWeight", "PalettizedWeight", "Plan", "QCompressError",
+    "analyze", "compress", "load_data", "load_plan", "load_source",
+]  # fmt: skip
+EXPORTERS = ["ExportReport", "ParityReport", "build", "export", "validate"]
+
+
+@pytest.mark.parametrize(("package", "names"), [(qcompress, CORE), (qcompress_exporters, EXPORTERS)])
+def test_public_names(package, names):
+    assert sorted(package.__all__) == names == dir(package)
+    for name in names:
+        value = getattr(package, name)
+        assert callable(value), f"{name} is a module: a submodule of that name hides it"
+        assert value.__doc__
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+
+
+def test_a_name_is_still_itself_after_its_neighbours_were_imported():
+    for module in ("qcompress.analysis", "qcompress.posthoc.compress", "qcompress_exporters.onnx_file"):
+        importlib.import_module(module)
+    assert callable(qcompress.analyze)
+    assert callable(qcompress.compress)
+    assert callable(qcompress_exporters.export)
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import qcompress, qcompress_exporters, qcompress_cli", ["torch", "onnx", "numpy", "onnx_ir", "onnxscript"]),
+        ("from qcompress import analyze, load_source, Plan, PalettizedWeight", ["torch", "onnx", "scipy", "sklearn"]),
+        ("import qcompress.gate, qcompress_exporters.metadata", ["torch", "onnx_ir", "onnxscript", "onnxruntime"]),
+        ("from qcompress import CompressedModel, load_data", ["torch", "onnx"]),
+    ],
+)
+def test_lean_imports(code, absent):
+    script = f"{code}\nimport json, sys; print(json.dumps(sorted(m for m in sys.modules if '.' not in m)))"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert not set(json.loads(out)) & set(absent)

@@ -1,0 +1,89 @@
+"""Every code block of the README runs.
+
+`python` blocks are executed one after the other in one namespace. Of `console` and `sh` blocks the lines that begin
+with `qcompress` (after an optional `$ `) are run; each must exit 0. All of it happens in a folder that holds what the
+digits sample writes. A block is left out only where the line above its fence is a comment that says why:
+`<!-- skip: takes an hour -->`.
+"""
+
+import contextlib
+import io
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+_FENCE = re.compile(r"(?:<!-- skip: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+_SHELLS = ("console", "sh", "bash")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, the line it starts at, and why it does not run, if so."""
+
+    language: str
+    code: str
+    line: int
+    skip: str | None
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """The fenced blocks of a Markdown text."""
+    for match in _FENCE.finditer(text):
+        line = text.count("\n", 0, match.start("language")) + 1
+        yield Block(match["language"], match["code"], line, match["reason"])
+
+
+def commands(code: str) -> list[str]:
+    """The qcompress commands of a shell block; a line that ends in a backslash goes on."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [line for line in (raw.strip().removeprefix("$ ") for raw in lines) if line.split()[:1] == ["qcompress"]]
+
+
+RUNNABLE = [block for block in blocks(README.read_text(encoding="utf-8")) if block.language in ("python", *_SHELLS)]
+
+
+@pytest.fixture(scope="module")
+def session(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    """One folder and one Python namespace for the whole README: a block may use what those before it made."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(digits, folder, dirs_exist_ok=True)
+    return folder, {"__name__": "__readme__"}
+
+
+@pytest.mark.parametrize("block", RUNNABLE, ids=lambda block: f"line {block.line}")
+def test_a_block_runs(block, session, monkeypatch):
+    if block.skip is not None:
+        pytest.skip(block.skip)
+    folder, namespace = session
+    monkeypatch.chdir(folder)
+    if block.language == "python":
+        exec(compile(block.code, f"README.md:{block.line}", "exec"), namespace)
+        return
+    from qcompress_cli.main import run
+
+    for command in commands(block.code):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = run(shlex.split(command, comments=True)[1:])
+        assert code == 0, f"`{command}` exited {code}:\n{output.getvalue()}"
+
+
+def test_blocks_are_found_with_their_language_line_and_reason():
+    text = "# A\n\n```python\nx = 1\n```\n\n<!-- skip: needs a GPU -->\n```sh\nqcompress analyze\n```\n"
+    assert list(blocks(text)) == [
+        Block("python", "x = 1\n", 3, None),
+        Block("sh", "qcompress analyze\n", 8, "needs a GPU"),
+    ]
+
+
+def test_only_qcompress_commands_are_taken_from_a_shell_block():
+    code = (
+        "$ qcompress analyze model.pt  # look\ntotal 3\npip install qcompress\nqcompress export m.pt \\\n  --bits 2\n\n"
+    )
+    assert commands(code) == ["qcompress analyze model.pt  # look", "qcompress export m.pt    --bits 2"]
