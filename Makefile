@@ -7,7 +7,7 @@ SET_UP := .venv/.set-up
 
 $(SET_UP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	@touch $@
 
 # Train the sample, compress it to 2 bits, prove it, and gate it; then the same with a qcompress.toml.

@@ -6,9 +6,9 @@ import io
 import numpy as np
 import numpy.typing as npt
 import torch
-from nets import randomized
 from torch import nn
 
+from nets import randomized
 from qcompress.compressed import CompressedModel
 from qcompress.plan import Plan, Settings
 from qcompress.posthoc.compress import compress_program
@@ -16,6 +16,7 @@ from qcompress.program import FloatProgram
 from qcompress.sources.base import ProgramOptions
 from qcompress.tracing import from_exported
 from qcompress_exporters.onnx_file import Built, build
+from qcompress_exporters.trace import Trace, trace
 
 LAYERS = ("stem", "left", "right", "head")
 
@@ -92,3 +93,15 @@ def compressed(seed: int = 0) -> CompressedModel:
 def built(seed: int = 0) -> Built:
     """The ONNX file of `compressed(seed)`, in memory."""
     return build(compressed(seed))
+
+
+def trace_once(program: FloatProgram) -> Trace:
+    """`trace`, remembered: weights are open in it, so that only the graph counts."""
+    shapes = {name: tuple(value.shape) for name, value in program.state().items()}
+    key = repr((program.exported.graph, shapes, program.input_names, program.output_names, program.dynamic))
+    if key not in _TRACES:
+        _TRACES[key] = trace(program)
+    return _TRACES[key]
+
+
+_TRACES: dict[str, Trace] = {}

@@ -2,8 +2,9 @@
 
 `python` blocks are executed one after the other in one namespace. Of `console` and `sh` blocks the lines that begin
 with `qcompress` (after an optional `$ `) are run; each must exit 0. All of it happens in a folder that holds what the
-digits sample writes. A block is left out only where the line above its fence is a comment that says why:
-`<!-- skip: takes an hour -->`.
+digits sample writes, and its `net.py`. The line above a fence may be a comment:
+`<!-- skip: takes an hour -->` leaves the block out and says why; `<!-- file: mixed.toml -->` puts its text into the
+folder under that name, before anything runs.
 """
 
 import contextlib
@@ -18,25 +19,29 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
-_FENCE = re.compile(r"(?:<!-- skip: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+_FENCE = re.compile(
+    r"(?:^<!-- (?P<note>skip|file): (?P<text>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
+)
 _SHELLS = ("console", "sh", "bash")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text, the line it starts at, and why it does not run, if so."""
+    """A fenced block: its language, its text, the line it starts at, why it does not run, and the file that it is."""
 
     language: str
     code: str
     line: int
-    skip: str | None
+    skip: str | None = None
+    file: str | None = None
 
 
 def blocks(text: str) -> Iterator[Block]:
     """The fenced blocks of a Markdown text."""
     for match in _FENCE.finditer(text):
         line = text.count("\n", 0, match.start("language")) + 1
-        yield Block(match["language"], match["code"], line, match["reason"])
+        notes = {match["note"]: match["text"]} if match["note"] else {}
+        yield Block(match["language"], match["code"], line, **notes)
 
 
 def commands(code: str) -> list[str]:
@@ -45,7 +50,8 @@ def commands(code: str) -> list[str]:
     return [line for line in (raw.strip().removeprefix("$ ") for raw in lines) if line.split()[:1] == ["qcompress"]]
 
 
-RUNNABLE = [block for block in blocks(README.read_text(encoding="utf-8")) if block.language in ("python", *_SHELLS)]
+BLOCKS = list(blocks(README.read_text(encoding="utf-8")))
+RUNNABLE = [block for block in BLOCKS if block.language in ("python", *_SHELLS)]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,10 @@ def session(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """One folder and one Python namespace for the whole README: a block may use what those before it made."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(digits, folder, dirs_exist_ok=True)
+    shutil.copy(README.parent / "samples" / "digits" / "net.py", folder)
+    for block in BLOCKS:
+        if block.file is not None:
+            (folder / block.file).write_text(block.code, encoding="utf-8")
     return folder, {"__name__": "__readme__"}
 
 
@@ -75,10 +85,14 @@ def test_a_block_runs(block, session, monkeypatch):
 
 
 def test_blocks_are_found_with_their_language_line_and_reason():
-    text = "# A\n\n```python\nx = 1\n```\n\n<!-- skip: needs a GPU -->\n```sh\nqcompress analyze\n```\n"
+    text = (
+        "# A\n\n```python\nx = 1\n```\n\n<!-- skip: needs a GPU -->\n```sh\nqcompress analyze\n```\n"
+        "<!-- file: plan.toml -->\n```toml\nversion = 1\n```\n"
+    )
     assert list(blocks(text)) == [
-        Block("python", "x = 1\n", 3, None),
-        Block("sh", "qcompress analyze\n", 8, "needs a GPU"),
+        Block("python", "x = 1\n", 3),
+        Block("sh", "qcompress analyze\n", 8, skip="needs a GPU"),
+        Block("toml", "version = 1\n", 12, file="plan.toml"),
     ]
 
 

@@ -13,6 +13,7 @@ TYPES = {
     "string": lambda v: isinstance(v, str),
     "boolean": lambda v: isinstance(v, bool),
     "table": lambda v: isinstance(v, dict),
+    "list": lambda v: isinstance(v, list),
 }
 
 
@@ -21,28 +22,32 @@ def documented(command):
     return dict(re.findall(r"^\| `([^`]+)` \| (\S+) \|", section[1], re.M))
 
 
-def written(value, path=""):
+def written(value, keys, path=""):
     """Every value of a document with its path in the notation of the docs."""
     if isinstance(value, list):
-        for item in value:
-            yield from written(item, f"{path}[]")
-    elif isinstance(value, dict):
-        if path.endswith("[]"):
+        if path in keys:
             yield path, value
+        for item in value:
+            yield from written(item, keys, f"{path}[]")
+    elif isinstance(value, dict):
+        if path in keys or path.endswith("[]"):
+            yield path, value
+        by_name = any(key.startswith(f"{path}{{}}") for key in keys)
         for key, item in value.items():
-            inner = f"{path}{{}}" if key.isdecimal() else f"{path}.{key}".lstrip(".")
-            yield from written(item, inner)
+            inner = f"{path}{{}}" if by_name else f"{path}.{key}".lstrip(".")
+            yield from written(item, keys, inner)
     else:
         yield path, value
 
 
 def check(command, stdout):
     keys = documented(command)
-    found = list(written(json.loads(stdout)))
+    found = list(written(json.loads(stdout), keys))
     for path, value in found:
         assert path in keys, f"{path} is not in docs/json.md"
-        kind = keys[path]
-        assert (value is None and kind.endswith("?")) or TYPES[kind.rstrip("?")](value), (path, value, kind)
+        kinds = keys[path]
+        null = value is None and kinds.endswith("?")
+        assert null or any(TYPES[kind](value) for kind in kinds.rstrip("?").split("/")), (path, value, kinds)
     return set(keys) - {path for path, _ in found}
 
 
@@ -66,3 +71,47 @@ def test_gate(qcompress, onnx_file, validated):
         "max_drop",
         "min_agreement",
     ]
+
+
+@pytest.fixture
+def model(folder, monkeypatch):
+    import small_models
+    from qcompress_exporters import onnx_file, parity
+
+    for module in (onnx_file, parity):
+        monkeypatch.setattr(module, "trace", small_models.trace_once)
+    (folder / "model.pt").write_bytes(small_models.pt2())
+    (folder / "test.npz").write_bytes(small_models.npz())
+    return folder / "model.pt"
+
+
+def test_export_and_validate(qcompress, model):
+    result = qcompress("export", model, "--bits", "2", "--rows-per-lut", "4", "--json")
+    assert result.exit_code == 0
+    assert check("export", result.stdout) == {"notes[]"}
+    assert json.loads(result.stdout)["file"] == "model.w2.onnx"
+    result = qcompress("validate", model, "model.w2.onnx", "--data", "test.npz", "--json")
+    assert result.exit_code == 0
+    assert check("validate", result.stdout) == {"notes[]"}
+    assert Path("model.w2.onnx.validation.json").read_text() == result.stdout
+
+
+def test_what_may_be_null(qcompress, model):
+    import numpy as np
+
+    import small_models
+
+    assert qcompress("export", model, "--bits", "8", "--save-compressed", "small", "--quiet").exit_code == 0
+    result = qcompress("export", "small", "--dry-run", "--json")
+    missing = check("export", result.stdout)
+    assert {"plan[]", "plan[].name", "plan[].settings"} <= missing
+    assert all(key.startswith(("plan", "notes")) for key in missing)
+    document = json.loads(result.stdout)
+    assert (document["file"], document["plan"]) == (None, None)
+
+    np.savez("unlabelled.npz", x=small_models.images(4))
+    result = qcompress("validate", "small", "model.w8.onnx", "--data", "unlabelled.npz", "--json")
+    assert result.exit_code == 0
+    assert all(key.startswith(("metric.", "notes")) for key in check("validate", result.stdout))
+    assert json.loads(result.stdout)["metric"] is None
+    assert json.loads(result.stdout)["same_source"] is True

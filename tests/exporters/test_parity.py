@@ -8,34 +8,27 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import small_models
 import torch
-from nets import Tied, image, randomized, sentences, traced
 from torch import nn
 
-from qcompress.batchnorm import fold_batchnorm
+import small_models
+from nets import Tied, image, randomized, sentences, traced
 from qcompress.data import Dataset
 from qcompress.errors import DataError, SourceError
 from qcompress.metrics import METRICS
 from qcompress.plan import Plan
 from qcompress.posthoc.compress import compress_program
-from qcompress_exporters import export, metadata, parity, validate
+from qcompress_exporters import export, metadata, onnx_file, parity, validate
 from qcompress_exporters.lower import serialize
-from qcompress_exporters.trace import Trace, trace
 
 SESSIONS = ("exact", "deployed")
 Edit = Callable[[onnx.ModelProto], None]
 
 
-@pytest.fixture(scope="module")
-def graph() -> Trace:
-    """The original's own graph."""
-    return trace(fold_batchnorm(small_models.program()))
-
-
 @pytest.fixture
-def traced_once(monkeypatch: pytest.MonkeyPatch, graph: Trace) -> None:
-    monkeypatch.setattr(parity, "trace", lambda program: graph)
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (parity, onnx_file):
+        monkeypatch.setattr(module, "trace", small_models.trace_once)
 
 
 def data(samples: int = 32, labels: bool = False) -> Dataset:
@@ -234,6 +227,7 @@ def test_a_file_of_other_weights_is_told_by_its_source(tmp_path: Path) -> None:
     assert validate(small_models.program(), tmp_path / "net.onnx", data()).same_source is None
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_file_of_the_same_net_with_other_weights_agrees_badly(tmp_path: Path) -> None:
     other = small_models.program(seed=1)
     report = validate(other, write(tmp_path), data(60))
@@ -252,6 +246,7 @@ class OtherHead(nn.Module):
         return self.head(self.stem(x).mean((2, 3)))
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_another_architecture(tmp_path: Path) -> None:
     other = traced(OtherHead().eval(), x=small_models.images(2))
     report = validate(other, write(tmp_path), data())
@@ -272,6 +267,7 @@ def test_other_names_of_inputs_and_outputs(tmp_path: Path, what: str, names: dic
         validate(program, write(tmp_path), data())
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_constant_network_is_no_success(tmp_path: Path) -> None:
     """All weights of the head 0: every check that divides by the outputs' spread would pass whatever came before."""
     model = small_models.Net().eval()
@@ -304,6 +300,7 @@ class Fixed(nn.Module):
         return self.fc(x.reshape(3, 12))
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_fixed_batch_measures_whole_batches(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     program = traced(Fixed().eval(), x=random.standard_normal((3, 12)).astype(np.float32))
@@ -320,6 +317,7 @@ def test_a_fixed_batch_measures_whole_batches(tmp_path: Path) -> None:
         validate(program, path, samples.head(2))
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_several_outputs_are_told_one_by_one(tmp_path: Path) -> None:
     program = traced(randomized(Tied()), **sentences())
     small = compress_program(program, Plan.from_flags(bits=4))
@@ -343,6 +341,7 @@ class Infinite(nn.Module):
         return (self.fc(x) * 100).exp()
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_outputs_that_are_not_finite_cannot_be_compared(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32) * 9
     program = traced(Infinite().eval(), x=x)

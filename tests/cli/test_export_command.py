@@ -1,0 +1,480 @@
+"""`export`, through the command line: what it writes, what it must never write, and what it refuses to run."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import small_models
+from qcompress_exporters import onnx_file, parity
+from sources.conftest import Archive, Small, Trap
+
+NETS = '''
+import torch
+from torch import nn
+
+class Words(nn.Module):
+    def __init__(self, width=8, as_dict=False):
+        super().__init__()
+        self.embed = nn.Embedding(50, width)
+        self.body = nn.Linear(width, 12)
+        self.as_dict = as_dict
+
+    def logits(self, ids, mask):
+        return self.body((self.embed(ids) * mask.unsqueeze(-1)).sum(1))
+
+    def forward(self, ids, mask):
+        y = self.logits(ids, mask)
+        return y, y.sigmoid()
+
+class Dicts(Words):
+    def forward(self, batch):
+        y = self.logits(batch["ids"], batch["mask"])
+        return {"logits": y, "score": y.sigmoid()}
+
+def words(as_dict=False, **kwargs):
+    return Dicts(**kwargs) if as_dict else Words(**kwargs)
+'''  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _same_import_path():
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
+
+
+@pytest.fixture
+def traced_once(monkeypatch):
+    monkeypatch.setattr(onnx_file, "trace", small_models.trace_once)
+    monkeypatch.setattr(parity, "trace", small_models.trace_once)
+
+
+@pytest.fixture
+def model(folder):
+    """model.pt, an exported program, and test.npz with inputs and labels."""
+    (folder / "model.pt").write_bytes(small_models.pt2())
+    (folder / "test.npz").write_bytes(small_models.npz())
+    return folder / "model.pt"
+
+
+@pytest.fixture
+def words(folder):
+    """nets.py with a factory, and a state dict that fits it."""
+    (folder / "nets.py").write_text(NETS)
+    torch.manual_seed(0)
+    state = {
+        "embed.weight": torch.randn(50, 8),
+        "body.weight": torch.randn(12, 8),
+        "body.bias": torch.randn(12),
+    }
+    torch.save({"model_state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, "state.pt")
+    save_file(state, "state.safetensors")
+    return state
+
+
+@pytest.fixture
+def exported(qcompress):
+    """Run an export that must work; its JSON."""
+
+    def run(*args):
+        result = qcompress("export", *args, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    return run
+
+
+@pytest.fixture
+def nothing_new(folder):
+    """What must leave the folder as it is, byte for byte."""
+
+    def check(action):
+        before = snapshot(folder)
+        value = action()
+        assert snapshot(folder) == before
+        return value
+
+    return check
+
+
+def snapshot(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def graph_of(path):
+    return onnx.load(path).graph
+
+
+def axes(value):
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+
+def test_names_force_and_the_same_bytes_twice(qcompress, refused, nothing_new, model, folder):
+    result = qcompress("export", "model.pt", "--bits", "2")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "written: model.w2.onnx (opset " in result.stdout
+    assert "4 weights compressed (4 at 2 bits)." in result.stdout
+    assert "left in float, not a weight: 4 tensors, 116 B (stem.bias, left.bias, right.bias …)" in result.stdout
+    assert "decodes 8 tensors bit for bit" in result.stdout
+    data = (folder / "model.w2.onnx").read_bytes()
+    assert f"{len(data):,}" in result.stdout
+    for word in (b"pkg.torch", str(folder).encode(), b"model.pt", b".py"):
+        assert word not in data
+
+    message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2"))
+    assert message == "model.w2.onnx exists: name another file with -o, or replace it with --force.\n"
+    (folder / "model.w2.onnx").write_bytes(b"old")
+    again = qcompress("export", "model.pt", "--bits", "2", "--force", "--quiet")
+    assert (again.exit_code, again.stderr) == (0, "")
+    assert (folder / "model.w2.onnx").read_bytes() == data
+    assert {p.name for p in folder.iterdir()} == {"model.pt", "test.npz", "model.w2.onnx"}
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_plans_dry_runs_and_saved_plans(qcompress, exported, refused, nothing_new, model, folder):
+    (folder / "plan.toml").write_text(
+        'version = 1\n[default]\nbits = 3\n[kind.last]\nbits = 5\n[name."right.*"]\nskip = true\n'
+    )
+    dry = nothing_new(lambda: exported("model.pt", "--plan", "plan.toml", "--bits", "2", "--dry-run"))
+    assert dry["file"] is None
+    table = nothing_new(lambda: qcompress("export", "model.pt", "--plan", "plan.toml", "--bits", "2", "--dry-run"))
+    assert "nothing written (--dry-run); the file would be model.mixed.onnx" in table.stdout
+    assert "bits: --bits" in table.stdout
+    assert "bits: plan.toml:5 [kind.last]" in table.stdout
+    assert "by plan (plan.toml:7 " in table.stdout
+
+    real = exported("model.pt", "--plan", "plan.toml", "--bits", "2", "--save-plan", "saved.toml")
+    assert real == dry | {"file": "model.mixed.onnx"}
+    file = folder / "model.mixed.onnx"
+    assert file.stat().st_size == dry["bytes"]["file"]
+    assert sum(len(t.raw_data) for t in graph_of(file).initializer) == dry["bytes"]["payload"]
+    assert {t["name"]: t["bits"] for t in real["tensors"] if t["artifact"] == "palette"} == {
+        "stem.weight": 2, "left.weight": 2, "head.weight": 5,
+    }  # fmt: skip
+    assert tomllib.loads((folder / "saved.toml").read_text())["default"]["bits"] == 2
+    exported("model.pt", "--plan", "saved.toml", "-o", "again.onnx")
+    assert (folder / "again.onnx").read_bytes() == file.read_bytes()
+
+    args = ("export", "model.pt", "--bits", "2", "-o", "x.onnx", "--save-plan", "x.onnx")
+    message = nothing_new(lambda: refused(*args))
+    assert message == "-o, --save-plan and --save-compressed must name different files.\n"
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_rows_per_lut_explanation_and_float16_leftovers(qcompress, exported, model, folder):
+    one = exported("model.pt", "--bits", "4", "-o", "one.onnx")
+    rows = exported("model.pt", "--bits", "4", "--rows-per-lut", "4", "-o", "rows.onnx")
+    tables = [next(t["nbytes"] for t in r["tensors"] if t["name"] == "left.weight") for r in (one, rows)]
+    assert tables == [288 + 64, 288 + 2 * 64]
+    half = qcompress(
+        "export", "model.pt", "--bits", "4", "--float-leftovers", "float16", "--explain", "-o", "half.onnx"
+    )
+    assert half.exit_code == 0
+    lines = {line.split()[0]: line.split() for line in half.stdout.splitlines() if "x" in line and ".weight" in line}
+    assert lines["stem.weight"][1:4] == ["8x3x3x3", "4", "native"]
+    assert "native types (opset 21) save" in half.stdout
+    assert {t.data_type for t in graph_of("half.onnx").initializer if t.name.endswith("bias")} <= {1}
+    # Biases of 8 values are too short to pay for the Cast that narrower ones would need.
+    assert (folder / "half.onnx").stat().st_size == one["bytes"]["file"]
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_a_saved_model_exports_to_the_same_bytes(qcompress, exported, refused, nothing_new, model, folder):
+    exported("model.pt", "--bits", "3", "--save-compressed", "small")
+    assert sorted(p.name for p in (folder / "small").iterdir()) == [
+        "plan.toml", "program.pt2", "report.json", "weights.safetensors",
+    ]  # fmt: skip
+    report = exported("small", "-o", "again.onnx")
+    assert report["plan"] is None
+    assert (folder / "again.onnx").read_bytes() == (folder / "model.w3.onnx").read_bytes()
+    assert nothing_new(lambda: refused("export", "small", "--bits", "2")) == (
+        "small is compressed already: --bits must be left out, or name the original model.\n"
+    )
+    for args in (["--rows-per-lut", "2"], ["--plan", "small/plan.toml"]):
+        assert nothing_new(lambda a=args: refused("export", "small", *a)).startswith(
+            f"small is compressed already: {args[0]} must be left out"
+        )
+    for name in ("program.pt2", "weights.safetensors"):
+        message = nothing_new(lambda n=name: refused("export", "small", "-o", f"small/{n}", "--force"))
+        assert "is an input of this command and is never replaced" in message
+    message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2", "--save-compressed", "small"))
+    assert message == "small exists: name another folder, or remove it first.\n"
+    message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2", "--save-compressed", "no/such"))
+    assert "the folder no does not exist" in message
+
+
+@pytest.mark.parametrize("through", ["itself", "symlink", "hard link"])
+def test_an_input_is_never_replaced(refused, nothing_new, model, folder, through):
+    (folder / "plan.toml").write_text("version = 1\n[default]\nbits = 2\n")
+    (folder / "qcompress.toml").write_text('data = "test.npz"\n')
+    for name in ("model.pt", "test.npz", "plan.toml", "qcompress.toml"):
+        out = folder / (name if through == "itself" else f"link.{name}")
+        if through == "symlink":
+            out.symlink_to(name)
+        elif through == "hard link":
+            out.hardlink_to(folder / name)
+        for data in ("test.npz", "test.npz:x,y"):
+            args = ("export", "model.pt", "--plan", "plan.toml", "--data", data, "--force", "-o", out)
+            message = nothing_new(lambda a=args: refused(*a))
+            assert message == (f"{out} is an input of this command and is never replaced: name another file with -o.\n")
+
+
+def test_code_that_is_named_is_an_input_too(refused, nothing_new, model, words):
+    args = ("export", "state.pt", "--arch", "nets.py:words", "--bits", "2", "--force", "-o", "nets.py")
+    assert "nets.py is an input of this command and is never replaced" in nothing_new(lambda: refused(*args))
+
+
+def test_places_that_cannot_be_written(refused, nothing_new, model, folder):
+    locked = folder / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    try:
+        message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2", "-o", "locked/a.onnx"))
+        assert message == (
+            "locked/a.onnx cannot be written: the folder locked is read-only. Name another place with -o.\n"
+        )
+        message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2", "--save-compressed", "locked/a"))
+        assert "the folder locked is read-only" in message
+    finally:
+        locked.chmod(0o755)
+    message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2", "-o", "no/a.onnx"))
+    assert message == "no/a.onnx cannot be written: the folder no does not exist. Create it first.\n"
+    message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2", "-o", "locked"))
+    assert message == "locked is a folder, a file name is needed: name a file in it with -o.\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--bits", "9"], "Invalid value for '--bits': 9 is not in the range 1<=x<=8.\n"),
+        (["--bits", "0"], "Invalid value for '--bits': 0 is not in the range 1<=x<=8.\n"),
+        (["--bits", "2", "--rows-per-lut", "0"], "must be auto or a number of output channels, at least 1, got '0'.\n"),
+        (["--bits", "2", "--target", "tensorrt"], "target must be onnxruntime==1.16 or later, written like "),
+        ([], "stem.weight and 3 more weights: no bits set: give --bits N (1 to 8), or set bits in a plan"),
+        (["--plan", "no.toml"], "no.toml: the plan cannot be read: No such file or directory.\n"),
+        (["--bits", "2", "--dynamic", "y:0=batch"], "--dynamic: the model has no input 'y'; it has x.\n"),
+        (["--bits", "2", "--output-names", "a,b"], "must be 1 different names (the outputs: output), got a,b.\n"),
+        (["--bits", "2", "--data", "none.npz"], "--data none.npz: "),
+        (["--bits", "2", "--data", "wrong.npz"], "Input x must have shape [any, 3, 8, 8], got [2, 3, 9, 9].\n"),
+        (["--bits", "2", "--calibration", "wrong.npz"], "Input x must have shape [any, 3, 8, 8], got [2, 3, 9, 9].\n"),
+        (["--bits", "2", "--data", "other.npz"], "Input x must have shape [any, 3, 8, 8], got [2, 4].\n"),
+        (["--bits", "2", "--input-shape", "1,3,9,9"], "Input x must have shape [any, 3, 8, 8], got [1, 3, 9, 9].\n"),
+    ],
+)  # fmt: skip
+def test_refused_before_anything_is_written(refused, nothing_new, model, args, message):
+    np.savez("wrong.npz", x=np.zeros((4, 3, 9, 9), np.float32))
+    np.savez("other.npz", x=np.zeros((5, 4), np.float32))
+    assert message in nothing_new(lambda: refused("export", "model.pt", *args))
+
+
+def test_a_pattern_that_matches_nothing(refused, nothing_new, model, folder):
+    (folder / "plan.toml").write_text('version = 1\n[default]\nbits = 3\n[name."heads.*"]\nbits = 5\n')
+    message = nothing_new(lambda: refused("export", "model.pt", "--plan", "plan.toml"))
+    assert message == (
+        'plan.toml:4 [name."heads.*"] matches no tensor of this model. Did you mean head.*? '
+        "`qcompress inspect MODEL` lists the legal names.\n"
+    )
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_without_model_the_files_here_are_named_and_a_config_is_enough(refused, exported, nothing_new, model, folder):
+    (folder / "notes.txt").write_text("no model")
+    message = nothing_new(lambda: refused("export", "--bits", "2"))
+    assert "model files here: model.pt.\n" in message
+    assert "Type: qcompress export model.pt --bits 2\n" in message
+    (folder / "qcompress.toml").write_text('model = "model.pt"\ndata = "test.npz"\noutput = "small.onnx"\n')
+    assert exported("--bits", "2")["file"] == "small.onnx"
+
+
+def test_a_weight_with_nan_names_the_layer(refused, nothing_new, folder):
+    program = small_models.program()
+    value = program.state()["left.weight"].detach().numpy().copy()
+    value[0, 0, 0, :2] = np.nan, np.inf
+    torch.export.save(program.with_state({"left.weight": value}).exported, "nan.pt2")
+    assert nothing_new(lambda: refused("export", "nan.pt2", "--bits", "2")) == (
+        "left.weight must be finite, but 2 of its 576 values are NaN or Inf: `qcompress analyze MODEL` counts them for "
+        "each tensor; repair or retrain the model.\n"
+    )
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_nothing_that_gets_smaller_is_a_warning_and_strict_fails(qcompress, folder):
+    net = torch.nn.Linear(2, 2).eval()
+    torch.export.save(torch.export.export(net, (torch.zeros(2, 2),)), "tiny.pt2")
+    result = qcompress("export", "tiny.pt2", "--bits", "8")
+    assert result.exit_code == 0
+    assert result.stderr.endswith("warning: no tensor got smaller.\n")
+    assert (folder / "tiny.w8.onnx").exists()
+    assert qcompress("export", "tiny.pt2", "--bits", "8", "--strict", "-o", "b.onnx").exit_code == 1
+    assert (folder / "b.onnx").read_bytes() == (folder / "tiny.w8.onnx").read_bytes()
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_a_state_dict_with_its_factory_names_and_dynamic_axes(exported, words, folder):
+    shapes = ("--input-shape", "ids=1,6:int64", "--input-shape", "mask=1,6")
+    arch = ("--arch", "nets.py:words", "--arch-kwargs", "width=8")
+    report = exported("state.pt", *arch, *shapes, "--bits", "4")
+    graph = graph_of(report["file"])
+    assert [(v.name, axes(v)) for v in graph.input] == [("ids", ["batch", 6]), ("mask", ["batch", 6])]
+    assert [(v.name, axes(v)) for v in graph.output] == [("output", ["batch", 12]), ("output_1", ["batch", 12])]
+    assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
+
+    named = ("--input-names", "a,b", "--output-names", "c,d", "-o", "named.onnx")
+    exported("state.safetensors", *arch, *shapes, "--bits", "4", *named)
+    graph = graph_of("named.onnx")
+    assert [v.name for v in (*graph.input, *graph.output)] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_dicts_in_and_out_and_a_dynamic_axis(qcompress, exported, words, folder):
+    args = ("state.pt", "--arch", "nets.py:words", "--arch-kwargs", "width=8", "as_dict=true")
+    shapes = ("--input-shape", "ids=1,6:int64", "--input-shape", "mask=1,6")
+    report = exported(*args, *shapes, "--bits", "4", "--dynamic", "ids:1=words", "--dynamic", "mask:1=words")
+    graph = graph_of(report["file"])
+    assert [(v.name, axes(v)) for v in graph.input] == [("ids", ["batch", "words"]), ("mask", ["batch", "words"])]
+    assert [v.name for v in graph.output] == ["logits", "score"]
+    # validate takes names and axes from the file: sentences of 9 words, where the example had 6.
+    random = np.random.default_rng(0)
+    np.savez("test.npz", ids=random.integers(0, 50, (7, 9)), mask=np.ones((7, 9), np.float32))
+    result = qcompress("validate", *args, report["file"], "--data", "test.npz", "--json")
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["outputs"]) == {"logits", "score"}
+
+
+def test_what_a_state_dict_lacks(refused, nothing_new, words):
+    message = nothing_new(lambda: refused("export", "state.pt", "--bits", "2"))
+    assert "state.pt" in message
+    assert "--arch" in message
+    message = nothing_new(lambda: refused("export", "state.pt", "--arch", "nets.py:words", "--bits", "2"))
+    assert message.startswith("Tracing the model takes an example input: give --input-shape")
+    args = ("export", "state.pt", "--arch", "nets.py:words", "--arch-kwargs", "width=9", "--bits", "2")
+    message = nothing_new(lambda: refused(*args, "--input-shape", "ids=1,6:int64", "--input-shape", "mask=1,6"))
+    assert "embed.weight" in message
+    message = nothing_new(lambda: refused(*args, "--input-shape", "1,6:int64", "--input-shape", "mask=1,6"))
+    assert message.startswith("Several --input-shape must each have a name")
+
+
+def pickled(value, path="model.pt"):
+    torch.save(value, path)
+
+
+def in_sample_inputs(trap):
+    buffer = io.BytesIO()
+    torch.save(((torch.zeros(2, 3, 8, 8), trap), {}), buffer)
+    Archive(small_models.pt2()).with_members({"data/sample_inputs/model.pt": buffer.getvalue()}).save(
+        Path(), "model.pt"
+    )
+
+
+def in_weights(trap):
+    buffer = io.BytesIO()
+    torch.save(trap, buffer)
+
+    def use_pickle(config):
+        next(iter(config["config"].values()))["use_pickle"] = True
+
+    changed = Archive(small_models.pt2()).with_members({"data/weights/weight_0": buffer.getvalue()})
+    changed.with_json(use_pickle, "data/weights/model_weights_config.json").save(Path(), "model.pt")
+
+
+HOSTILE = {
+    "a truncated program": (
+        lambda trap: Path("model.pt").write_bytes(small_models.pt2()[:-900]),
+        "truncated or damaged archive",
+    ),
+    "text": (lambda trap: Path("model.pt").write_text("hello, I am a model\n"), "is no model but"),
+    "nothing": (lambda trap: Path("model.pt").write_bytes(b""), "is no model but"),
+    "a pickle": (lambda trap: Path("model.pt").write_bytes(pickle.dumps(trap)), "is a plain Python pickle that names"),
+    "a checkpoint": (pickled, "Its pickle names"),
+    "a checkpoint with weights": (lambda trap: pickled({"w": torch.zeros(9, 9), "x": trap}), "holds no program"),
+    "sample inputs": (in_sample_inputs, "its sample inputs are a pickle of more than tensors and plain values"),
+    "weights": (in_weights, "among its weights is a pickle or a custom object"),
+    "a module of one's own": (lambda trap: pickled(Small()), r"sources.conftest.Small"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_and_broken_files(refused, nothing_new, folder, name):
+    make, says = HOSTILE[name]
+    sprung = folder / "sprung"
+    make(Trap(os.system, f"touch '{sprung}'"))
+    message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2", "--input-shape", "1,3,8,8"))
+    assert says in message
+    assert not sprung.exists()
+    if "own" in name:
+        assert all(way in message for way in ("--arch", "--allow-class", "--trust-pickle", "torch.export.save"))
+
+
+# Kills itself at one moment of an export; SIGKILL cannot be caught.
+KILLED = """
+import os, signal, sys
+import qcompress.files
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class HalfWritten:
+    def __init__(self, f):
+        self.f = f
+    def __enter__(self):
+        return self
+    def __exit__(self, *args):
+        pass
+    def write(self, data):
+        self.f.write(data[: len(data) // 2])
+        self.f.flush()
+        die()
+
+moment = sys.argv.pop()
+if moment == "half written":
+    fdopen = os.fdopen
+    os.fdopen = lambda handle, mode: HalfWritten(fdopen(handle, mode))
+elif moment == "before the rename":
+    os.replace = die
+else:
+    qcompress.files._sync_folder = die
+from qcompress_cli.main import main
+main()
+"""
+SLOW = [pytest.param(moment, marks=pytest.mark.slow) for moment in ("before the rename", "after the rename")]
+
+
+@pytest.mark.parametrize("moment", ["half written", *SLOW])
+def test_killed_while_writing(qcompress, shell, traced_once, model, folder, moment):
+    (folder / "model.w2.onnx").write_bytes(b"old")
+    args = ("export", "model.pt", "--bits", "2", "--force")
+    result = shell(*args, moment, code=KILLED)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    left = (folder / "model.w2.onnx").read_bytes()
+    # What may be left beside is hidden, and in nobody's way.
+    beside = {p.name for p in folder.iterdir()} - {"model.pt", "test.npz", "model.w2.onnx"}
+    assert all(name.startswith(".model.w2.onnx.") for name in beside)
+    assert qcompress(*args).exit_code == 0
+    assert left == ((folder / "model.w2.onnx").read_bytes() if moment == "after the rename" else b"old")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1, 3, 5, 7])
+def test_killed_from_outside(model, folder, seconds):
+    (folder / "model.w2.onnx").write_bytes(b"old")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-m", "qcompress_cli.main", "export", "model.pt", "--bits", "2", "--force"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as child:
+        try:
+            child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            child.kill()
+    data = (folder / "model.w2.onnx").read_bytes()
+    assert data == b"old" or onnx.load_from_string(data).graph.node
