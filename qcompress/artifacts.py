@@ -272,7 +272,7 @@ class IntegerWeight:
             return values
         if self.block_size is None:
             return along_axis(values, self.codes.ndim, self.axis)
-        wide = np.repeat(values, self.block_size, axis=self.axis)
+        wide = np.repeat(values, min(self.block_size, self.codes.shape[self.axis]), axis=self.axis)
         return np.take(wide, np.arange(self.codes.shape[self.axis]), axis=self.axis)
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:

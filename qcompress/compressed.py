@@ -154,6 +154,12 @@ class CompressedModel:
 
         about, artifacts = read_artifacts(folder)
         exported = load_exported(folder / PROGRAM)
+        signature = exported.graph_signature
+        if (len(about["input_names"]), len(about["output_names"])) != (
+            len(signature.user_inputs),
+            len(signature.user_outputs),
+        ):
+            raise SourceError(f"{folder}: {WEIGHTS} names other inputs or outputs than {PROGRAM} has.")
         program = FloatProgram(
             exported,
             tuple(about["input_names"]),
@@ -196,7 +202,7 @@ def read_artifacts(folder: Path) -> tuple[dict[str, Any], dict[str, Artifact]]:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
         about = json.loads(header["__metadata__"][_KEY])
-        version = about["format_version"]
+        version = int(about["format_version"])
     except (OSError, ValueError, KeyError, TypeError):
         raise SourceError(f"{path} is not the weights file of a compressed model: save it again.") from None
     if version not in _READABLE:
@@ -204,17 +210,38 @@ def read_artifacts(folder: Path) -> tuple[dict[str, Any], dict[str, Artifact]]:
             f"{folder} has format {version}, this version reads {', '.join(map(str, _READABLE))}: "
             + ("use a newer qcompress." if version > FORMAT_VERSION else "save it again with the version before.")
         )
+    if not _complete(about):
+        raise SourceError(f"{path} is damaged: its header lacks what the format holds.")
     try:
         stored = {name: _array(entry) for name, entry in safetensors.deserialize(data)}  # type: ignore[no-untyped-call]
         artifacts = {name: _artifact(name, entry, stored) for name, entry in about["artifacts"].items()}
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError, ConfigError) as e:
+    except (ValueError, LookupError, TypeError, OverflowError, safetensors.SafetensorError, ConfigError) as e:
         reason = e.args[0] if isinstance(e, ConfigError) else "an array is missing or does not fit"
         raise SourceError(f"{path} is damaged: {reason}") from None
     return about, artifacts
 
 
+def _complete(about: Mapping[str, Any]) -> bool:
+    """Whether the header has every field of the format, each of its type."""
+    dynamic = about.get("dynamic")
+    return (
+        isinstance(about.get("artifacts"), dict)
+        and all(isinstance(about.get(key), str) for key in ("source_digest", "plan_digest"))
+        and all(_is_texts(about.get(key)) for key in ("input_names", "output_names", "notes"))
+        and isinstance(dynamic, list)
+        and all(isinstance(d, list) and [type(v) for v in d] == [str, int, str] for d in dynamic)
+    )
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def _artifact(name: str, entry: Mapping[str, Any], stored: Mapping[str, npt.NDArray[Any]]) -> Artifact:
     fields = entry["fields"]
+    numbers = ("bits", "axis", "block_size", "rows_per_lut")
+    if not isinstance(fields, dict) or any(type(fields.get(key)) not in (int, type(None)) for key in numbers):
+        raise TypeError(name)  # True is an int to Python, and none to numpy
     arrays = {key: stored[name + suffix] for key, suffix in _SUFFIX.items() if name + suffix in stored}
     if entry["codes_shape"] is not None:
         arrays.pop("", None)

@@ -98,7 +98,7 @@ def built(seed: int = 0) -> Built:
 def trace_once(program: FloatProgram) -> Trace:
     """`trace`, remembered: weights are open in it, so that only the graph counts."""
     shapes = {name: tuple(value.shape) for name, value in program.state().items()}
-    key = repr((program.exported.graph, shapes, program.input_names, program.output_names, program.dynamic))
+    key = repr((str(program.exported.graph), shapes, program.input_names, program.output_names, program.dynamic))
     if key not in _TRACES:
         _TRACES[key] = trace(program)
     return _TRACES[key]

@@ -1,7 +1,7 @@
 """`qcompress validate MODEL FILE`: is the compressed file still right?"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.table import Table
@@ -19,6 +19,9 @@ from qcompress_cli.project import settings
 if TYPE_CHECKING:
     from qcompress.metrics import MetricResult
     from qcompress_exporters.parity import Check, ParityReport
+
+
+_SHARES: Final = ("top1", "top5")  # metrics that are shares of the samples
 
 
 @options.command("validate")
@@ -108,13 +111,10 @@ def _dumps(document: dict[str, Any], indent: int | None = 2) -> str:
 
 
 def _check_table(report: "ParityReport") -> Table:
-    table = new_table("check", ["session", "error", "limit", "verdict", ""], left=["session", "verdict", ""])
+    table = new_table("check", ["session", "error", "limit", "verdict"], left=["session", "verdict"])
     for check in report.checks:
-        verdict = "ok" if check.ok else "FAIL"
-        table.add_row(
-            check.name, check.session, _error(check), f"{check.limit:g}", verdict, check.detail,
-            style=None if check.ok else "bold red",
-        )  # fmt: skip
+        verdict, style = ("ok", None) if check.ok else ("FAIL", "bold red")
+        table.add_row(check.name, check.session, _error(check), f"{check.limit:g}", verdict, style=style)
     return table
 
 
@@ -125,11 +125,11 @@ def _error(check: "Check") -> str:
 
 
 def _words(report: "ParityReport") -> list[str]:
-    lines = []
+    lines = list(dict.fromkeys(f"{check.name}: {check.detail}" for check in report.checks))
     for name, output in report.outputs.items():
         noise = "no noise at all" if output.sqnr_db is None else f"SQNR {output.sqnr_db:.1f} dB"
         agrees = "" if output.agreement is None else f", top-1 agreement {output.agreement:.2%}"
-        lines.append(f"{name}: {noise}{agrees} against the original, {report.data['samples']:,} samples")
+        lines.append(f"output {name!r}: {noise}{agrees} against the original, {report.data['samples']:,} samples")
     if report.metric is not None:
         lines.append(_metric(report.metric))
     same = "the same operators as the float file's" if report.same_ops else "other operators than the float file's"
@@ -138,11 +138,10 @@ def _words(report: "ParityReport") -> list[str]:
 
 
 def _metric(result: "MetricResult") -> str:
+    text = "{:.2%}" if result.name in _SHARES else "{:.4g}"
     interval = ""
     if result.interval is not None:
-        low, high = result.interval
-        interval = f", 95 % interval {low:+.4f} to {high:+.4f}"
-    return (
-        f"{result.name}: {result.original:.4f} -> {result.compressed:.4f}, drop {result.drop:+.4f}{interval} "
-        f"on the same {result.samples:,} samples"
-    )
+        low, high = (text.format(end) for end in result.interval)
+        interval = f" (95 % interval {low} to {high})"
+    before, after, drop = (text.format(v) for v in (result.original, result.compressed, result.drop))
+    return f"{result.name}: {before} -> {after}, a drop of {drop}{interval} on the same {result.samples:,} samples"

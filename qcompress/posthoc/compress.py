@@ -1,7 +1,7 @@
 """Post-hoc compression: a float program and a plan in, a compressed model out."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from qcompress.plan import Plan, ResolvedPlan, TensorPlan, resolve
 from qcompress.program import FloatProgram
 from qcompress.sources.base import LazyArray, ProgramOptions, SourceTensor
 from qcompress.tracing import from_module
+
+_PARAMETRIZED: Final = ".parametrizations."
 
 Track = Callable[[Iterable[str]], Iterable[str]]
 
@@ -120,6 +122,8 @@ def _artifact(values: npt.NDArray[Any], tensor: TensorPlan | None, axis: int) ->
     """One tensor by its plan; float where that is smaller."""
     if tensor is None or tensor.settings is None:
         reason = None if tensor is None else tensor.reason
+        if tensor is not None and _PARAMETRIZED in tensor.name:
+            reason = "part of a parametrization: torch.nn.utils.parametrize.remove_parametrizations makes it a weight"
         return FloatWeight(values=values, reason=reason or "not a weight")
     small = palettize(values, tensor.bits, tensor.rows_per_lut, axis)
     if small.nbytes >= values.nbytes:

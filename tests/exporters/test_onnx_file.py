@@ -131,6 +131,13 @@ def test_a_weight_that_gains_nothing_stays_float_with_the_reason() -> None:
     assert artifact.reason == "too small: 80 bytes at 8 bits, 64 in float"
 
 
+def test_a_parametrized_weight_stays_float_and_says_what_to_do() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))).eval()
+    small = compress(net, Plan.from_flags(bits=4), example_inputs=(torch.zeros(1, 16),))
+    reasons = {n: a.reason for n, a in small.artifacts.items() if isinstance(a, FloatWeight)}
+    assert "remove_parametrizations makes it a weight" in reasons["0.parametrizations.weight.original1"]
+
+
 def test_few_distinct_values_take_fewer_bits() -> None:
     net = nn.Linear(32, 32).eval()
     nn.init.constant_(net.weight, 0.5)

@@ -1,0 +1,184 @@
+"""The promise of the saved form: what a released version wrote stays readable, and damage is told as damage."""
+
+import contextlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qcompress.artifacts import digest
+from qcompress.compressed import FORMAT_VERSION, CompressedModel, read_artifacts
+from qcompress.errors import ConfigError, OutputError, SourceError
+from qcompress.sources import load_source
+
+FIXTURES = Path(__file__).parent / "fixtures"
+V1 = FIXTURES / "compressed_v1"
+
+# Of the decoded tensors. A change here means that users' files read differently: never change it, fix the reader.
+DIGESTS_V1 = {
+    "grouped.weight": "wd7g55ETEPn",
+    "grouped.bias": "t17qVVGaJXl",
+    "vectors.weight": "safQBaa6pfd",
+    "vectors.bias": "jwIhdZsR6Zn",
+    "across.weight": "ThovgrFHwz7",
+    "blocks.weight": "Fcq2YlOngr1",
+    "signed.weight": "WR_1v0CMreG",
+    "signed.bias": "06Z-MEo4AQD",
+}
+NBYTES_V1 = 349
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the fixture, to be damaged."""
+    shutil.copytree(V1, tmp_path / "small")
+    return tmp_path / "small"
+
+
+def edit_header(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change what the weights file says of the model."""
+    path = folder / "weights.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    about = json.loads(header["__metadata__"]["qcompress"])
+    edit(about)
+    header["__metadata__"]["qcompress"] = json.dumps(about)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def test_every_format_has_its_fixture() -> None:
+    assert [f"compressed_v{n}" for n in range(1, FORMAT_VERSION + 1)] == sorted(p.name for p in FIXTURES.glob("*_v*"))
+
+
+def test_version_1_is_read_to_the_same_values() -> None:
+    about, artifacts = read_artifacts(V1)
+    assert about["format_version"] == 1
+    assert {name: digest(a.dequantize()) for name, a in artifacts.items()} == DIGESTS_V1
+    assert sum(a.nbytes for a in artifacts.values()) == NBYTES_V1
+
+
+def test_the_whole_model_of_version_1() -> None:
+    small = CompressedModel.load(V1)
+    assert (small.source_digest, small.plan_digest, small.notes) == ("0123456789a", "abcdefghijk", ("a note",))
+    assert (small.program.input_names, small.program.output_names) == (("x",), ("scores",))
+    assert small.program.dynamic == {("x", 0): "batch"}
+    assert small.plan.default.bits == 3
+    x = np.sin(np.arange(1, 25, dtype=np.float64)).reshape(3, 8).astype(np.float32)
+    wanted = [
+        [263.611023, -473.403198, 155.881134],
+        [200.376648, -359.262512, 118.403358],
+        [186.802933, -334.761261, 110.358437],
+    ]
+    decoded = small.program.with_state({name: a.dequantize() for name, a in small.artifacts.items()})
+    np.testing.assert_allclose(decoded.run({"x": x})["scores"], wanted, rtol=1e-5)
+    assert [t.name for t in load_source(V1).tensors()] == list(DIGESTS_V1)
+
+
+def test_what_is_read_is_written_again_to_the_same_bytes(tmp_path: Path) -> None:
+    CompressedModel.load(V1).save(tmp_path / "again")
+    for name in ("weights.safetensors", "plan.toml", "report.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (V1 / name).read_bytes()
+    with pytest.raises(OutputError, match=r"again exists: name another folder, or remove it first\.$"):
+        CompressedModel.load(V1).save(tmp_path / "again")
+
+
+def test_a_newer_format_says_so(folder: Path) -> None:
+    edit_header(folder, lambda about: about.update(format_version=FORMAT_VERSION + 1))
+    message = rf"small has format {FORMAT_VERSION + 1}, this version reads {FORMAT_VERSION}: use a newer qcompress\.$"
+    with pytest.raises(SourceError, match=message):
+        read_artifacts(folder)
+    with pytest.raises(SourceError, match=message):
+        load_source(folder).program(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("version", [0, -1, "one", None, [1], {}])
+def test_a_format_that_there_is_not(folder: Path, version: object) -> None:
+    edit_header(folder, lambda about: about.update(format_version=version))
+    with pytest.raises(SourceError):
+        read_artifacts(folder)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "program.pt2", "plan.toml"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "text"])
+def test_a_damaged_member(folder: Path, name: str, damage: str) -> None:
+    path = folder / name
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut": data[: len(data) * 2 // 3], "text": b"[hello"}[damage])
+    if (name, damage) == ("plan.toml", "cut"):
+        path.write_bytes(data[:-5])  # else what is left is a plan
+    with pytest.raises((SourceError, ConfigError), match=r"small/"):
+        CompressedModel.load(folder)
+
+
+def test_a_program_of_another_model(folder: Path, tmp_path: Path) -> None:
+    edit_header(folder, lambda about: about["artifacts"].pop("across.weight"))
+    with pytest.raises(SourceError, match=r"do not belong together: across\.weight is in one alone\.$"):
+        CompressedModel.load(folder)
+
+
+def mutations(about: dict[str, Any], chance: random.Random) -> None:
+    """One value of the header replaced by another, or a key left out."""
+    parents: list[tuple[Any, Any]] = []
+    stack: list[Any] = [about]
+    while stack:
+        value = stack.pop()
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        parents += [(value, key) for key in keys]
+        stack += [value[key] for key in keys if isinstance(value[key], dict | list)]
+    parent, key = chance.choice(parents)
+    new = chance.choice(
+        [None, -1, 0, 1, 9, 1 << 62, 2.5, "x", "", [], [[-1]], [1 << 40] * 3, {}, {"a": 1}, True, "drop"]
+    )
+    if new == "drop":
+        del parent[key]
+    else:
+        parent[key] = new
+
+
+def test_whatever_the_header_says_values_or_a_source_error(folder: Path) -> None:
+    chance = random.Random(0)
+    good = (folder / "weights.safetensors").read_bytes()
+    for _ in range(500):
+        (folder / "weights.safetensors").write_bytes(good)
+        edit_header(folder, lambda about: mutations(about, chance))
+        try:
+            artifacts = read_artifacts(folder)[1]
+            for artifact in artifacts.values():
+                artifact.dequantize()
+        except SourceError:
+            continue
+        if chance.random() < 0.1:
+            with contextlib.suppress(SourceError):
+                CompressedModel.load(folder)
+
+
+def test_whatever_byte_is_changed_values_or_a_source_error(folder: Path) -> None:
+    chance = random.Random(1)
+    path = folder / "weights.safetensors"
+    good = path.read_bytes()
+    for _ in range(500):
+        data = bytearray(good)
+        at = chance.randrange(len(data) if chance.random() < 0.3 else 2200)
+        if chance.random() < 0.7:
+            data[at] = chance.randrange(256)
+        else:
+            data[at : at + chance.randrange(20)] = bytes(chance.randrange(5))
+        path.write_bytes(data)
+        try:
+            artifacts = read_artifacts(folder)[1]
+            for artifact in artifacts.values():
+                with np.errstate(over="ignore"):  # a scale may have become a large one
+                    artifact.dequantize()
+        except SourceError:
+            pass
