@@ -15,7 +15,7 @@ import numpy.typing as npt
 import safetensors
 from safetensors.numpy import save
 
-from qcompress.artifacts import ARTIFACTS, ActivationGrid, Artifact, bits_per_weight
+from qcompress.artifacts import ARTIFACTS, Artifact, bits_per_weight
 from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.packing import pack, unpack
 from qcompress.plan import Plan, load_plan
@@ -49,7 +49,6 @@ class CompressedModel:
         plan: the plan that made them.
         source_digest: short digest of the model that came in.
         plan_digest: digest of the plan as it was resolved.
-        activations: grids of quantized activations.
         notes: what a user should be told of how it was made.
     """
 
@@ -58,7 +57,6 @@ class CompressedModel:
     plan: Plan
     source_digest: str
     plan_digest: str
-    activations: tuple[ActivationGrid, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -107,7 +105,7 @@ class CompressedModel:
             (part / WEIGHTS).write_bytes(self._to_safetensors())
             (part / PLAN).write_text(self.plan.to_toml(), encoding="utf-8")
             (part / REPORT).write_text(json.dumps(self.report(), indent=1) + "\n", encoding="utf-8")
-            torch.export.save(self.program.exported, part / PROGRAM)
+            torch.export.save(self.program.without_origins().exported, part / PROGRAM)
             part.chmod(0o755)
             os.replace(part, folder)
         except OSError as e:

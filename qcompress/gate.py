@@ -128,6 +128,7 @@ class Measurements:
         is_ours: whether qcompress wrote it.
         original_bytes: bytes of the original, where they are known.
         validated: whether there is a validation.
+        failed: the checks of parity that it failed.
         agreement: share of samples on which it agrees with the original, where it was measured.
         metric: how the metric fared, where it was measured.
     """
@@ -137,6 +138,7 @@ class Measurements:
     is_ours: bool
     original_bytes: int | None = None
     validated: bool = False
+    failed: tuple[str, ...] = ()
     agreement: float | None = None
     metric: MetricDrop | None = None
 
@@ -165,6 +167,7 @@ class Measurements:
                 is_ours=is_ours,
                 original_bytes=original_bytes,
                 validated=True,
+                failed=tuple(dict.fromkeys(str(c["name"]) for c in validation["parity"] if not c["ok"])),
                 agreement=None if agreement is None else float(agreement),
                 metric=None if metric is None else _metric_drop(metric),
             )
@@ -182,11 +185,11 @@ class Verdict:
 
     Args:
         file: the file.
-        limit: the limit's name, a field of GateLimits, or `smaller_than_original`, which needs no limit to fail.
+        limit: the limit's name, a field of GateLimits; or what fails by itself, `smaller_than_original` or `parity`.
         allowed: the limit's value.
         measured: what was measured.
         ok: whether the limit is kept.
-        unit: of both values: `bytes`, `ratio`, `fraction`, or `metric` for a metric in its own unit.
+        unit: of both values: `bytes`, `ratio`, `fraction`, `count`, or `metric` for a metric in its own unit.
         note: what else to know, or None.
     """
 
@@ -239,6 +242,18 @@ def _judge_one(file: Measurements, limits: GateLimits) -> list[Verdict]:
                 ok=False,
                 unit="bytes",
                 note="the file did not shrink",
+            )
+        )
+    if file.failed:
+        verdicts.append(
+            Verdict(
+                file=file.file,
+                limit="parity",
+                allowed=0,
+                measured=len(file.failed),
+                ok=False,
+                unit="count",
+                note=f"validate found the file wrong: {', '.join(file.failed)}",
             )
         )
     if limits.max_size is not None:

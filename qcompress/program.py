@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from qcompress.errors import ConfigError, DataError, did_you_mean
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+_ORIGINS: Final = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 STATE_KINDS: Final = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -80,6 +81,14 @@ class FloatProgram:
                 raise ConfigError(f"{name} must have shape {list(old.shape)}, got {list(new.shape)}.")
             home[name] = torch.nn.Parameter(new, False) if isinstance(old, torch.nn.Parameter) else new
         return replace(self, exported=rebuild(self.exported, state=state, constants=constants))
+
+    def without_origins(self) -> "FloatProgram":
+        """The same program without the author's files, lines and classes, which tracing notes at each node."""
+        module = copy_graph(self.exported)
+        for node in module.graph.nodes:
+            for key in _ORIGINS:
+                node.meta.pop(key, None)
+        return replace(self, exported=rebuild(self.exported, module=module))
 
     def module(self) -> torch.nn.Module:
         """A plain module that runs the program: its parameters under their qualified names."""
@@ -210,6 +219,11 @@ def identity(value: torch.Tensor) -> tuple[Any, ...]:
     return value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride(), value.dtype
 
 
+def sizes(node: Node) -> list[int | None]:
+    """The shape of a value; None where it is dynamic. An axis can be symbolic and still have one value alone."""
+    return [s if isinstance(s, int) else s.node.maybe_as_int() for s in value_of(node).shape]
+
+
 def value_of(node: Node) -> torch.Tensor:
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor)
@@ -218,7 +232,7 @@ def value_of(node: Node) -> torch.Tensor:
 
 def _check_input(name: str, value: npt.NDArray[Any], node: Node) -> npt.NDArray[Any]:
     wanted = value_of(node)
-    shape = [s if isinstance(s, int) else None for s in wanted.shape]
+    shape = sizes(node)
     if value.ndim != len(shape) or any(s is not None and s != g for s, g in zip(shape, value.shape, strict=True)):
         text = ", ".join("any" if s is None else str(s) for s in shape)
         raise DataError(f"Input {name} must have shape [{text}], got {list(value.shape)}.")

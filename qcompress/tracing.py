@@ -25,6 +25,7 @@ from qcompress.program import (
     copy_graph,
     identity,
     rebuild,
+    sizes,
     tensor_of,
     user_inputs,
     value_of,
@@ -81,7 +82,7 @@ def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatPr
     fixed = [
         node
         for node in user_inputs(exported)
-        if any(isinstance(size, int) for axis, size in enumerate(value_of(node).shape) if axis in wanted)
+        if any(size is not None for axis, size in enumerate(sizes(node)) if axis in wanted)
     ]
     if not fixed:
         return _canonical(exported, options, notes)
@@ -109,7 +110,7 @@ def _trace(
     two_args, two_kwargs = pytree.tree_map(_batch_of_two, (tuple(args), dict(kwargs)))
     names = list(inspect.signature(module.forward).parameters)[: len(args)]
     names += [f"argument_{i}" for i in range(len(names), len(args))]
-    dims = {n: _dynamic_axes(n, v, options) for n, v in (dict(zip(names, two_args, strict=True)) | two_kwargs).items()}
+    dims = _dynamic_axes(dict(zip(names, two_args, strict=True)) | two_kwargs, options)
     try:
         shapes = dims if two_kwargs else tuple(dims.values())
         exported = _export(module, two_args, two_kwargs, shapes)
@@ -126,17 +127,19 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
 
 
-def _dynamic_axes(argument: str, value: Any, options: ProgramOptions) -> Any:
-    """For each tensor of an argument its dynamic axes: the first, and those that the user named."""
-
-    def axes(path: Sequence[Any], tensor: Any) -> dict[int, Any]:
-        if not isinstance(tensor, torch.Tensor):
-            return {}
-        name = key_name(path) or argument
+def _dynamic_axes(arguments: dict[str, Any], options: ProgramOptions) -> dict[str, Any]:
+    """For each tensor of each argument its dynamic axes: the first, and those that the user named."""
+    leaves, spec = pytree.tree_flatten_with_path(arguments)
+    names = [key_name(path[1:]) or key_name(path[:1]) for path, _ in leaves]
+    if options.input_names and len(options.input_names) == len(names):
+        names = list(options.input_names)
+    dims = []
+    for name, (_, tensor) in zip(names, leaves, strict=True):
         wanted = {0} | {axis for given, axis in options.dynamic or {} if given == name}
-        return {axis: torch.export.Dim.AUTO for axis in sorted(wanted) if axis < tensor.ndim}
-
-    return pytree.tree_map_with_path(axes, value)
+        rank = tensor.ndim if isinstance(tensor, torch.Tensor) else 0
+        dims.append({axis: torch.export.Dim.AUTO for axis in sorted(wanted) if axis < rank})
+    axes: dict[str, Any] = pytree.tree_unflatten(dims, spec)
+    return axes
 
 
 def _batch_of_two(value: Any) -> Any:
@@ -196,14 +199,17 @@ def _canonical(exported: ExportedProgram, options: ProgramOptions, notes: tuple[
     _check_dynamic(options, {name: value_of(node).ndim for name, node in nodes.items()})
     dynamic: dict[tuple[str, int], str] = {}
     for name, node in nodes.items():
-        for axis, size in enumerate(value_of(node).shape):
-            if not isinstance(size, int):
+        for axis, size in enumerate(sizes(node)):
+            if size is None:
                 default = "batch" if axis == 0 else f"{name}_{axis}"
                 dynamic[name, axis] = (options.dynamic or {}).get((name, axis), default)
     fixed = {n: node for n, node in nodes.items() if value_of(node).ndim and (n, 0) not in dynamic}
     if fixed:
-        sizes = ", ".join(f"{n} {list(value_of(node).shape)}" for n, node in fixed.items())
-        notes = (*notes, f"The model cannot take any batch: it is exported with fixed inputs ({sizes}).")
+        shapes = ", ".join(f"{n} {list(value_of(node).shape)}" for n, node in fixed.items())
+        notes = (*notes, f"The model cannot take any batch: it is exported with fixed inputs ({shapes}).")
+    stuck = [f"{name}:{axis}" for name, axis in options.dynamic or {} if axis and (name, axis) not in dynamic]
+    if stuck:
+        notes = (*notes, f"The model allows no other size of {', '.join(stuck)}: fixed, although --dynamic names it.")
     return FloatProgram(exported, inputs, outputs, dynamic, notes)
 
 
@@ -232,7 +238,7 @@ def _example(node: Node, options: ProgramOptions, index: int) -> torch.Tensor:
     if named is not None:
         return torch.from_numpy(np.array(named, order="C"))
     value = value_of(node)
-    return torch.zeros([s if isinstance(s, int) else TRACE_BATCH for s in value.shape], dtype=value.dtype)
+    return torch.zeros([TRACE_BATCH if s is None else s for s in sizes(node)], dtype=value.dtype)
 
 
 def _in_eval_mode(exported: ExportedProgram) -> tuple[ExportedProgram, tuple[str, ...]]:

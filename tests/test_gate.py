@@ -179,3 +179,11 @@ def test_parse_fraction_reads_what_python_writes(value):
 def test_a_broken_validation(broken):
     with pytest.raises(SourceError, match=r"^net\.onnx: its validation cannot be read .* run `qcompress validate"):
         Measurements.of("net.onnx", nbytes=1, is_ours=True, original_bytes=2, validation=broken)
+
+
+def test_a_file_that_failed_validate_fails_by_itself():
+    validation = {"agreement": 1.0, "metric": None, "parity": [{"name": "weights", "ok": False}]}
+    file = Measurements.of("net.onnx", nbytes=1, is_ours=True, original_bytes=9, validation=validation)
+    verdicts = judge([file], GateLimits(min_agreement="50%"))
+    assert [(v.limit, v.ok) for v in verdicts] == [("parity", False), ("min_agreement", True)]
+    assert verdicts[0].note == "validate found the file wrong: weights"

@@ -284,3 +284,16 @@ def test_with_state_changes_values_and_nothing_else() -> None:
         program.with_state({"wieght": np.zeros((3, 4), np.float32)})
     with pytest.raises(ConfigError, match=r"weight must have shape \[3, 4\], got \[4, 3\]\."):
         program.with_state({"weight": np.zeros((4, 3), np.float32)})
+
+
+def test_a_dynamic_axis_goes_by_the_inputs_new_name() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    options = ProgramOptions(inputs={"x": image()}, input_names=("pixels",), dynamic={("pixels", 3): "wide"})
+    assert from_module(net, options).dynamic == {("pixels", 0): "batch", ("pixels", 3): "wide"}
+
+
+def test_an_axis_that_cannot_be_dynamic_is_told() -> None:
+    options = ProgramOptions(inputs={"x": image(shape=(4,))}, dynamic={("input", 1): "features"})
+    program = from_module(nn.Linear(4, 3).eval(), options)
+    assert program.dynamic == {("input", 0): "batch"}
+    assert "The model allows no other size of input:1: fixed, although --dynamic names it." in program.notes

@@ -18,7 +18,8 @@ from qcompress_cli.project import settings
 
 if TYPE_CHECKING:
     from qcompress.metrics import MetricResult
-    from qcompress_exporters.parity import Check, ParityReport
+    from qcompress_exporters.checks import Check
+    from qcompress_exporters.parity import ParityReport
 
 
 _SHARES: Final = ("top1", "top5")  # metrics that are shares of the samples

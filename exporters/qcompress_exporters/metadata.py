@@ -16,7 +16,6 @@ TARGET: Final = "qcompress.target"
 ORIGINAL_BYTES: Final = "qcompress.original_bytes"
 PLAN: Final = "qcompress.plan"
 SOURCE: Final = "qcompress.source"
-DIGESTS: Final = "qcompress.digests"
 VALIDATION: Final = "qcompress.validation"
 
 VALIDATION_FORMAT: Final = 1

@@ -8,7 +8,6 @@ packed codes, takes the place of that input under the same name.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -59,10 +58,10 @@ class Trace:
         copy.CopyFrom(self._converted[opset])
         return copy
 
-    @cached_property
-    def output_names(self) -> tuple[str, ...]:
-        """Names of the graph's outputs."""
-        return tuple(o.name for o in self.base.graph.output)
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the open tensors, by qualified name."""
+        shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in self.base.graph.input}
+        return {name: shapes[name] for name in self.state_names}
 
 
 def trace(program: FloatProgram) -> Trace:
