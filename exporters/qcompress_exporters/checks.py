@@ -11,8 +11,8 @@ import onnx
 from qcompress.artifacts import FloatWeight
 from qcompress.errors import DataError, SourceError
 from qcompress.metrics import is_constant, spread
-from qcompress_exporters.decode import decoded, digests
-from qcompress_exporters.lower import lower, tensor_digest
+from qcompress_exporters.decode import decoded, digests, mismatches
+from qcompress_exporters.lower import lower
 from qcompress_exporters.sessions import Mode, run, session
 from qcompress_exporters.trace import Trace
 
@@ -58,7 +58,7 @@ def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, bytes | 
     shapes = graph.state_shapes()
     strange = sorted(set(expected) ^ set(shapes))
     misshapen = [n for n in shapes if n in values and values[n].shape != shapes[n]]
-    wrong = [name for name, digest in expected.items() if tensor_digest(name, values[name]) != digest]
+    wrong = mismatches(model, values)
     detail = f"{len(expected)} tensors bit for bit"
     if strange:
         which = "the file alone" if strange[0] in expected else "the model alone"

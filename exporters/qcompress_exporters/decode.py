@@ -1,6 +1,6 @@
 """What onnxruntime itself decodes from one of our files, and what the file says that should be."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import numpy.typing as npt
@@ -8,6 +8,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from qcompress.errors import SourceError
+from qcompress_exporters.lower import tensor_digest
 from qcompress_exporters.sessions import run, session
 
 _DIGEST_LENGTH: Final = 11
@@ -36,6 +37,16 @@ def decoded(model: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
         part = _decoder(model, computed[start : start + _CHUNK])
         values |= run(session(part.SerializeToString(), "exact"), {})
     return values
+
+
+def mismatches(model: onnx.ModelProto, values: Mapping[str, npt.NDArray[Any]]) -> list[str]:
+    """The tensors whose decoded value is not what export took the digest of.
+
+    Args:
+        model: one of our files.
+        values: what `decoded` gave for it.
+    """
+    return [name for name, digest in digests(model).items() if tensor_digest(name, values[name]) != digest]
 
 
 def _decoder(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:

@@ -16,6 +16,7 @@ from qcompress.size import SizeReport, ideal_nbytes
 from qcompress_exporters import metadata
 from qcompress_exporters.encodings.native import Native
 from qcompress_exporters.encodings.palette import ENCODINGS, choose
+from qcompress_exporters.encodings.words import Words
 from qcompress_exporters.lower import Lowered, lower
 from qcompress_exporters.targets import BASE_OPSET, DEFAULT_TARGET, Target
 from qcompress_exporters.trace import Trace, trace
@@ -142,7 +143,7 @@ def build(model: CompressedModel, *, target: str = DEFAULT_TARGET, float_leftove
     elif float_leftovers != "float32":
         raise ConfigError(f"float_leftovers must be float32 or float16, got {float_leftovers!r}.")
     original = float_file(graph, model.program.state())
-    lowered, opset, why_opset = _at_best_opset(graph, artifacts, runtime)
+    lowered, opset, found = _at_best_opset(graph, artifacts, runtime)
     data = lowered.serialize(
         {
             metadata.VERSION: package_metadata.version("qcompress"),
@@ -159,7 +160,7 @@ def build(model: CompressedModel, *, target: str = DEFAULT_TARGET, float_leftove
         target=runtime.text,
         opset=opset,
         size=SizeReport(ideal=ideal, payload=lowered.payload, file=len(data), original=len(original), count=count),
-        tensors=tuple(_tensor_report(n, a, lowered.encodings[n], why_opset) for n, a in artifacts.items()),
+        tensors=tuple(_tensor_report(n, a, lowered.encodings[n], opset, runtime, found) for n, a in artifacts.items()),
         notes=(*model.notes, *graph.notes),
     )
     return Built(data, report)
@@ -177,17 +178,14 @@ def _at_best_opset(graph: Trace, artifacts: Mapping[str, Artifact], target: Targ
     """The lowest opset that the widths need; a higher one where its native types save enough of the file.
 
     Returns:
-        The model, its opset, and why not another.
+        The model, its opset, and what was found of native types.
     """
     widths = {a.bits for a in artifacts.values() if isinstance(a, PalettizedWeight)}
-    needed = BASE_OPSET
-    for bits in widths:
-        opsets = [o for e in ENCODINGS if e.name != Native.name and (o := e.opset(bits)) and o in target.opsets]
-        needed = max(needed, opsets[0] if opsets else BASE_OPSET)
-    best, best_opset = lower(graph, artifacts, needed), needed
-    why = "any opset will do" if needed == BASE_OPSET else f"its second plane needs opset {needed}"
-    nbytes, tried = len(best.serialize()), {_choices(widths, needed)}
-    for opset in (o for o in target.opsets if o > needed):
+    best_opset = max((_opset_needed(bits, target) for bits in widths), default=BASE_OPSET)
+    best = lower(graph, artifacts, best_opset)
+    nbytes, tried = len(best.serialize()), {_choices(widths, best_opset)}
+    found = f"opset {best_opset} is needed anyway"
+    for opset in (o for o in target.opsets if o > best_opset):
         if _choices(widths, opset) in tried:
             continue
         tried.add(_choices(widths, opset))
@@ -195,29 +193,51 @@ def _at_best_opset(graph: Trace, artifacts: Mapping[str, Artifact], target: Targ
         saved = 1 - len(higher.serialize()) / nbytes
         if saved >= _WORTH_AN_OPSET:
             best, best_opset, nbytes = higher, opset, len(higher.serialize())
-            why = f"native types (opset {opset}) save {saved:.1%} of the file"
+            found = f"native types (opset {opset}) save {saved:.1%} of the file"
         else:
-            why = f"native types (opset {opset}) would save {saved:.1%} of the file, less than {_WORTH_AN_OPSET:.0%}"
-    return best, best_opset, why
+            found = f"native types (opset {opset}) would save {saved:.1%} of the file, less than {_WORTH_AN_OPSET:.0%}"
+    return best, best_opset, found
+
+
+def _opset_needed(bits: int, target: Target) -> int:
+    """The lowest opset that we write a width at; native types do not count, they must pay for theirs."""
+    opsets = [o for e in ENCODINGS if e.name != Native.name and (o := e.opset(bits)) in target.opsets]
+    return opsets[0] if opsets and opsets[0] else BASE_OPSET
 
 
 def _choices(widths: set[int], opset: int) -> tuple[str, ...]:
     return tuple(choose(bits, opset).name for bits in sorted(widths))
 
 
-def _tensor_report(name: str, artifact: Artifact, encoding: str, why_opset: str) -> TensorReport:
-    palette = isinstance(artifact, PalettizedWeight)
-    count = int(np.prod(artifact.shape))
+def _why(bits: int, encoding: str, opset: int, target: Target, found: str) -> str:
+    """Why a width was written in this way and no other."""
+    if encoding == Native.name:
+        return found
+    native = Native().opset(bits)
+    if native is not None:
+        return found if native in target.opsets else f"{target.text} has no type of {bits} bits"
+    if encoding == Words.name:
+        return "a byte holds whole codes" if 8 % bits == 0 else f"its words need opset {opset}"
+    return "7 bits make no word" if bits == 7 else f"{target.text} has no type for words of {bits} bits"
+
+
+def _tensor_report(
+    name: str, artifact: Artifact, encoding: str, opset: int, target: Target, found: str
+) -> TensorReport:
+    if isinstance(artifact, PalettizedWeight):
+        bits, why = artifact.bits, _why(artifact.bits, encoding, opset, target, found)
+    else:
+        bits, why = 8 * _itemsize(artifact), getattr(artifact, "reason", "")
     return TensorReport(
         name=name,
         shape=artifact.shape,
         artifact=artifact.kind,
-        bits=artifact.bits if isinstance(artifact, PalettizedWeight) else 8 * _itemsize(artifact),
+        bits=bits,
         bits_per_weight=bits_per_weight(artifact),
         nbytes=artifact.nbytes,
-        float_nbytes=count * artifact.dequantize().itemsize,
+        float_nbytes=int(np.prod(artifact.shape)) * artifact.dequantize().itemsize,
         encoding=encoding,
-        why=why_opset if palette else getattr(artifact, "reason", ""),
+        why=why,
     )
 
 

@@ -145,8 +145,7 @@ def tidy(model: onnx.ModelProto, keep: tuple[str, ...]) -> onnx.ModelProto:
     opset = next(o.version for o in model.opset_import if o.domain == "")
     for message in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         message.ClearField("doc_string")
-        if message is not model or model.metadata_props:
-            message.ClearField("metadata_props")
+        message.ClearField("metadata_props")
     del graph.value_info[:]
     graph.name = "g"
     model.producer_name, model.producer_version = "qcompress", ""

@@ -11,6 +11,7 @@ from onnx import helper
 
 from qcompress.artifacts import PalettizedWeight
 from qcompress.granularity import lut_groups
+from qcompress_exporters.encodings import words
 from qcompress_exporters.encodings.base import Encoding, GraphWriter
 from qcompress_exporters.encodings.palette import ENCODINGS, choose, write_palette
 from qcompress_exporters.names import ShortNames
@@ -69,6 +70,24 @@ def test_onnxruntime_decodes_the_artifact_bit_for_bit(encoding: Encoding, bits: 
     got, wanted = decoded(weight, encoding), weight.dequantize()
     assert got.shape == wanted.shape
     assert got.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6])
+@pytest.mark.parametrize("rows_per_lut", [None, 4, 5])
+def test_large_tensors_have_a_second_plane(
+    bits: int, rows_per_lut: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(words, "SMALL", 0)
+    random = np.random.default_rng(bits)
+    weight = PalettizedWeight(
+        codes=random.integers(0, 1 << bits, (16, 5, 3)).astype(np.uint8),
+        lut=random.standard_normal((lut_groups(16, rows_per_lut), 1 << bits)).astype(np.float32),
+        bits=bits,
+        rows_per_lut=rows_per_lut,
+    )
+    assert decoded(weight, words.Words()).tobytes() == weight.dequantize().tobytes()
+    assert optimized_ops(decoder(weight, words.Words()).SerializeToString()) == {}
+    assert "MatMul" not in {node.op_type for node in decoder(weight, words.Words()).graph.node}
 
 
 @pytest.mark.parametrize(("encoding", "bits"), CASES)
