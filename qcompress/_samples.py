@@ -75,6 +75,33 @@ def stack_samples(samples: object) -> tuple[Arrays, npt.NDArray[Any] | None]:
     return stacked, labels
 
 
+def join_batches(batches: Iterable[object]) -> Arrays:
+    """Arrays by name from batches, joined along their first axis; labels are `y`.
+
+    Args:
+        batches: each an array or a tensor, a pair (x, y) as a DataLoader gives it, or a dict of named arrays.
+
+    Raises:
+        DataError: there is none, or they differ in names or in the shape of a sample.
+
+    >>> join_batches([(np.zeros((2, 3)), [0, 1]), (np.ones((1, 3)), [1])])["y"].tolist()
+    [0, 1, 1]
+    """
+    parts = [_named(tuple(b) if isinstance(b, list) else b, i) for i, b in enumerate(batches)]
+    if not parts:
+        raise DataError("at least one batch is needed, got none.")
+    for index, part in enumerate(parts):
+        if set(part) != set(parts[0]):
+            raise DataError(
+                f"every batch must give the same arrays: batch 0 gives {_listed(parts[0])}, batch {index} gives "
+                f"{_listed(part)}."
+            )
+    try:
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    except ValueError as e:
+        raise DataError(f"the batches cannot be joined: {e}.") from None
+
+
 def _each(samples: object) -> Iterator[object]:
     """The samples; a map-style Dataset need not stop by itself, so its length counts."""
     if hasattr(samples, "dataset") and hasattr(samples, "batch_size"):

@@ -3,7 +3,7 @@
 Nothing in a file is executed, and no pickle is read; `module:factory` and a transform are code that the user names.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from qcompress._arrays import Arrays, as_array, check_finite, check_layout, check_lengths, hash_bytes
 from qcompress._data_files import read_spec
-from qcompress._samples import find_function
+from qcompress._samples import find_function, join_batches
 from qcompress.artifacts import short_digest
 from qcompress.errors import ConfigError, DataError
 from qcompress.sources._factory import one_line
@@ -139,6 +139,32 @@ class Dataset:
             return Batch(_transformed(self.transform, raw, stop - start), labels)
         except DataError as e:
             raise DataError(f"--transform {self.transform_name}, samples {start} to {stop - 1}: {e}") from e.__cause__
+
+
+def as_dataset(data: object) -> Dataset:
+    """What a Python caller has at hand, as a Dataset.
+
+    Args:
+        data: a Dataset, arrays by name (`y`: labels), or batches: arrays, pairs (x, y), dicts of arrays.
+
+    Raises:
+        DataError: it is nothing of these.
+
+    >>> as_dataset({"x": np.zeros((3, 2)), "y": np.array([0, 1, 0])}).labels.tolist()
+    [0, 1, 0]
+    >>> as_dataset([np.zeros((2, 4)), np.zeros((3, 4))]).samples
+    5
+    """
+    if isinstance(data, Dataset):
+        return data
+    if isinstance(data, Mapping):
+        arrays = {str(name): as_array(values) for name, values in data.items()}
+    elif isinstance(data, Iterable) and not isinstance(data, str | bytes):
+        arrays = join_batches(data)
+    else:
+        raise DataError(f"data must be a Dataset, arrays by name or batches, got {type(data).__name__}.")
+    labels = arrays.pop("y", None)
+    return Dataset(inputs=arrays, labels=labels)
 
 
 def load_data(spec: str, *, transform: str | Transform | None = None, what: str = "--data") -> Dataset:

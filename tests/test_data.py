@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.lib.format
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qcompress import _npy
-from qcompress.data import Dataset, load_data
+from qcompress.data import Dataset, as_dataset, load_data
 from qcompress.errors import ConfigError, DataError
 
 X = np.arange(24, dtype=np.float32).reshape(6, 4)
@@ -600,3 +601,30 @@ def test_a_function_names_itself() -> None:
     np.savez("t.npz", x=X)
     assert load_data("t.npz", transform=np.square).transform_name.endswith("square")
     assert load_data("t.npz", transform=_fail).transform_name.endswith(":_fail")
+
+
+def test_as_dataset_takes_what_python_has_at_hand():
+    x, y = np.arange(12, dtype=np.float32).reshape(6, 2), np.arange(6)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.from_numpy(x), torch.from_numpy(y)), batch_size=4
+    )
+    for data in (loader, {"x": x, "y": y}, [(x[:4], y[:4]), (x[4:], y[4:])], [{"x": x, "y": y}]):
+        dataset = as_dataset(data)
+        np.testing.assert_array_equal(dataset.inputs["x"], x)
+        np.testing.assert_array_equal(dataset.labels, y)
+    assert as_dataset(dataset) is dataset
+    assert as_dataset([torch.from_numpy(x)]).labels is None
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (3, r"^data must be a Dataset, arrays by name or batches, got int\.$"),
+        ([], r"^at least one batch is needed, got none\.$"),
+        ([np.zeros((1, 2)), (np.zeros((1, 2)), [1])], r"batch 0 gives x, batch 1 gives x, y\.$"),
+        ([np.zeros((1, 2)), np.zeros((1, 3))], r"^the batches cannot be joined: "),
+    ],
+)
+def test_as_dataset_refuses(data, match):
+    with pytest.raises(DataError, match=match):
+        as_dataset(data)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from qcompress.batchnorm import fold_batchnorm
 from qcompress.compressed import CompressedModel
-from qcompress.data import Dataset
+from qcompress.data import Dataset, as_dataset
 from qcompress.errors import DataError, SourceError
 from qcompress.metrics import Metric, MetricResult, agreement, compare, is_constant, sqnr_db
 from qcompress.program import FloatProgram, Runner
@@ -121,7 +121,7 @@ class ParityReport:
 def validate(
     model: FloatProgram | CompressedModel,
     path: str | Path,
-    data: Dataset,
+    data: Dataset | Mapping[str, Any] | Iterable[Any],
     *,
     metric: Metric | None = None,
     source_digest: str = "",
@@ -134,7 +134,7 @@ def validate(
     Args:
         model: the original; of a compressed model, its float program.
         path: the file.
-        data: inputs, with labels where there are any.
+        data: inputs, with labels where there are any: a Dataset, arrays by name, or batches; see `as_dataset`.
         metric: what to measure where there are labels.
         source_digest: short digest of the model file that `model` was read from; a compressed model knows its own.
         seed: of the bootstrap.
@@ -153,7 +153,7 @@ def validate(
     else:
         program = model
     _check_names(program, file)
-    data = _usable(program, data)
+    data = _usable(program, as_dataset(data))
     if metric is not None and data.labels is None:
         raise DataError(f"The metric {metric.name} needs labels (an array y), but {data.name} has none.")
 
