@@ -16,6 +16,8 @@ from qcompress.program import FloatProgram, copy_graph, rebuild, state_nodes
 aten = torch.ops.aten
 
 _BATCH_NORMS: Final = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+_LEFT: Final = "the layer in front of it serves elsewhere too, or cannot take it up"
+_NO_BIAS: Final = (aten.matmul.default, aten.mm.default)
 _BIAS_ARGUMENT: Final = {aten.addmm.default: 0}
 
 
@@ -34,7 +36,8 @@ class _Fold:
 def fold_batchnorm(program: FloatProgram) -> FloatProgram:
     """The same function with every BatchNorm folded that directly follows a layer of its own.
 
-    A BatchNorm whose layer is used elsewhere too (a tied weight, an output read twice) stays; the notes name it.
+    A BatchNorm stays, and the notes name it, where its layer is used elsewhere too (a tied weight, an output read
+    twice) or cannot be written as one layer with a bias.
 
     Args:
         program: traced in eval mode; not modified.
@@ -42,11 +45,14 @@ def fold_batchnorm(program: FloatProgram) -> FloatProgram:
     Returns:
         A program whose layers carry a bias `<layer>.bias` in place of the BatchNorm's tensors.
     """
+    folds, left = _find(program)
+    if not folds:
+        notes = tuple(f"{n.name} stays a BatchNormalization: {_LEFT}." for n in left)
+        return replace(program, notes=(*program.notes, *notes))
     exported = program.exported
     module = copy_graph(exported)
     nodes = {n.name: n for n in module.graph.nodes}
     specs, state = list(exported.graph_signature.input_specs), dict(exported.state_dict)
-    folds, left = _find(program)
     for fold in folds:
         weight_name = fold.layer.weight
         weight = state[weight_name].detach()
@@ -78,10 +84,8 @@ def fold_batchnorm(program: FloatProgram) -> FloatProgram:
     module.graph.eliminate_dead_code()
     specs, state = _drop_unused(module.graph, specs, state)
     module.recompile()
-    notes = tuple(f"{n.name} stays a BatchNormalization: the layer in front of it also serves elsewhere." for n in left)
-    return replace(
-        program, exported=rebuild(exported, module=module, specs=specs, state=state), notes=program.notes + notes
-    )
+    folded = replace(program, exported=rebuild(exported, module=module, specs=specs, state=state))
+    return fold_batchnorm(folded)  # one BatchNorm may stand behind another
 
 
 def _find(program: FloatProgram) -> tuple[list[_Fold], list[Node]]:
@@ -111,6 +115,11 @@ def _find(program: FloatProgram) -> tuple[list[_Fold], list[Node]]:
         foldable = (
             len(layer.node.users) == 1
             and uses_of[layer.weight] == 1
+            and weight_node is not None
+            and len(weight_node.users) == 1  # other operators may read it, too
+            and layer.weight in program.exported.state_dict
+            and (bias is not None or layer.node.target not in _NO_BIAS)
+            and not {"alpha", "beta"} & set(layer.node.kwargs)
             and all(isinstance(n, Node) for n in statistics)
             and all(n in state for n in parameters)
             and (bias is None or (bias in state and len(bias.users) == 1))
@@ -136,7 +145,7 @@ def _bias_of(node: Node) -> Node | None:
 
 def _bias_name(weight: str) -> str:
     head, _, tail = weight.rpartition("weight")
-    return f"{head}bias{tail}" if head or weight == "weight" else f"{weight}.bias"
+    return f"{head}bias{tail}" if head or weight == "weight" else f"{weight}_bias"
 
 
 def _like(old: torch.Tensor, new: torch.Tensor) -> torch.nn.Parameter:

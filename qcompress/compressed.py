@@ -17,6 +17,7 @@ from safetensors.numpy import save
 
 from qcompress.artifacts import ARTIFACTS, Artifact, bits_per_weight
 from qcompress.errors import ConfigError, OutputError, SourceError
+from qcompress.files import sync
 from qcompress.packing import pack, unpack
 from qcompress.plan import Plan, load_plan
 
@@ -87,7 +88,7 @@ class CompressedModel:
             "notes": list(self.notes),
         }
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the folder, whole or not at all.
 
         Raises:
@@ -95,6 +96,7 @@ class CompressedModel:
         """
         import torch
 
+        folder = Path(folder)
         if folder.exists():
             raise OutputError(f"{folder} exists: name another folder, or remove it first.")
         try:
@@ -107,7 +109,10 @@ class CompressedModel:
             (part / REPORT).write_text(json.dumps(self.report(), indent=1) + "\n", encoding="utf-8")
             torch.export.save(self.program.without_origins().exported, part / PROGRAM)
             part.chmod(0o755)
+            for written in (*part.iterdir(), part):
+                sync(written)
             os.replace(part, folder)
+            sync(folder.parent)
         except OSError as e:
             raise OutputError(f"{folder} cannot be written: {e.strerror}.") from None
         finally:
@@ -138,7 +143,7 @@ class CompressedModel:
         return save(tensors, {_KEY: json.dumps(about)})
 
     @classmethod
-    def load(cls, folder: Path) -> "CompressedModel":
+    def load(cls, folder: str | Path) -> "CompressedModel":
         """Read a folder that `save` wrote. Nothing in it is executed.
 
         Args:
@@ -150,6 +155,7 @@ class CompressedModel:
         from qcompress.program import FloatProgram
         from qcompress.sources.exported_program import load_exported
 
+        folder = Path(folder)
         about, artifacts = read_artifacts(folder)
         exported = load_exported(folder / PROGRAM)
         signature = exported.graph_signature
@@ -201,7 +207,7 @@ def read_artifacts(folder: Path) -> tuple[dict[str, Any], dict[str, Artifact]]:
         header = json.loads(data[8 : 8 + length])
         about = json.loads(header["__metadata__"][_KEY])
         version = int(about["format_version"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise SourceError(f"{path} is not the weights file of a compressed model: save it again.") from None
     if version not in _READABLE:
         raise SourceError(

@@ -56,7 +56,7 @@ def write_whole(path: Path, data: bytes) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as e:
         raise OutputError(f"{path} cannot be written: {e.strerror}.") from None
     finally:
@@ -71,9 +71,10 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
+def sync(path: Path) -> None:
+    """Let what was written to a file or folder reach the disk, where the system can be asked for it."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

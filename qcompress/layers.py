@@ -1,5 +1,6 @@
 """Which tensor of a program is the weight of which kind of layer, read from the ATen graph."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -59,10 +60,16 @@ _USES: Final[dict[Any, tuple[int, Callable[[Node, torch.Tensor], str]]]] = {
     aten.mm.default: (1, _fixed("linear")),
     aten.addmm.default: (2, _fixed("linear")),
     aten.embedding.default: (0, _fixed("embedding")),
+    aten.embedding_bag.default: (0, _fixed("embedding")),
+    aten.embedding_bag.padding_idx: (0, _fixed("embedding")),
 }
 _IN_OUT: Final = (aten.matmul.default, aten.mm.default, aten.addmm.default)
 _TRANSPOSES: Final = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default)
-_VIEWS: Final = (aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.to.dtype)
+_VIEWS: Final = (
+    aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.to.dtype,
+    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, operator.getitem,
+)  # fmt: skip
 _RECURRENT: Final = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 

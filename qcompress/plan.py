@@ -150,7 +150,7 @@ def parse_plan(text: str, label: str = "plan") -> Plan:
     """
     try:
         parsed = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
         raise ConfigError(f"{label}: not valid TOML: {e}.") from None
     lines = _plan_toml.lines_of(text)
 

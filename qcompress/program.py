@@ -59,10 +59,9 @@ class FloatProgram:
     @property
     def fixed_batch(self) -> int | None:
         """The only batch that the program takes; None: any."""
-        for name, node in zip(self.input_names, user_inputs(self.exported), strict=True):
-            if value_of(node).ndim and (name, 0) not in self.dynamic:
-                return int(value_of(node).shape[0])
-        return None
+        if any(axis == 0 for _, axis in self.dynamic):
+            return None
+        return next((int(value_of(n).shape[0]) for n in user_inputs(self.exported) if value_of(n).ndim), None)
 
     def with_state(self, values: Arrays) -> "FloatProgram":
         """The same program with other values for some tensors; shapes and dtypes stay.
@@ -83,12 +82,12 @@ class FloatProgram:
         return replace(self, exported=rebuild(self.exported, state=state, constants=constants))
 
     def without_origins(self) -> "FloatProgram":
-        """The same program without the author's files, lines and classes, which tracing notes at each node."""
+        """The same program without the author's files, lines, classes and sample inputs, which tracing keeps."""
         module = copy_graph(self.exported)
         for node in module.graph.nodes:
             for key in _ORIGINS:
                 node.meta.pop(key, None)
-        return replace(self, exported=rebuild(self.exported, module=module))
+        return replace(self, exported=rebuild(self.exported, module=module, keep_examples=False))
 
     def module(self) -> torch.nn.Module:
         """A plain module that runs the program: its parameters under their qualified names."""
@@ -115,6 +114,17 @@ class FloatProgram:
             bound.append(_check_input(name, value, node))
         return bound
 
+    def random_inputs(self, batch: int = 2) -> dict[str, npt.NDArray[Any]]:
+        """Normal random floats, and zeros for integers, in the inputs' shapes; the same ones each time."""
+        random = np.random.default_rng(0)
+        inputs = {}
+        for name, node in zip(self.input_names, user_inputs(self.exported), strict=True):
+            shape = [batch if size is None else size for size in sizes(node)]
+            dtype = torch.empty(0, dtype=value_of(node).dtype).numpy().dtype
+            values = random.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
+            inputs[name] = values.astype(dtype)
+        return inputs
+
     def run(self, arrays: Arrays, device: str = "cpu") -> dict[str, npt.NDArray[Any]]:
         """Run the program on one batch.
 
@@ -129,7 +139,8 @@ class FloatProgram:
 
     def runner(self, device: str = "cpu") -> "Runner":
         """Something that runs many batches: the module is built once."""
-        return Runner(self, self.module().to(device), device)
+        module = self.module() if device == "cpu" else copy.deepcopy(self.module()).to(device)
+        return Runner(self, module, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +176,7 @@ def rebuild(
     specs: list[InputSpec] | None = None,
     state: Mapping[str, torch.Tensor] | None = None,
     constants: Mapping[str, Any] | None = None,
+    keep_examples: bool = True,
 ) -> ExportedProgram:
     """The same program with some of its parts replaced; tensors are shared, not copied."""
     module = module or exported.graph_module
@@ -182,7 +194,7 @@ def rebuild(
         state_dict=dict(state if state is not None else exported.state_dict),
         range_constraints=dict(exported.range_constraints),
         module_call_graph=list(exported.module_call_graph),
-        example_inputs=exported.example_inputs,
+        example_inputs=exported.example_inputs if keep_examples else None,
         constants=dict(constants if constants is not None else exported.constants),
         verifiers=exported.verifiers,
     )

@@ -26,6 +26,7 @@ from qcompress.program import (
     identity,
     rebuild,
     sizes,
+    state_nodes,
     tensor_of,
     user_inputs,
     value_of,
@@ -33,6 +34,7 @@ from qcompress.program import (
 from qcompress.sources.base import ProgramOptions
 
 TRACE_BATCH: Final = 2  # torch.export specializes a batch of 1
+_COUNTER: Final = "num_batches_tracked"  # BatchNorm's, which no graph in eval mode reads
 _STATISTICS: Final = ("training", "train")  # arguments that say: as in training
 
 
@@ -78,25 +80,23 @@ def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatPr
         SourceError: the program takes something other than tensors.
     """
     exported, notes = _in_eval_mode(exported)
-    wanted = {axis for _, axis in options.dynamic or {}} | {0}
-    fixed = [
-        node
-        for node in user_inputs(exported)
-        if any(size is not None for axis, size in enumerate(sizes(node)) if axis in wanted)
-    ]
-    if not fixed:
-        return _canonical(exported, options, notes)
-    flat = [_example(node, options, i) for i, node in enumerate(user_inputs(exported))]
+    nodes = user_inputs(exported)
+    given = options.input_names  # names that do not fit are refused below, where the model's own are known
+    names = given if given is not None and len(given) == len(nodes) else input_names(exported)
+    dynamic = {
+        (n, axis) for n, node in zip(names, nodes, strict=True) for axis, s in enumerate(sizes(node)) if s is None
+    }
+    if any(axis == 0 for _, axis in dynamic) and set(options.dynamic or {}) <= dynamic:
+        return _canonical(exported, options, notes, one_batch=False)
+    flat = [_example(node, options, i) for i, node in enumerate(nodes)]
     args, kwargs = pytree.tree_unflatten(flat, exported.call_spec.in_spec)
-    names = tuple(exported.graph_signature.user_inputs)
-    options = replace(options, input_names=options.input_names or input_names(exported, tuple(map(str, names))))
+    kept = {(name, axis): f"{name}_{axis}" for name, axis in dynamic} | dict(options.dynamic or {})
+    again = replace(options, input_names=names, dynamic=kept)
     try:
-        return _trace(exported.module(check_guards=False), args, kwargs, options, notes)
+        return _trace(exported.module(check_guards=False), args, kwargs, again, notes)
     except SourceError:
-        fixed_note = (
-            f"The program's inputs {', '.join(n.name for n in fixed)} stay fixed: it cannot be traced otherwise."
-        )
-        return _canonical(exported, options, (*notes, fixed_note))
+        stays = "The program's inputs stay fixed: it cannot be traced otherwise."
+        return _canonical(exported, options, (*notes, stays), one_batch=False)
 
 
 def _trace(
@@ -107,10 +107,12 @@ def _trace(
     notes: tuple[str, ...],
 ) -> FloatProgram:
     """Trace with a batch of 2 and dynamic axes; where the net allows no dynamic batch, as the example stands."""
-    two_args, two_kwargs = pytree.tree_map(_batch_of_two, (tuple(args), dict(kwargs)))
     names = list(inspect.signature(module.forward).parameters)[: len(args)]
     names += [f"argument_{i}" for i in range(len(names), len(args))]
-    dims = _dynamic_axes(dict(zip(names, two_args, strict=True)) | two_kwargs, options)
+    arguments = dict(zip(names, args, strict=True)) | dict(kwargs)
+    batch = next((len(t) for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor) and t.ndim), 0)
+    dims = _dynamic_axes(arguments, batch, options)
+    two_args, two_kwargs = pytree.tree_map(lambda value: _batch_of_two(value, batch), (tuple(args), dict(kwargs)))
     try:
         shapes = dims if two_kwargs else tuple(dims.values())
         exported = _export(module, two_args, two_kwargs, shapes)
@@ -119,7 +121,7 @@ def _trace(
             exported = _export(module, tuple(args), dict(kwargs), None)
         except Exception as e:
             raise SourceError(_export_failure(e)) from e
-    return _canonical(exported, options, notes)
+    return _canonical(exported, options, notes, one_batch=True)
 
 
 def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
@@ -127,25 +129,27 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
 
 
-def _dynamic_axes(arguments: dict[str, Any], options: ProgramOptions) -> dict[str, Any]:
-    """For each tensor of each argument its dynamic axes: the first, and those that the user named."""
+def _dynamic_axes(arguments: dict[str, Any], batch: int, options: ProgramOptions) -> dict[str, Any]:
+    """For each tensor of each argument its dynamic axes: the batch, and those that the user named."""
     leaves, spec = pytree.tree_flatten_with_path(arguments)
     names = [key_name(path[1:]) or key_name(path[:1]) for path, _ in leaves]
     if options.input_names and len(options.input_names) == len(names):
         names = list(options.input_names)
     dims = []
     for name, (_, tensor) in zip(names, leaves, strict=True):
-        wanted = {0} | {axis for given, axis in options.dynamic or {} if given == name}
         rank = tensor.ndim if isinstance(tensor, torch.Tensor) else 0
+        wanted = {axis for given, axis in options.dynamic or {} if given == name}
+        wanted |= {0} if rank and len(tensor) == batch else set()
         dims.append({axis: torch.export.Dim.AUTO for axis in sorted(wanted) if axis < rank})
     axes: dict[str, Any] = pytree.tree_unflatten(dims, spec)
     return axes
 
 
-def _batch_of_two(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+def _batch_of_two(value: Any, batch: int) -> Any:
+    """A tensor whose first axis is the batch, with a batch of 2; any other value as it is."""
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != batch:
         return value
-    return value[:TRACE_BATCH] if len(value) >= TRACE_BATCH else torch.cat([value] * TRACE_BATCH)[:TRACE_BATCH]
+    return value[:TRACE_BATCH] if batch >= TRACE_BATCH else torch.cat([value] * TRACE_BATCH)[:TRACE_BATCH]
 
 
 def _is_odd_float(dtype: torch.dtype) -> bool:
@@ -184,33 +188,94 @@ def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], 
     return positional, rest
 
 
-def _canonical(exported: ExportedProgram, options: ProgramOptions, notes: tuple[str, ...]) -> FloatProgram:
-    """Prune what the graph does not use, give tied tensors one name, name inputs and outputs."""
+def _canonical(
+    exported: ExportedProgram, options: ProgramOptions, notes: tuple[str, ...], *, one_batch: bool
+) -> FloatProgram:
+    """Prune what the graph does not use, give tied tensors one name, name inputs and outputs.
+
+    Args:
+        exported: as torch.export gave it.
+        options: names that the user gave.
+        notes: what is to be told already.
+        one_batch: whether every dynamic first axis is the batch; else those of another symbol have a name of their own.
+    """
     for node in user_inputs(exported):
         if not isinstance(node.meta.get("val"), torch.Tensor):
             raise SourceError(
                 f"The model's input {node.name} must be a tensor, got {type(node.meta.get('val')).__name__}: "
                 "wrap the model in a module whose forward takes tensors alone."
             )
-    exported = _prune(exported)
+    notes = (
+        *notes,
+        *(f"The model changes its buffer {n} as it runs; the file keeps the value of now." for n in _mutated(exported)),
+    )
+    exported = _with_own_tensors(_prune(exported))
+    state = _checked_state(exported)
     inputs = _check_names(options.input_names, input_names(exported), "--input-names", "inputs")
-    outputs = _check_names(options.output_names, output_names(exported), "--output-names", "outputs")
+    clash = sorted(state & set(inputs))
+    if clash:
+        raise SourceError(f"{clash[0]} names both an input and a tensor of the model: rename one of them in the model.")
+    taken = state | set(inputs)
+    names = tuple(f"{n}_output" if n in taken else n for n in output_names(exported))
+    outputs = _check_names(options.output_names, names, "--output-names", "outputs")
     nodes = dict(zip(inputs, user_inputs(exported), strict=True))
     _check_dynamic(options, {name: value_of(node).ndim for name, node in nodes.items()})
     dynamic: dict[tuple[str, int], str] = {}
+    batch: str | None = None
     for name, node in nodes.items():
         for axis, size in enumerate(sizes(node)):
             if size is None:
-                default = "batch" if axis == 0 else f"{name}_{axis}"
+                symbol = str(value_of(node).shape[axis])
+                batch = batch or (symbol if axis == 0 else None)
+                default = "batch" if axis == 0 and (one_batch or symbol == batch) else f"{name}_{axis}"
                 dynamic[name, axis] = (options.dynamic or {}).get((name, axis), default)
-    fixed = {n: node for n, node in nodes.items() if value_of(node).ndim and (n, 0) not in dynamic}
-    if fixed:
-        shapes = ", ".join(f"{n} {list(value_of(node).shape)}" for n, node in fixed.items())
+    if not any(axis == 0 for _, axis in dynamic):
+        shapes = ", ".join(f"{n} {list(value_of(node).shape)}" for n, node in nodes.items())
         notes = (*notes, f"The model cannot take any batch: it is exported with fixed inputs ({shapes}).")
     stuck = [f"{name}:{axis}" for name, axis in options.dynamic or {} if axis and (name, axis) not in dynamic]
     if stuck:
         notes = (*notes, f"The model allows no other size of {', '.join(stuck)}: fixed, although --dynamic names it.")
     return FloatProgram(exported, inputs, outputs, dynamic, notes)
+
+
+def _mutated(exported: ExportedProgram) -> list[str]:
+    """Buffers that the program writes to."""
+    state = state_nodes(exported)
+    written = set(exported.graph_signature.buffers_to_mutate.values())
+    for node in exported.graph.nodes:
+        if node.args and node.args[0] in state and getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            written.add(state[node.args[0]])
+    return sorted(name for name in written if not name.endswith(_COUNTER))
+
+
+def _checked_state(exported: ExportedProgram) -> set[str]:
+    """Names of the program's tensors, all of them of types that are exported."""
+    state = {name: tensor_of(exported, spec) for spec in exported.graph_signature.input_specs if (name := spec.target)}
+    for name, value in state.items():
+        if _is_odd_float(value.dtype) and (value.dtype != torch.float64 or value.ndim > 1):
+            raise SourceError(
+                f"{name} must be float32, got {str(value.dtype).removeprefix('torch.')}: export the program of "
+                "model.float(), with float32 inputs."
+            )
+    return set(state)
+
+
+def _with_own_tensors(exported: ExportedProgram) -> ExportedProgram:
+    """The same program on copies of its tensors, tied ones still tied: nobody else's training reaches it."""
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        same = identity(value)
+        if same not in copies:
+            copy_of = value.detach().clone()
+            copies[same] = torch.nn.Parameter(copy_of, False) if isinstance(value, torch.nn.Parameter) else copy_of
+        return copies[same]
+
+    state = {name: own(value) for name, value in exported.state_dict.items()}
+    constants = {name: own(value) for name, value in exported.constants.items()}
+    return rebuild(exported, state=state, constants=constants)
 
 
 def _check_dynamic(options: ProgramOptions, ranks: Mapping[str, int]) -> None:
@@ -261,6 +326,8 @@ def _training_argument(node: Node) -> int | None:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return None
+    if node.target is torch.ops.aten.batch_norm.default and node.args[3] is None:
+        return None  # it has no statistics but those of the batch
     for position, argument in enumerate(schema.arguments):
         if argument.name in _STATISTICS and position < len(node.args) and node.args[position] is True:
             return position
@@ -304,7 +371,4 @@ def _export_failure(error: Exception) -> str:
     ]
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
-    return (
-        f"torch.export cannot trace the model{where}: {reason} Change that line so that it can be traced, "
-        "or export an ONNX file of the model by other means and use that as MODEL."
-    )
+    return f"torch.export cannot trace the model{where}: {reason} Change that line so that it can be traced."

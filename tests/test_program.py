@@ -134,7 +134,7 @@ def test_a_model_that_cannot_be_traced_names_the_users_line() -> None:
                 return x
             return -x
 
-    with pytest.raises(SourceError, match=r"test_program\.py:\d+ \(if x\.sum\(\) > 0:.*export an ONNX file"):
+    with pytest.raises(SourceError, match=r"test_program\.py:\d+ \(if x\.sum\(\) > 0:.*Change that line"):
         traced(Branch(), x=image(shape=(4,)))
 
 
@@ -297,3 +297,124 @@ def test_an_axis_that_cannot_be_dynamic_is_told() -> None:
     program = from_module(nn.Linear(4, 3).eval(), options)
     assert program.dynamic == {("input", 0): "batch"}
     assert "The model allows no other size of input:1: fixed, although --dynamic names it." in program.notes
+
+
+class ReadsItsWeight(nn.Module):
+    """A weight that something else than its layer reads, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(x)) + self.linear.weight.sum()
+
+
+class Scaled(nn.Module):
+    """A matrix product whose bias and product have factors; the matrix is a bare parameter."""
+
+    def __init__(self, beta: float = 1.0, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(4, 3))
+        self.b = nn.Parameter(torch.randn(3))
+        self.norm = nn.BatchNorm1d(3)
+        self.factors = {"beta": beta, "alpha": alpha} if beta != alpha else {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(torch.addmm(self.b, x, self.a, **self.factors))
+
+
+class Bare(nn.Module):
+    """A bare parameter without a bias in front of two BatchNorms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(4, 3))
+        self.first = nn.BatchNorm1d(3)
+        self.second = nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x @ self.a))
+
+
+@pytest.mark.parametrize(("net", "left"), [(ReadsItsWeight(), 1), (Scaled(0.5, 2.0), 1), (Scaled(), 0), (Bare(), 2)])
+def test_folding_changes_no_function_whatever_stands_in_front(net: nn.Module, left: int) -> None:
+    program = traced(randomized(net), x=image(shape=(4,)))
+    folded = fold_batchnorm(program)
+    assert sum("batch_norm" in str(n.target) for n in folded.exported.graph.nodes) == left
+    assert_same_function(program, folded, {"x": image(5, seed=2, shape=(4,))})
+    assert list(fold_batchnorm(folded).state()) == list(folded.state())
+
+
+def test_batchnorm_without_statistics_in_an_exported_program() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval()
+    program = from_exported(torch.export.export(net, (torch.zeros(2, 4),)), ProgramOptions())
+    with torch.no_grad():
+        wanted = net(torch.from_numpy(image(6, shape=(4,)))).numpy()
+    np.testing.assert_allclose(program.run({"x": image(6, shape=(4,))})["output"], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_exported_programs_of_other_floats_are_refused(dtype: torch.dtype) -> None:
+    exported = torch.export.export(nn.Linear(4, 3).to(dtype).eval(), (torch.zeros(2, 4, dtype=dtype),))
+    with pytest.raises(SourceError, match=r"weight must be float32, got \w+: export the program of model\.float\(\)"):
+        from_exported(exported, ProgramOptions())
+
+
+def test_later_training_of_the_users_module_does_not_reach_the_program() -> None:
+    net = nn.Linear(4, 3).eval()
+    program = traced(net, x=image(shape=(4,)))
+    before = program.run({"x": image(shape=(4,))})["output"]
+    with torch.no_grad():
+        net.weight.zero_()
+    np.testing.assert_array_equal(program.run({"x": image(shape=(4,))})["output"], before)
+    program.module().to(torch.float64)
+    assert net.weight.dtype == torch.float32
+
+
+def test_only_inputs_with_the_batch_in_front_are_dynamic() -> None:
+    class Weighted(nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return x @ w
+
+    program = traced(Weighted(), x=image(1, shape=(8,)), w=image(8, shape=(4,)))
+    assert program.dynamic == {("x", 0): "batch"}
+    assert program.fixed_batch is None
+
+
+def test_names_that_clash() -> None:
+    class Output(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.output = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.output
+
+    assert traced(Output(), x=image(shape=(4,))).output_names == ("output_output",)
+
+    class Input(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.x
+
+    with pytest.raises(SourceError, match=r"^x names both an input and a tensor of the model: rename one"):
+        traced(Input(), x=image(shape=(4,)))
+
+
+def test_a_buffer_that_changes_as_the_model_runs_is_told() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("n", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.n += 1
+            return x + self.n
+
+    notes = traced(Counts().eval(), x=image(shape=(4,))).notes
+    assert "The model changes its buffer n as it runs; the file keeps the value of now." in notes

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.table import Table
@@ -35,6 +35,9 @@ def _rows_per_lut(text: str) -> int | str:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"must be auto or a number of output channels, at least 1, got {text!r}.")
     return int(text)
+
+
+_NOT_FOR_COMPRESSED: Final = ("bits", "rows_per_lut", "plan", "input_names", "output_names", "dynamic", "input_shape")
 
 
 @options.command("export")
@@ -132,7 +135,7 @@ def _compressed(
     from qcompress.sources.compressed_folder import CompressedSource
 
     if isinstance(source, CompressedSource):
-        said = [f for f in ("bits", "rows_per_lut", "plan") if flags.get(f) is not None]
+        said = [f for f in _NOT_FOR_COMPRESSED if flags.get(f)]
         if said:
             raise ConfigError(
                 f"{source.label} is compressed already: --{said[0].replace('_', '-')} must be left out, or name the "

@@ -82,7 +82,7 @@ def command(
                 nbytes=file.nbytes + _external_nbytes(file),
                 is_ours=file.is_ours,
                 original_bytes=file.original_bytes if original_bytes is None else original_bytes,
-                validation=file.validation() if accuracy else None,
+                validation=_validation(file, needed=accuracy),
             )
         )
     verdicts = judge(measured, limits)
@@ -124,6 +124,16 @@ def _nbytes_of(original: Path) -> int:
     except SourceError:
         return original.stat().st_size
     return file.nbytes + _external_nbytes(file)
+
+
+def _validation(file: "CompressedFile", *, needed: bool) -> dict[str, Any] | None:
+    """The file's measurements; where no limit needs them, those of another file are passed over."""
+    try:
+        return file.validation()
+    except SourceError:
+        if needed:
+            raise
+        return None
 
 
 def _external_nbytes(file: "CompressedFile") -> int:

@@ -29,6 +29,7 @@ def open_program(source: Source, given: Settings, ui: Ui, options: ProgramOption
         DataError: the example input does not fit the model.
     """
     options = options or ProgramOptions()
+    device(given)  # one that is not there is refused at once; tracing itself is done on the CPU
     inputs = example_inputs(given)
     program = source.program(
         replace(
@@ -37,7 +38,6 @@ def open_program(source: Source, given: Settings, ui: Ui, options: ProgramOption
             dynamic={(d.name, d.axis): d.label for d in given.dynamic} or options.dynamic,
             input_names=given.input_names or options.input_names,
             output_names=given.output_names or options.output_names,
-            device=device(given),
         )
     )
     if inputs is not None:

@@ -107,6 +107,8 @@ def check_exporter(original: bytes, wanted: Arrays, batches: list[Arrays], mode:
             detail = f"output {name} holds NaN or Inf, torch's does not"
         elif (found := error_over_spread(values, got[name])) is not None:
             errors[name] = found
+        elif (off := _relative_error(values, got[name])) > EXPORTER_TOLERANCE:
+            detail = f"output {name}, constant on this data, is off by {off:.1e} of its size"
     if not errors:
         detail = detail or f"{CONSTANT}: give data that its outputs vary on"
     if not detail:
@@ -166,6 +168,11 @@ def error_over_spread(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float 
     if wanted.shape != got.shape or not (np.isfinite(wanted).all() and np.isfinite(got).all()) or is_constant(wanted):
         return None
     return float(np.abs(wanted.astype(np.float64) - got).max() / spread(wanted))
+
+
+def _relative_error(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float:
+    size = float(np.sqrt(np.mean(np.square(wanted.astype(np.float64)))))
+    return float(np.abs(wanted.astype(np.float64) - got).max()) / max(size, EXPORTER_TOLERANCE)
 
 
 def _same_bits(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:

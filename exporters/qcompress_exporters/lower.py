@@ -1,6 +1,6 @@
 """Put artifacts into the open weights of a trace, and serialize: same input, same bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -66,9 +66,7 @@ def lower(trace: Trace, artifacts: Mapping[str, Artifact], opset: int, *, sign: 
     """
     model = trace.at_opset(opset)
     graph = model.graph
-    taken = {n for node in graph.node for n in (*node.input, *node.output)}
-    taken |= {v.name for v in (*graph.input, *graph.output, *graph.initializer)}
-    writer = GraphWriter(ShortNames(taken))
+    writer = GraphWriter(ShortNames(_names_in(graph)))
     encodings = {}
     for name in trace.state_names:
         encodings[name] = write_artifact(writer, artifacts[name], name, opset)
@@ -82,6 +80,17 @@ def lower(trace: Trace, artifacts: Mapping[str, Artifact], opset: int, *, sign: 
     graph.node.extend([*writer.nodes, *nodes])
     graph.initializer.extend(writer.initializers)
     return Lowered(model, encodings)
+
+
+def _names_in(graph: onnx.GraphProto) -> Iterator[str]:
+    """Every value's name, those of subgraphs included: they share one name space."""
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        yield value.name
+    for node in graph.node:
+        yield from (*node.input, *node.output)
+        for attribute in node.attribute:
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                yield from _names_in(inner)
 
 
 def tensor_digest(name: str, values: npt.NDArray[Any]) -> str:

@@ -76,7 +76,7 @@ class CompressedFile:
         try:
             measured = json.loads(text)
             stands_for, version = measured["file"]["digest"], measured["format_version"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise SourceError(f"{where} is not a validation of qcompress: {again}.") from None
         if version != VALIDATION_FORMAT:
             raise SourceError(f"{where} has format {version}, this version reads {VALIDATION_FORMAT}: {again}.")

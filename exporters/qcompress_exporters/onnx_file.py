@@ -26,6 +26,7 @@ Leftovers = Literal["float32", "float16"]
 # A native type needs a newer opset than the byte table; it is taken where it saves this share of the file.
 _WORTH_AN_OPSET: Final = 0.01
 _HALF_MAX: Final = float(np.finfo(np.float16).max)
+_HALF_STEP: Final = float(np.finfo(np.float16).eps)
 _HALF_MIN_SIZE: Final = 32  # below, the Cast costs what the narrower type saves
 
 
@@ -250,6 +251,10 @@ def _halved(artifact: Artifact) -> Artifact:
     if not isinstance(artifact, FloatWeight) or artifact.values.dtype != np.float32:
         return artifact
     values = artifact.values
-    if values.size < _HALF_MIN_SIZE or float(np.abs(values).max()) > _HALF_MAX:
+    largest = float(np.abs(values).max(initial=0.0))
+    if values.size < _HALF_MIN_SIZE or largest > _HALF_MAX:
         return artifact
-    return FloatWeight(values=values.astype(np.float16), reason=artifact.reason)
+    half = values.astype(np.float16)
+    if float(np.abs(half - values).max()) > _HALF_STEP * largest:  # too small for float16 to tell apart
+        return artifact
+    return FloatWeight(values=half, reason=artifact.reason)

@@ -102,7 +102,6 @@ def trace(program: FloatProgram) -> Trace:
 def _name_inputs_and_outputs(graph: ir.Graph, program: FloatProgram) -> None:
     """The program's own names, and the names of its dynamic axes."""
     inputs, outputs = list(graph.inputs)[: len(program.input_names)], list(graph.outputs)
-    taken = {v.name for v in graph.inputs}
     symbols: dict[str, str] = {}
     for name, value in zip(program.input_names, inputs, strict=True):
         for axis, size in enumerate(value.shape or ()):
@@ -110,13 +109,12 @@ def _name_inputs_and_outputs(graph: ir.Graph, program: FloatProgram) -> None:
                 symbols.setdefault(str(size.value), program.dynamic[name, axis])
         value.name = name
     for position, (name, value) in enumerate(zip(program.output_names, outputs, strict=True)):
-        if value in graph.inputs or value in outputs[:position] or name in taken:
+        if value in graph.inputs or value in outputs[:position]:
             node = ir.Node("", "Identity", [value])
             node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
             graph.append(node)
             graph.outputs[position] = node.outputs[0]
             value = node.outputs[0]
-            name = name if name not in taken else f"{name}_output"
         value.name = name
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None:

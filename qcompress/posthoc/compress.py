@@ -18,6 +18,7 @@ from qcompress.program import FloatProgram
 from qcompress.sources.base import LazyArray, ProgramOptions, SourceTensor
 from qcompress.tracing import from_module
 
+_FOLDING_TOLERANCE: Final = 1e-2
 _PARAMETRIZED: Final = ".parametrizations."
 
 Track = Callable[[Iterable[str]], Iterable[str]]
@@ -69,6 +70,8 @@ def compress_program(
     check_finite(program)
     resolved = resolve(plan, program_tensors(program))
     folded = fold_batchnorm(program)
+    check_finite(folded)
+    _check_same_function(program, folded)
     layers = weight_layers(folded)
     by_name = {t.name: t for t in resolved.tensors}
     state = {name: _numpy(value) for name, value in folded.state().items()}
@@ -84,6 +87,20 @@ def compress_program(
         source_digest=source_digest,
         notes=folded.notes,
     )
+
+
+def _check_same_function(program: FloatProgram, folded: FloatProgram) -> None:
+    """Prove folding on random inputs: nothing later compares with the program as it came in."""
+    inputs = program.random_inputs()
+    try:
+        wanted = program.run(inputs)
+    except Exception:  # inputs have a meaning that random ones do not have
+        return
+    for name, values in folded.run(inputs).items():
+        if values.dtype.kind == "f" and np.isfinite(wanted[name]).all():
+            off = float(np.abs(values - wanted[name]).max(initial=0.0))
+            size = float(np.abs(wanted[name]).max(initial=0.0))
+            assert off <= _FOLDING_TOLERANCE * max(size, 1.0), f"folding BatchNorm changed output {name} by {off}"
 
 
 def resolved_plan(program: FloatProgram, plan: Plan) -> ResolvedPlan:

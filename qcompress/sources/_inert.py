@@ -197,6 +197,7 @@ for _opcode, _method in {
     pickle.APPENDS: _Machine._appends,
     pickle.ADDITEMS: _Machine._additems,
     pickle.FROZENSET: _Machine._frozenset,
+    pickle.BYTEARRAY8: _Machine._refuse,  # it allocates what the file claims, before it reads
     pickle.EXT1: _Machine._refuse,
     pickle.EXT2: _Machine._refuse,
     pickle.EXT4: _Machine._refuse,

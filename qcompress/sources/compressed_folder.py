@@ -6,6 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
+import numpy as np
+
+from qcompress.artifacts import FLOAT_DTYPES, FloatWeight
 from qcompress.sources.base import UNKNOWN, LazyArray, ProgramOptions, SourceOptions, SourceTensor
 
 # qcompress.compressed is imported where it is used: it imports the plan, and that the sources.
@@ -51,7 +54,9 @@ class CompressedSource:
         from qcompress.compressed import read_artifacts
 
         for name, artifact in read_artifacts(self.path)[1].items():
-            yield SourceTensor(name, UNKNOWN, LazyArray(artifact.shape, "float32", artifact.dequantize))
+            dtype = artifact.values.dtype if isinstance(artifact, FloatWeight) else np.dtype(np.float32)
+            widened = "float32" if dtype in FLOAT_DTYPES else dtype.name  # as it is dequantized
+            yield SourceTensor(name, UNKNOWN, LazyArray(artifact.shape, widened, artifact.dequantize))
 
     def program(self, options: ProgramOptions) -> "FloatProgram":
         """The float program, as saved."""

@@ -173,3 +173,27 @@ def test_unknown_targets(target: str) -> None:
         ConfigError, match=r"target must be onnxruntime==1\.16 or later, written like onnxruntime==1\.24"
     ):
         build(small, target=target)
+
+
+def test_subgraphs_share_one_name_space() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cond(x.sum() > 0, lambda x: self.a(x) + 1, lambda x: self.b(x) * 2 + 1, (x,))
+
+    small = compress_program(traced(Branches().eval(), x=image(shape=(16,))), Plan.from_flags(bits=2))
+    active = session(build(small).data, "deployed")
+    module = small.to_module()
+    for x in (np.abs(image(2, shape=(16,))), -np.abs(image(2, shape=(16,)))):
+        np.testing.assert_allclose(run(active, {"x": x})["output"], module(torch.from_numpy(x)).detach(), atol=1e-5)
+
+
+def test_leftovers_too_small_for_float16_stay_float32() -> None:
+    net = nn.Linear(64, 64).eval()
+    with torch.no_grad():
+        net.bias.fill_(1e-8)
+    small = compress(net, Plan.from_flags(bits=2), example_inputs=(torch.zeros(1, 64),))
+    assert {t.encoding for t in build(small, float_leftovers="float16").report.left_in_float} == {"float32"}
