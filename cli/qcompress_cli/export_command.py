@@ -185,7 +185,7 @@ def _default_output(source: Source, widths: Collection[int]) -> Path:
 
 
 def _decodes(data: bytes) -> dict[str, Any] | None:
-    """Whether onnxruntime decodes every tensor to what was compressed; None without onnxruntime."""
+    """Whether onnxruntime loads the file and decodes every tensor to what was compressed; None without onnxruntime."""
     try:
         import onnxruntime
     except ImportError:
@@ -193,7 +193,9 @@ def _decodes(data: bytes) -> dict[str, Any] | None:
     import onnx
 
     from qcompress_exporters.decode import decoded, mismatches
+    from qcompress_exporters.sessions import session
 
+    session(data, "deployed")  # the whole file loads
     model = onnx.load_from_string(data)
     values = decoded(model)
     wrong = mismatches(model, values)

@@ -85,13 +85,13 @@ def onnx_file(folder):
 def validated():
     """Write the measurements of `validate` beside a file."""
 
-    def write(path, *, drop=0.01, interval=(-0.002, 0.014), agreement=0.98, metric="top1", digest=None):
+    def write(path, *, drop=0.01, interval=(-0.002, 0.014), agreement=0.98, metric="top1", digest=None, failed=()):
         file = metadata.read(path)
         document = {
             "format_version": 1,
             "file": {"name": path.name, "digest": digest or file.digest, "nbytes": file.nbytes},
             "data": {"name": "test.npz", "digest": "d", "samples": 250, "labels": metric is not None},
-            "parity": {},
+            "parity": [{"name": name, "ok": name not in failed} for name in ("weights", "graph", "exporter")],
             "outputs": {"output": {"sqnr_db": 20.0, "agreement": agreement}},
             "agreement": agreement,
             "sqnr_db": 20.0,

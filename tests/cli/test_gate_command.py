@@ -155,3 +155,16 @@ def test_what_is_no_number_fails_and_is_null_in_json(qcompress, onnx_file, valid
     assert result.exit_code == 1
     assert json.loads(result.stdout)["verdicts"][0]["measured"] is None
     assert "nan" in qcompress("gate", path, "--max-drop", "0.01").stdout
+
+
+def test_a_file_that_validate_found_wrong_fails_under_any_limit(qcompress, onnx_file, validated):
+    path = validated(onnx_file("net.onnx"), failed=("graph",))
+    result = qcompress("gate", path, "--max-size", "1MB")
+    assert result.exit_code == 1
+    assert "validate found the file wrong: graph" in result.stdout
+
+
+def test_measurements_of_another_file_matter_to_accuracy_limits_alone(qcompress, onnx_file, validated):
+    path = validated(onnx_file("net.onnx"), failed=("graph",), digest="other")
+    assert qcompress("gate", path, "--max-size", "1MB").exit_code == 0
+    assert qcompress("gate", path, "--min-agreement", "50%").exit_code == 2

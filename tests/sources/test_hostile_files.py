@@ -298,6 +298,7 @@ def as_checkpoint(pickled: bytes, path: Path) -> Path:
         b"\x80\x02}}K\x01s.",  # a dict as a key
         b"\x80\x02cos\nsystem\n.",
         b"\x80\x02\x82\x01.",  # an extension
+        b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x" * 100,  # a bytearray of a terabyte
         b"",
     ],
 )
