@@ -444,7 +444,7 @@ if moment == "half written":
 elif moment == "before the rename":
     os.replace = die
 else:
-    qcompress.files._sync_folder = die
+    qcompress.files.sync = die
 from qcompress_cli.main import main
 main()
 """
