@@ -18,13 +18,15 @@ def check_writable(path: Path, *, force: bool = False, inputs: Iterable[Path] = 
         inputs: files that are never replaced, `force` or not; links to them included.
 
     Raises:
-        OutputError: the folder is missing or read-only, the file exists, or it is one of the inputs.
+        OutputError: the folder is missing or read-only, the file exists, is no regular file, or is one of the inputs.
     """
     for given in inputs:
         if path.exists() and given.exists() and path.samefile(given):
             raise OutputError(f"{path} is an input of this command and is never replaced: name another file with -o.")
     if path.is_dir():
         raise OutputError(f"{path} is a folder, a file name is needed: name a file in it with -o.")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is a device, pipe or socket, which is never replaced: name a file with -o.")
     if path.exists() and not force:
         raise OutputError(f"{path} exists: name another file with -o, or replace it with --force.")
     folder = path.parent

@@ -149,3 +149,11 @@ def test_a_folder_that_refuses_new_files_is_named_before_any_work(tmp_path, monk
 
 def _root() -> str:
     return str(Path(__file__).parents[1])
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path):
+    pipe = tmp_path / "pipe.onnx"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match=r"pipe\.onnx is a device, pipe or socket, which is never replaced: name a"):
+        check_writable(pipe, force=True)
+    assert pipe.is_fifo()
