@@ -218,6 +218,10 @@ def _canonical(
     taken = state | set(inputs)
     names = tuple(f"{n}_output" if n in taken else n for n in output_names(exported))
     outputs = _check_names(options.output_names, names, "--output-names", "outputs")
+    if doubled := sorted(set(outputs) & taken):
+        raise ConfigError(
+            f"--output-names: {doubled[0]} names an input or a tensor of the model already: name another."
+        )
     nodes = dict(zip(inputs, user_inputs(exported), strict=True))
     _check_dynamic(options, {name: value_of(node).ndim for name, node in nodes.items()})
     dynamic: dict[tuple[str, int], str] = {}

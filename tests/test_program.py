@@ -418,3 +418,9 @@ def test_a_buffer_that_changes_as_the_model_runs_is_told() -> None:
 
     notes = traced(Counts().eval(), x=image(shape=(4,))).notes
     assert "The model changes its buffer n as it runs; the file keeps the value of now." in notes
+
+
+def test_an_output_cannot_take_the_name_of_an_input() -> None:
+    options = ProgramOptions(inputs={"x": image(shape=(4,))}, output_names=("input",))
+    with pytest.raises(ConfigError, match=r"^--output-names: input names an input or a tensor of the model already"):
+        from_module(nn.Linear(4, 3).eval(), options)

@@ -59,9 +59,20 @@ def session(data: bytes, mode: Mode, *, optimized_path: Path | None = None) -> S
 
 
 def run(active: Session, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    """Outputs by name for one batch."""
+    """Outputs by name for one batch.
+
+    Raises:
+        SourceError: the file does not take these inputs.
+    """
     names = [o.name for o in active.get_outputs()]
-    return dict(zip(names, (np.asarray(v) for v in active.run(names, dict(feeds))), strict=True))
+    try:
+        values = active.run(names, dict(feeds))
+    except Exception as e:  # onnxruntime's exceptions have no common base below Exception
+        reason = str(e).splitlines()[0]
+        raise SourceError(
+            f"The file does not run on the model's inputs: was it made from this model? {reason}"
+        ) from None
+    return dict(zip(names, (np.asarray(v) for v in values), strict=True))
 
 
 def optimized_ops(data: bytes) -> collections.Counter[str]:
