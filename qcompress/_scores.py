@@ -124,11 +124,11 @@ def _classes(metric: str, outputs: Outputs, y: Array | None) -> tuple[Array, npt
             "name a metric that fits the model, module:fn for one of your own."
         )
     label_N = _labels(metric, y, len(logits_NC))
-    low, high, classes = int(label_N.min(initial=0)), int(label_N.max(initial=0)), logits_NC.shape[1]
-    if low < 0 or high >= classes:
+    classes = logits_NC.shape[1]
+    if ((label_N < 0) | (label_N >= classes)).any():
         raise DataError(
             f"Metric {metric} needs labels from 0 to {classes - 1} for the {classes} classes of {name!r}, "
-            f"got labels from {low} to {high}."
+            f"got labels from {label_N.min()} to {label_N.max()}."
         )
     return logits_NC, label_N
 

@@ -12,10 +12,14 @@ from qcompress.errors import ConfigError, did_you_mean
 # The fields of a table, and what each must be.
 FIELDS: Final = {
     "bits": "an integer in [1, 8]",
-    "scheme": "'palette', the only scheme of this version",
+    "activation_bits": "an integer in [1, 8]",
+    "scheme": "'palette' or 'uniform'",
     "rows_per_lut": "'auto' or an integer of at least 1",
     "skip": "true or false",
 }
+
+Width = Annotated[int, Field(strict=True, ge=1, le=8)]
+Scheme = Literal["palette", "uniform"]
 
 _C = TypeVar("_C")
 
@@ -55,8 +59,9 @@ class Settings:
     """What one table says; None: nothing about this field.
 
     Args:
-        bits: bits per code, 1 to 8.
-        scheme: `palette`.
+        bits: bits per code of a weight, 1 to 8.
+        activation_bits: bits per code of what the layer computes with its weight, 1 to 8; set nowhere: floats.
+        scheme: `palette`, or `uniform` for codes on an even grid.
         rows_per_lut: output channels that share a palette, or `auto`.
         skip: whether a tensor is left in float.
 
@@ -64,8 +69,9 @@ class Settings:
         ConfigError: an unknown field, or a value that it cannot have.
     """
 
-    bits: Annotated[int, Field(strict=True, ge=1, le=8)] | None = None
-    scheme: Literal["palette"] | None = None
+    bits: Width | None = None
+    activation_bits: Width | None = None
+    scheme: Scheme | None = None
     rows_per_lut: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] | None = None
     skip: StrictBool | None = None
 

@@ -10,8 +10,8 @@ D = vector_dim.
 import base64
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Protocol, final, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Final, Protocol, Self, final, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +22,7 @@ from qcompress.errors import ConfigError
 from qcompress.packing import check_bits, packed_nbytes
 
 Floats = npt.NDArray[np.float32]
+Int8s = npt.NDArray[np.int8]
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -58,15 +59,15 @@ def bits_per_weight(artifact: Artifact) -> float:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PalettizedWeight:
-    """Codes into a table of float values, one table per group of output channels.
+    """Codes into a table of values, one table per group of output channels.
 
     Args:
         codes: uint8 in the weight's shape, or [ceil(N / vector_dim)] where an entry is a vector.
-        lut: float32 [G, K], or [G, K, D] for vectors.
+        lut: float32 or int8 [G, K], or [G, K, D] for vectors; int8 needs a scale.
         bits: width of a code, 1 to 8; K <= 2**bits.
         axis: the weight's axis that counts output channels.
         rows_per_lut: output channels that share a table; None: all of them (G = 1).
-        scale: float32 [O] that multiplies each output channel, or None.
+        scale: float32 that multiplies the entries, 0-d or [O] for each output channel its own; None: nothing.
         weight_shape: the weight's shape; needed for vectors only.
 
     >>> lut_GK = np.array([[-1.0, 2.0]], np.float32)
@@ -77,7 +78,7 @@ class PalettizedWeight:
 
     kind: ClassVar[str] = "palette"
     codes: npt.NDArray[np.uint8]
-    lut: Floats
+    lut: Floats | Int8s
     bits: int
     axis: int = 0
     rows_per_lut: int | None = None
@@ -87,7 +88,9 @@ class PalettizedWeight:
     def __post_init__(self) -> None:
         check_bits(self.bits)
         _require(self.codes.dtype == np.uint8, "PalettizedWeight.codes must be uint8", self.codes.dtype)
-        _require(self.lut.dtype == np.float32, "PalettizedWeight.lut must be float32", self.lut.dtype)
+        _require(
+            self.lut.dtype in (np.float32, np.int8), "PalettizedWeight.lut must be float32 or int8", self.lut.dtype
+        )
         _require(
             self.lut.ndim == 2 or (self.lut.ndim == 3 and self.lut.shape[2] > 1),
             "PalettizedWeight.lut must be [G, K], or [G, K, D] with D of at least 2",
@@ -105,11 +108,13 @@ class PalettizedWeight:
         highest = int(self.codes.max()) if self.codes.size else -1
         _require(highest < entries, f"PalettizedWeight.codes must be below the LUT's {entries} entries", highest)
         _require(self.vector_dim == 1 or groups == 1, "A vector LUT must be one for the whole tensor", groups)
-        if self.scale is not None:
+        if self.scale is None:
+            _require(self.lut.dtype == np.float32, "PalettizedWeight.scale must be given for an int8 lut", None)
+        else:
             _require(self.scale.dtype == np.float32, "PalettizedWeight.scale must be float32", self.scale.dtype)
             _require(
-                self.scale.shape == (self._channels,),
-                f"PalettizedWeight.scale must have one value for each of the {self._channels} output channels",
+                self.scale.shape in ((), (self._channels,)),
+                f"PalettizedWeight.scale must be 0-d or one value for each of the {self._channels} output channels",
                 self.scale.shape,
             )
 
@@ -143,15 +148,22 @@ class PalettizedWeight:
 
     def dequantize(self) -> Floats:
         """The float32 weight: lut[group of the output channel, code] * scale."""
-        if self.vector_dim > 1:
-            values = granularity.from_vectors(self.lut[0][self.codes], self.shape)
-        else:
-            codes_OR = granularity.rows(self.codes, self.axis)
-            group_O = granularity.group_of_row(self._channels, self.rows_per_lut)
-            values = granularity.from_rows(self.lut[group_O[:, None], codes_OR], self.shape, self.axis)
+        values = self.looked_up(self.lut).astype(np.float32)
         if self.scale is not None:
-            values = values * along_axis(self.scale, len(self.shape), self.axis)
+            values = values * spread(self.scale, self.shape, self.axis)
         return np.array(values, np.float32, order="C")
+
+    def looked_up(self, lut: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """What the codes point to in a table, in the weight's shape.
+
+        Args:
+            lut: [G, K] or [G, K, D], any dtype, in the shape of the weight's own.
+        """
+        if self.vector_dim > 1:
+            return granularity.from_vectors(lut[0][self.codes], self.shape)
+        codes_OR = granularity.rows(self.codes, self.axis)
+        group_O = granularity.group_of_row(self._channels, self.rows_per_lut)
+        return granularity.from_rows(lut[group_O[:, None], codes_OR], self.shape, self.axis)
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
         """Stored form: codes, lut and scale by suffix."""
@@ -352,14 +364,24 @@ FLOAT_DTYPES: Final = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_d
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationGrid:
-    """The grid that one activation is quantized to: x_hat = codes * scale + offset.
+    """The grid that one activation is quantized to: x_hat = codes * scale + offset, codes in [n, p].
+
+    What is stored and computed with is unsigned: u = code - n, uint8 in [0, levels].
 
     Args:
-        site: (qualified name of the consumer, argument index), or the producer's for outputs.
-        scale: float32 0-d, > 0.
-        offset: float32 0-d, the β of LSQ+.
-        bits: width of a code.
-        signed: whether codes are signed.
+        site: (qualified name of the consumer, argument index), or (name of a value, -1): what gives that value.
+        scale: float32 0-d, finite, > 0.
+        offset: float32 0-d, finite; the beta of LSQ+.
+        bits: width of a code, 1 to 8.
+        signed: whether codes are signed: which [n, p] of `IntegerRange` they have.
+
+    Raises:
+        ConfigError: one of them is not that.
+
+    >>> grid = ActivationGrid.from_zero_point(("fc.weight", 0), scale=0.5, zero_point=2, bits=4)
+    >>> u = grid.quantize(np.array([-9.0, -0.5, 0.0, 0.8, 99.0], np.float32))
+    >>> u.tolist(), grid.dequantize(u).tolist()
+    ([0, 1, 2, 4, 15], [-1.0, -0.5, 0.0, 1.0, 6.5])
     """
 
     site: tuple[str, int]
@@ -367,6 +389,247 @@ class ActivationGrid:
     offset: Floats
     bits: int
     signed: bool
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        _require(
+            isinstance(self.site, tuple) and [type(part) for part in self.site] == [str, int] and self.site[1] >= -1,
+            "ActivationGrid.site must be (name, index) with an index of at least -1",
+            self.site,
+        )
+        for name, value in (("scale", self.scale), ("offset", self.offset)):
+            _require(
+                value.dtype == np.float32 and value.shape == (),
+                f"ActivationGrid.{name} must be float32 and 0-d",
+                f"{value.dtype} {list(value.shape)}",
+            )
+        _require(bool(0 < self.scale < np.inf), "ActivationGrid.scale must be finite and above 0", self.scale)
+        _require(bool(np.isfinite(self.offset)), "ActivationGrid.offset must be finite", self.offset)
+
+    @classmethod
+    def from_zero_point(cls, site: tuple[str, int], scale: float | Floats, zero_point: int, bits: int) -> Self:
+        """The unsigned grid x_hat = (u - zero_point) * scale.
+
+        Args:
+            site: as in the class.
+            scale: finite, > 0; rounded to float32.
+            zero_point: the code of 0.0, in [0, 255].
+            bits: width of a code, 1 to 8.
+        """
+        _require(0 <= zero_point <= 255, "ActivationGrid.zero_point must be in [0, 255]", zero_point)
+        narrow = _float32(scale)
+        return cls(site=site, scale=narrow, offset=_multiple(-zero_point, narrow), bits=bits, signed=False)
+
+    @property
+    def levels(self) -> int:
+        """The largest code as it is stored."""
+        limits = grid.IntegerRange(self.bits, self.signed)
+        return limits.p - limits.n
+
+    @property
+    def zero_point(self) -> int | None:
+        """The z in [0, 255] with which x_hat = (u - z) * scale is exactly this grid; None: there is none.
+
+        >>> one, half = np.float32(1), np.float32(0.5)
+        >>> ActivationGrid(site=("x", -1), scale=one, offset=-one, bits=8, signed=True).zero_point
+        129
+        >>> ActivationGrid(site=("x", -1), scale=one, offset=half, bits=8, signed=True).zero_point is None
+        True
+        """
+        n = grid.IntegerRange(self.bits, self.signed).n
+        z = self._nearest_zero_point()
+        return z if 0 <= z <= 255 and self.offset == _multiple(-(z + n), self.scale) else None
+
+    def _nearest_zero_point(self) -> int:
+        return round(-float(self.offset) / float(self.scale)) - grid.IntegerRange(self.bits, self.signed).n
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk: float32 scale, uint8 zero point, and where there is none of those a float32 offset beside."""
+        return 5 if self.zero_point is not None else 9
+
+    def quantize(self, x: Floats) -> npt.NDArray[np.uint8]:
+        """Codes as they are stored, what does not fit clipped.
+
+        With a zero point this is what onnxruntime's QuantizeLinear does: divide, round half to even, then add it.
+
+        Args:
+            x: float32, any shape; Inf is clipped, NaN is not allowed.
+
+        Returns:
+            uint8 in [0, levels], in the shape of `x`.
+        """
+        z = self.zero_point
+        with np.errstate(over="ignore"):
+            if z is not None:
+                codes = np.rint(x / self.scale) + np.float32(z)
+            else:
+                n = grid.IntegerRange(self.bits, self.signed).n
+                codes = np.rint((x - self.offset) / self.scale) - np.float32(n)
+        return np.asarray(np.clip(codes, 0, self.levels), np.uint8)
+
+    def dequantize(self, u: npt.NDArray[np.uint8]) -> Floats:
+        """The values of stored codes.
+
+        Args:
+            u: uint8 in [0, levels], any shape.
+
+        Returns:
+            float32 in the shape of `u`.
+        """
+        z = self.zero_point
+        if z is not None:
+            return np.asarray((u.astype(np.float32) - np.float32(z)) * self.scale)
+        n = grid.IntegerRange(self.bits, self.signed).n
+        return np.asarray((u.astype(np.float32) + np.float32(n)) * self.scale + self.offset)
+
+    def snapped(self) -> Self:
+        """This grid with its offset moved to the nearest one that has a zero point."""
+        z = min(max(self._nearest_zero_point(), 0), 255)
+        offset = _multiple(-(z + grid.IntegerRange(self.bits, self.signed).n), self.scale)
+        return replace(self, offset=offset)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What JSON holds of it; every float32 is a Python float of the same value."""
+        return {
+            "site": list(self.site),
+            "scale": float(self.scale),
+            "offset": float(self.offset),
+            "bits": self.bits,
+            "signed": self.signed,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The exact inverse of `as_dict`.
+
+        Raises:
+            ConfigError: a field is missing, of another type, or has a value that it cannot have.
+        """
+        for name, kind in (("site", list), ("scale", float), ("offset", float), ("bits", int), ("signed", bool)):
+            got = fields.get(name)
+            _require(type(got) is kind, f"ActivationGrid.{name} must be stored as {kind.__name__}", repr(got))
+        return cls(
+            site=tuple(fields["site"]),
+            scale=_float32(fields["scale"]),
+            offset=_float32(fields["offset"]),
+            bits=fields["bits"],
+            signed=fields["signed"],
+        )
+
+
+def _float32(value: float | Floats) -> Floats:
+    with np.errstate(over="ignore"):  # too large: Inf, which every grid refuses
+        return np.asarray(value).astype(np.float32)
+
+
+def _multiple(count: int, scale: Floats) -> Floats:
+    with np.errstate(over="ignore"):
+        return np.asarray(np.float32(count) * scale)
+
+
+def integer_values(artifact: Artifact) -> tuple[Int8s, Floats, int | None] | None:
+    """A weight as int8 codes times a scale, for kernels that compute with integers.
+
+    Args:
+        artifact: any.
+
+    Returns:
+        int8 codes in the weight's shape, float32 scale, and the axis of which each index has its own scale (None: the
+        scale is 0-d): float32(codes) * scale equals `artifact.dequantize()` bit for bit. None where there are no such
+        codes: float weights, blocks, zero points other than 0, unsigned codes above 127, palettes off any grid.
+
+    >>> w = PalettizedWeight(codes=np.array([[0, 1, 2]], np.uint8), lut=np.array([[-0.5, 0, 1.5]], np.float32), bits=2)
+    >>> codes, scale, axis = integer_values(w)
+    >>> codes.tolist(), float(scale), axis
+    ([[-1, 0, 3]], 0.5, None)
+    """
+    if isinstance(artifact, PalettizedWeight):
+        found = integer_lut(artifact)
+        if found is None:
+            return None
+        lut, scale = found
+        codes = np.array(artifact.looked_up(lut), np.int8, order="C")
+        return codes, scale, artifact.axis if scale.ndim else None
+    if not isinstance(artifact, IntegerWeight) or artifact.block_size is not None:
+        return None
+    if artifact.zero_point is not None and artifact.zero_point.any():
+        return None
+    if not artifact.signed and artifact.codes.max(initial=0) > 127:
+        return None
+    return artifact.codes.astype(np.int8), artifact.scale, artifact.axis
+
+
+def integer_lut(weight: PalettizedWeight) -> tuple[Int8s, Floats] | None:
+    """A palette's tables as integers times a scale.
+
+    Args:
+        weight: any palettized weight.
+
+    Returns:
+        int8 in the shape of `weight.lut`, and float32 scale, 0-d or [O]: float32(entry) * scale equals what the
+        weight's own table and scale give, bit for bit, for every entry and output channel. None where there is no such
+        scale.
+
+    >>> lut = np.array([[-0.75, -0.25, 0.25, 0.75]], np.float32)
+    >>> integers, scale = integer_lut(PalettizedWeight(codes=np.zeros((1, 4), np.uint8), lut=lut, bits=2))
+    >>> integers.tolist(), float(scale)
+    ([[-3, -1, 1, 3]], 0.25)
+    """
+    if weight.lut.dtype == np.int8:
+        assert weight.scale is not None
+        return weight.lut.astype(np.int8), weight.scale
+    tables = np.asarray(weight.lut, np.float32)
+    together = _common_step(tables)
+    steps = [together] if together is not None else [_common_step(table) for table in tables]
+    if None in steps:
+        return None
+    steps_G = np.broadcast_to(np.array(steps, np.float32), len(tables))
+    integers = np.rint(tables / along_axis(steps_G, tables.ndim, 0)).astype(np.int8)
+    group_O = granularity.group_of_row(weight.shape[weight.axis] if weight.shape else 1, weight.rows_per_lut)
+    scale = np.asarray(steps_G[group_O] if together is None else together)
+    wanted_O = tables[group_O]
+    with np.errstate(over="ignore", invalid="ignore"):
+        if weight.scale is not None:
+            scale = np.asarray(scale * weight.scale)
+            wanted_O = wanted_O * spread(weight.scale, wanted_O.shape, 0)
+        got_O = integers[group_O].astype(np.float32) * spread(scale, wanted_O.shape, 0)
+    return (integers, scale) if got_O.tobytes() == wanted_O.tobytes() else None
+
+
+_LARGEST: Final = 127  # both signs of it are int8
+
+
+def _common_step(values: Floats) -> np.float32 | None:
+    """The largest float32 of which every value is a multiple by at most 127, as float32 multiplies; None: none."""
+    magnitudes = np.unique(np.abs(values[values != 0]))
+    if not len(magnitudes):
+        return np.float32(1)
+    if not np.isfinite(magnitudes[-1]):
+        return None
+    # The smallest value is j steps for some j. It and the largest are rounded products: the step that gives both is
+    # within an ulp of the quotient.
+    smallest, largest = float(magnitudes[0]), float(magnitudes[-1])
+    j = np.arange(1, _LARGEST + 1)
+    most = np.rint(largest * j / smallest)
+    most = most[most <= _LARGEST]
+    nearest = (largest / most).astype(np.float32)
+    below, above = np.nextafter(nearest, np.float32(0)), np.nextafter(nearest, np.float32(largest))
+    steps = np.unique(np.concatenate([below, nearest, above]))
+    steps = steps[steps > 0]
+    for magnitude in magnitudes:  # nearly all steps fail at the first one or two
+        counts = np.rint(magnitude / steps)
+        steps = steps[(counts <= _LARGEST) & (counts * steps == magnitude)]
+    return np.float32(steps[-1]) if len(steps) else None
+
+
+def spread(scale: Floats, shape: tuple[int, ...], axis: int | None) -> Floats:
+    """A scale, 0-d or one for each index of `axis`, as it broadcasts against a weight.
+
+    >>> spread(np.zeros(3, np.float32), (2, 3), 1).shape, spread(np.float32(2), (2, 3), 1).shape
+    ((1, 3), ())
+    """
+    return along_axis(scale, len(shape), axis) if axis is not None and scale.ndim else scale
 
 
 def along_axis(values: npt.NDArray[Any], ndim: int, axis: int) -> npt.NDArray[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
-from qcompress.layers import Layer, layers
+from qcompress.layers import Layer, bias_of, layers
 from qcompress.program import FloatProgram, copy_graph, rebuild, state_nodes
 
 aten = torch.ops.aten
@@ -18,7 +18,6 @@ aten = torch.ops.aten
 _BATCH_NORMS: Final = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
 _LEFT: Final = "the layer in front of it serves elsewhere too, or cannot take it up"
 _NO_BIAS: Final = (aten.matmul.default, aten.mm.default)
-_BIAS_ARGUMENT: Final = {aten.addmm.default: 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +110,7 @@ def _find(program: FloatProgram) -> tuple[list[_Fold], list[Node]]:
         functional = norm.target is aten.batch_norm.default
         statistics = norm.args[3:5]
         parameters = [n for n in (*norm.args[1:5],) if isinstance(n, Node)]
-        bias = _bias_of(layer.node)
+        bias = bias_of(layer.node)
         foldable = (
             len(layer.node.users) == 1
             and uses_of[layer.weight] == 1
@@ -135,12 +134,6 @@ def _find(program: FloatProgram) -> tuple[list[_Fold], list[Node]]:
         factor = torch.as_tensor(gamma / torch.sqrt(torch.as_tensor(variance) + epsilon)).double()
         folds.append(_Fold(norm, layer, weight_node, bias, factor, torch.as_tensor(beta - mean * factor)))
     return folds, left
-
-
-def _bias_of(node: Node) -> Node | None:
-    position = _BIAS_ARGUMENT.get(node.target, 2)  # type: ignore[call-overload]
-    bias = node.args[position] if len(node.args) > position else node.kwargs.get("bias")
-    return bias if isinstance(bias, Node) else None
 
 
 def _bias_name(weight: str) -> str:

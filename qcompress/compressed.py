@@ -5,9 +5,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, Literal, final, get_args
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import safetensors
 from safetensors.numpy import save
 
-from qcompress.artifacts import ARTIFACTS, Artifact, bits_per_weight
+from qcompress.artifacts import ARTIFACTS, ActivationGrid, Artifact, bits_per_weight
 from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.files import sync
 from qcompress.packing import pack, unpack
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
     from qcompress.program import FloatProgram
 
-FORMAT_VERSION: Final = 1
-_READABLE: Final = (FORMAT_VERSION,)  # from version 2 on: N and N - 1
+FORMAT_VERSION: Final = 2  # 2: int8 palettes, one scale for a whole palette, activation grids
+_READABLE: Final = (FORMAT_VERSION - 1, FORMAT_VERSION)
+
+# What layers compute in: floats; int8 with the activation grids of the model; int8 with scales found at run time.
+Compute = Literal["float", "int8", "dynamic8"]
 
 WEIGHTS: Final = "weights.safetensors"
 PLAN: Final = "plan.toml"
@@ -51,6 +54,12 @@ class CompressedModel:
         source_digest: short digest of the model that came in.
         plan_digest: digest of the plan as it was resolved.
         notes: what a user should be told of how it was made.
+        activations: the grids that values between layers are quantized to, by their sites.
+        compute: what layers compute in: `float`, `int8` or `dynamic8`.
+        saturation: share of the calibration data that each grid clips, as it was found; not saved.
+
+    Raises:
+        ConfigError: another `compute`, or a grid under a site that is not its own.
     """
 
     program: "FloatProgram"
@@ -59,18 +68,32 @@ class CompressedModel:
     source_digest: str
     plan_digest: str
     notes: tuple[str, ...] = ()
+    activations: Mapping[tuple[str, int], ActivationGrid] = field(default_factory=dict)
+    compute: Compute = "float"
+    saturation: Mapping[tuple[str, int], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.compute not in get_args(Compute):
+            raise ConfigError(
+                f"CompressedModel.compute must be one of {', '.join(get_args(Compute))}, got {self.compute!r}."
+            )
+        for site, grid in self.activations.items():
+            if site != grid.site:
+                raise ConfigError(
+                    f"CompressedModel.activations must hold each grid under its site, {grid.site}, got {site}."
+                )
 
     @property
     def nbytes(self) -> int:
-        """Ideal bytes: packed codes, tables, scales and float leftovers."""
-        return sum(a.nbytes for a in self.artifacts.values())
+        """Ideal bytes: packed codes, tables, scales, float leftovers and activation grids."""
+        return sum(a.nbytes for a in self.artifacts.values()) + sum(g.nbytes for g in self.activations.values())
 
     def to_module(self) -> "torch.nn.Module":
         """A plain float module that holds the dequantized weights."""
         return self.program.with_state({name: a.dequantize() for name, a in self.artifacts.items()}).module()
 
     def report(self) -> dict[str, Any]:
-        """What `report.json` says: each tensor with its kind of artifact, bytes, and why it stayed float."""
+        """What `report.json` says: each tensor with its kind of artifact, bytes, and why it stayed float; each grid."""
         return {
             "format_version": FORMAT_VERSION,
             "nbytes": self.nbytes,
@@ -84,6 +107,17 @@ class CompressedModel:
                     "reason": getattr(a, "reason", None),
                 }
                 for name, a in self.artifacts.items()
+            ],
+            "compute": self.compute,
+            "activations": [
+                {
+                    "site": list(site),
+                    "scale": float(grid.scale),
+                    "zero_point": grid.zero_point,
+                    "offset": float(grid.offset),
+                    "bits": grid.bits,
+                }
+                for site, grid in self.activations.items()
             ],
             "notes": list(self.notes),
         }
@@ -139,6 +173,8 @@ class CompressedModel:
             "output_names": list(self.program.output_names),
             "dynamic": [[name, axis, label] for (name, axis), label in self.program.dynamic.items()],
             "notes": list(self.notes),
+            "activations": [grid.as_dict() for grid in self.activations.values()],
+            "compute": self.compute,
         }
         return save(tensors, {_KEY: json.dumps(about)})
 
@@ -188,6 +224,8 @@ class CompressedModel:
             source_digest=about["source_digest"],
             plan_digest=about["plan_digest"],
             notes=tuple(about["notes"]),
+            activations=_activations(about),
+            compute=about["compute"],
         )
 
 
@@ -214,9 +252,12 @@ def read_artifacts(folder: Path) -> tuple[dict[str, Any], dict[str, Artifact]]:
             f"{folder} has format {version}, this version reads {', '.join(map(str, _READABLE))}: "
             + ("use a newer qcompress." if version > FORMAT_VERSION else "save it again with the version before.")
         )
+    if version == 1:
+        about |= {"activations": [], "compute": "float"}
     if not _complete(about):
         raise SourceError(f"{path} is damaged: its header lacks what the format holds.")
     try:
+        _activations(about)
         stored = {name: _array(entry) for name, entry in safetensors.deserialize(data)}  # type: ignore[no-untyped-call]
         artifacts = {name: _artifact(name, entry, stored) for name, entry in about["artifacts"].items()}
     except (ValueError, LookupError, TypeError, OverflowError, safetensors.SafetensorError, ConfigError) as e:
@@ -234,7 +275,19 @@ def _complete(about: Mapping[str, Any]) -> bool:
         and all(_is_texts(about.get(key)) for key in ("input_names", "output_names", "notes"))
         and isinstance(dynamic, list)
         and all(isinstance(d, list) and [type(v) for v in d] == [str, int, str] for d in dynamic)
+        and isinstance(about.get("activations"), list)
+        and all(isinstance(grid, dict) for grid in about["activations"])
+        and about.get("compute") in get_args(Compute)
     )
+
+
+def _activations(about: Mapping[str, Any]) -> dict[tuple[str, int], ActivationGrid]:
+    """The activation grids of a header by site; ConfigError for what is none, or two at one site."""
+    grids = [ActivationGrid.from_dict(fields) for fields in about["activations"]]
+    sites = {grid.site: grid for grid in grids}
+    if len(sites) < len(grids):
+        raise ConfigError("every activation grid must have a site of its own.")
+    return sites
 
 
 def _is_texts(value: object) -> bool:

@@ -129,6 +129,7 @@ class Measurements:
         original_bytes: bytes of the original, where they are known.
         validated: whether there is a validation.
         failed: the checks of parity that it failed.
+        same_source: whether it was validated against the very model that it was exported from; None: not known.
         agreement: share of samples on which it agrees with the original, where it was measured.
         metric: how the metric fared, where it was measured.
     """
@@ -139,6 +140,7 @@ class Measurements:
     original_bytes: int | None = None
     validated: bool = False
     failed: tuple[str, ...] = ()
+    same_source: bool | None = None
     agreement: float | None = None
     metric: MetricDrop | None = None
 
@@ -160,7 +162,7 @@ class Measurements:
         if validation is None:
             return cls(file=file, nbytes=nbytes, is_ours=is_ours, original_bytes=original_bytes)
         try:
-            agreement, metric = validation["agreement"], validation["metric"]
+            agreement, metric, same_source = validation["agreement"], validation["metric"], validation["same_source"]
             return cls(
                 file=file,
                 nbytes=nbytes,
@@ -168,6 +170,7 @@ class Measurements:
                 original_bytes=original_bytes,
                 validated=True,
                 failed=tuple(dict.fromkeys(str(c["name"]) for c in validation["parity"] if not c["ok"])),
+                same_source=None if same_source is None else bool(same_source),
                 agreement=None if agreement is None else float(agreement),
                 metric=None if metric is None else _metric_drop(metric),
             )
@@ -185,7 +188,8 @@ class Verdict:
 
     Args:
         file: the file.
-        limit: the limit's name, a field of GateLimits; or what fails by itself, `smaller_than_original` or `parity`.
+        limit: the limit's name, a field of GateLimits; or what fails by itself, `smaller_than_original`, `parity` or
+            `same_source`.
         allowed: the limit's value.
         measured: what was measured.
         ok: whether the limit is kept.
@@ -254,6 +258,19 @@ def _judge_one(file: Measurements, limits: GateLimits) -> list[Verdict]:
                 ok=False,
                 unit="count",
                 note=f"validate found the file wrong: {', '.join(file.failed)}",
+            )
+        )
+    if file.same_source is False:
+        verdicts.append(
+            Verdict(
+                file=file.file,
+                limit="same_source",
+                allowed=0,
+                measured=1,
+                ok=False,
+                unit="count",
+                note="validate measured it against another model than it was exported from: run `qcompress validate "
+                f"MODEL {file.file}` with that one, or export it again",
             )
         )
     if limits.max_size is not None:

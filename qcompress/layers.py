@@ -102,6 +102,20 @@ def weight_layers(program: FloatProgram) -> dict[str, Layer]:
     return first
 
 
+def data_input(layer: Node) -> Node:
+    """The activation that a layer takes."""
+    value = layer.args[1 if layer.target is aten.addmm.default else 0]
+    assert isinstance(value, Node)
+    return value
+
+
+def bias_of(layer: Node) -> Node | None:
+    """The bias that a layer adds."""
+    position = 0 if layer.target is aten.addmm.default else 2
+    bias = layer.args[position] if len(layer.args) > position else layer.kwargs.get("bias")
+    return bias if isinstance(bias, Node) else None
+
+
 def _origin(argument: Any) -> tuple[Node | None, bool]:
     """The parameter behind a chain of views and transposes of a matrix, and whether it arrives transposed."""
     transposed = False

@@ -192,26 +192,34 @@ def compare(
 
 
 def sqnr_db(reference: Array, value: Array) -> float | None:
-    """Signal to quantization noise in dB: 10 log10 of sum of reference², over sum of (reference - value)².
+    """Signal to quantization noise in dB: 10 log10 of sum of (reference - mean)², over sum of (reference - value)².
+
+    The mean is each element's over the samples: what an output says is how it varies from sample to sample, the squares
+    of `spread`; one that is always the same says nothing, however large it is. The noise is not centred, for an output
+    that is off by a constant is wrong.
+
+    Args:
+        reference: outputs of the original, samples along the first axis.
+        value: the other model's, for the same samples.
 
     Returns:
-        None where the two are equal (infinitely many dB). A reference of zeros has no signal: about -3000 dB.
+        None where the two are equal (infinitely many dB). A reference that does not vary has no signal: below -100 dB.
 
     Raises:
-        DataError: the shapes differ, or there is NaN or Inf.
+        DataError: the shapes differ, there is no sample, or NaN or Inf.
 
-    >>> round(sqnr_db(np.array([3.0, 4.0]), np.array([3.0, 4.5])), 9), sqnr_db(np.ones(2), np.ones(2))
-    (20.0, None)
+    >>> round(sqnr_db(np.array([13.0, -7.0]), np.array([13.0, -6.0])), 1), sqnr_db(np.ones(2), np.ones(2))
+    (23.0, None)
     """
     _check_shapes("sqnr_db", reference, value)
-    a, b = _finite("sqnr_db", reference), _finite("sqnr_db", value)
+    a, b = _rows("sqnr_db", reference), _rows("sqnr_db", value)
     if np.array_equal(a, b):
         return None
     largest = max(float(np.abs(a).max()), float(np.abs(b).max()))
     if not 1e-100 < largest < 1e100:  # beyond float32: squares would vanish or overflow
         a, b = a / largest, b / largest
     least = float(np.finfo(np.float64).tiny)
-    return float(10 * (np.log10(max(_squares(a), least)) - np.log10(max(_squares(a - b), least))))
+    return float(10 * (np.log10(max(_squares(a - a.mean(axis=0)), least)) - np.log10(max(_squares(a - b), least))))
 
 
 def agreement(a: Array, b: Array) -> float:

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, Self, final
 
 from qcompress import _plan_toml
 from qcompress._plan_toml import header
-from qcompress._settings import Settings, settings_from
+from qcompress._settings import Scheme, Settings, settings_from
 from qcompress.artifacts import short_digest
 from qcompress.errors import ConfigError, did_you_mean
 from qcompress.sources.base import KINDS, UNKNOWN, WEIGHT_KINDS, SourceTensor
@@ -75,27 +75,38 @@ class Plan:
 
     @classmethod
     def from_flags(
-        cls, bits: int | None = None, rows_per_lut: int | Literal["auto"] | None = None, scheme: str | None = None
+        cls,
+        bits: int | None = None,
+        rows_per_lut: int | Literal["auto"] | None = None,
+        scheme: str | None = None,
+        activation_bits: int | None = None,
     ) -> Self:
         """The plan that flags alone make.
 
         >>> Plan.from_flags(bits=2).default.bits
         2
         """
-        return cls().with_flags(bits=bits, rows_per_lut=rows_per_lut, scheme=scheme)
+        return cls().with_flags(bits, rows_per_lut, scheme, activation_bits)
 
     def with_flags(
-        self, bits: int | None = None, rows_per_lut: int | Literal["auto"] | None = None, scheme: str | None = None
+        self,
+        bits: int | None = None,
+        rows_per_lut: int | Literal["auto"] | None = None,
+        scheme: str | None = None,
+        activation_bits: int | None = None,
     ) -> Self:
         """This plan with flags in place of what `[default]` says; None: flag not given.
 
         Raises:
             ConfigError: a value that the field cannot have.
         """
-        flags = {"bits": bits, "rows_per_lut": rows_per_lut, "scheme": scheme}
+        flags = {"bits": bits, "rows_per_lut": rows_per_lut, "scheme": scheme, "activation_bits": activation_bits}
         given = {name: value for name, value in flags.items() if value is not None}
-        default = settings_from({**self.default.given(), **given}, _flag)
-        origins = {**self.origins}
+        values, origins = {**self.default.given(), **given}, {**self.origins}
+        if bits is not None:  # says what to do with every weight, in place of leaving them out
+            values.pop("skip", None)
+            origins.pop(("default", "skip"), None)
+        default = settings_from(values, _flag)
         origins.update({("default", name): _flag(name) for name in given})
         return dataclasses.replace(self, default=default, origins=origins)
 
@@ -222,6 +233,18 @@ class TensorPlan:
         return self.settings.bits
 
     @property
+    def scheme(self) -> Scheme:
+        """What the codes of a tensor that is compressed stand for."""
+        assert self.settings is not None
+        assert self.settings.scheme is not None
+        return self.settings.scheme
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Bits per code of what the layer computes with the tensor; None: floats, as with a tensor that stays float."""
+        return None if self.settings is None else self.settings.activation_bits
+
+    @property
     def rows_per_lut(self) -> int | None:
         """Output channels that share a palette; None: all of them, which is what `auto` means without calibration."""
         assert self.settings is not None
@@ -249,6 +272,9 @@ class ResolvedPlan:
         if not wanted:
             return Plan()
         default = Counter(wanted.values()).most_common(1)[0][0]
+        if any(s.activation_bits is None and not s.skip for s in wanted.values()):
+            # No table can take activation_bits back: said by name, for those that have them.
+            default = dataclasses.replace(default, activation_bits=None)
         exceptions = {
             _literally(name): Settings(**_difference(settings, default))
             for name, settings in wanted.items()
@@ -277,7 +303,8 @@ def resolve(plan: Plan, tensors: Iterable[SourceTensor | tuple[str, str]]) -> Re
         tensors: the model's tensors in their order, as a Source gives them or as (name, kind).
 
     Raises:
-        ConfigError: a pattern that matches nothing, a weight without a width, a kind table where kinds are unknown.
+        ConfigError: a pattern that matches nothing, a weight without a width, settings that do not go together, a kind
+            table where kinds are unknown.
 
     >>> plan = Plan(default=Settings(bits=2), kind={"last": Settings(bits=8)})
     >>> [(t.name, t.bits) for t in resolve(plan, [("a.weight", "conv"), ("b.weight", "linear")]).tensors]
@@ -297,6 +324,9 @@ def resolve(plan: Plan, tensors: Iterable[SourceTensor | tuple[str, str]]) -> Re
         raise ConfigError(
             f"{widthless[0].name}{others}: no bits set: give --bits N (1 to 8), or set bits in a plan (--plan FILE)."
         )
+    for tensor in resolved:
+        if tensor.settings is not None and tensor.scheme == "uniform":
+            _check_uniform(tensor)
     return ResolvedPlan(tensors=resolved)
 
 
@@ -320,6 +350,21 @@ def _one(plan: Plan, name: str, kind: str, names: tuple[str, ...], *, first: boo
     if values["skip"]:
         return TensorPlan(name=name, kind=kind, settings=None, reason=f"by plan ({origins['skip']})", origins=origins)
     return TensorPlan(name=name, kind=kind, settings=Settings(**values), origins=origins)
+
+
+def _check_uniform(tensor: TensorPlan) -> None:
+    """A uniform grid has no palette to share, and none of 1 bit."""
+    origins, scheme = tensor.origins, f'scheme = "uniform" ({tensor.origins["scheme"]})'
+    if tensor.rows_per_lut is not None:
+        raise ConfigError(
+            f"{tensor.name}: rows_per_lut = {tensor.rows_per_lut} ({origins['rows_per_lut']}) is about palettes, and "
+            f'{scheme} has none: leave one of them out, or say rows_per_lut = "auto" where the scheme is uniform.'
+        )
+    if tensor.bits == 1:
+        raise ConfigError(
+            f"{tensor.name}: {scheme} must have bits in [2, 8], got bits = 1 ({origins['bits']}): give more bits, or "
+            f'scheme = "palette", which writes 1 bit as two values.'
+        )
 
 
 def _check_kinds(plan: Plan, entries: list[_Entry]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputSpec
+from torch.export.graph_signature import InputSpec, OutputKind, TensorArgument
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -99,6 +99,11 @@ def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatPr
         return _canonical(exported, options, (*notes, stays), one_batch=False)
 
 
+def input_names_of(program: FloatProgram) -> tuple[str, ...]:
+    """Names that the model itself has for its inputs, whatever the program calls them: what example inputs may use."""
+    return input_names(program.exported)
+
+
 def _trace(
     module: torch.nn.Module,
     args: Sequence[Any],
@@ -117,11 +122,23 @@ def _trace(
         shapes = dims if two_kwargs else tuple(dims.values())
         exported = _export(module, two_args, two_kwargs, shapes)
     except Exception:
-        try:
-            exported = _export(module, tuple(args), dict(kwargs), None)
-        except Exception as e:
-            raise SourceError(_export_failure(e)) from e
+        exported = _fixed(module, tuple(args), dict(kwargs), batch)
     return _canonical(exported, options, notes, one_batch=True)
+
+
+def _fixed(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> ExportedProgram:
+    """Trace as the example stands; where that fails, with its first sample: data does not know of a batch of 1."""
+    try:
+        return _export(module, args, kwargs, None)
+    except Exception as e:
+        error = SourceError(_export_failure(e))
+        if batch < TRACE_BATCH:
+            raise error from e
+    try:
+        first_args, first_kwargs = pytree.tree_map(lambda value: _first(value, batch), (args, kwargs))
+        return _export(module, first_args, first_kwargs, None)
+    except Exception as e:
+        raise error from e
 
 
 def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
@@ -150,6 +167,12 @@ def _batch_of_two(value: Any, batch: int) -> Any:
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != batch:
         return value
     return value[:TRACE_BATCH] if batch >= TRACE_BATCH else torch.cat([value] * TRACE_BATCH)[:TRACE_BATCH]
+
+
+def _first(value: Any, batch: int) -> Any:
+    """The first sample of a tensor whose first axis is the batch; any other value as it is."""
+    has_batch = isinstance(value, torch.Tensor) and value.ndim and len(value) == batch
+    return value[:1] if has_batch else value
 
 
 def _is_odd_float(dtype: torch.dtype) -> bool:
@@ -209,6 +232,7 @@ def _canonical(
         *notes,
         *(f"The model changes its buffer {n} as it runs; the file keeps the value of now." for n in _mutated(exported)),
     )
+    _check_outputs(exported)
     exported = _with_own_tensors(_prune(exported))
     state = _checked_state(exported)
     inputs = _check_names(options.input_names, input_names(exported), "--input-names", "inputs")
@@ -240,6 +264,24 @@ def _canonical(
     if stuck:
         notes = (*notes, f"The model allows no other size of {', '.join(stuck)}: fixed, although --dynamic names it.")
     return FloatProgram(exported, inputs, outputs, dynamic, notes)
+
+
+def _check_outputs(exported: ExportedProgram) -> None:
+    """Refuse what an ONNX file cannot return: values that are no tensors, and the model's own tensors as they are."""
+    own = {node.name: name for node, name in state_nodes(exported).items()}
+    specs = [s for s in exported.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
+    for name, spec in zip(output_names(exported), specs, strict=True):
+        if not isinstance(spec.arg, TensorArgument):
+            value = getattr(spec.arg, "value", None)
+            raise SourceError(
+                f"The model's output {name} must be a tensor, got {value!r}: wrap the model in a module whose forward "
+                "returns tensors alone."
+            )
+        if spec.arg.name in own:
+            raise SourceError(
+                f"The model's output {name} must be computed from its inputs, it is the model's own tensor "
+                f"{own[spec.arg.name]}: wrap the model in a module whose forward leaves it out."
+            )
 
 
 def _mutated(exported: ExportedProgram) -> list[str]:

@@ -73,3 +73,86 @@ def best_squared_error(values: Sequence[float], k: int) -> float:
     n = len(ordered)
     splits = ((0, *cut, n) for cut in combinations(range(1, n), min(k, n) - 1))
     return min(sum(error(ordered[i:j]) for i, j in pairwise(s)) for s in splits)
+
+
+# Post-hoc activation grids: from the samples themselves, in float64.
+
+
+def affine_error(values: npt.NDArray[Any], scale: float, zero_point: int, levels: int) -> float:
+    """Σ(x_hat - x)² of an affine grid of unsigned codes."""
+    x = np.asarray(values, np.float64)
+    codes = np.clip(np.rint(x / scale) + zero_point, 0, levels)
+    return float((((codes - zero_point) * scale - x) ** 2).sum())
+
+
+def best_affine_error(values: npt.NDArray[Any], levels: int, steps: int) -> float:
+    """The least Σ(x_hat - x)², by trying `steps` shares of the range of each side of 0 with each other."""
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    shares = np.arange(1, steps + 1) / steps
+    best = np.inf
+    for a in shares * low if low else [0.0]:
+        for b in shares * high if high else [0.0]:
+            scale = (b - a) / levels
+            best = min(best, affine_error(values, scale, round(-a / scale), levels))
+    return best
+
+
+def entropy_divergences(values: npt.NDArray[Any], groups: int, bins: int) -> dict[int, float]:
+    """KL(P‖Q) by the threshold in bins, as Migacz 2017 counts it: one threshold, one group at a time."""
+    x = np.asarray(values, np.float64)
+    width = np.abs(x).max() / bins
+    edges = np.arange(bins + 1) * width
+    below, above = np.histogram(-x[x < 0], edges)[0], np.histogram(x[x > 0], edges)[0]
+    used_below, used_above = (int(np.flatnonzero(side).max(initial=-1)) + 1 for side in (below, above))
+    divergences = {}
+    for i in range(1, bins + 1):
+        n_below, n_above = min(i, used_below), min(i, used_above)
+        inside = [*below[:n_below][::-1].tolist(), *above[:n_above].tolist()]
+        n = len(inside)
+        if n < groups:
+            continue
+        p = [float(count) for count in inside]
+        p[0] += below[n_below:].sum()
+        p[-1] += above[n_above:].sum()
+        group_of = [j * groups // n for j in range(n)]
+        total, used = [0] * groups, [0] * groups
+        for j, group in enumerate(group_of):
+            total[group] += inside[j]
+            used[group] += p[j] > 0
+        kept = [j for j in range(n) if p[j] > 0]
+        if any(total[group_of[j]] == 0 for j in kept):
+            divergences[i] = np.inf
+        else:
+            p_kept = np.array([p[j] for j in kept])
+            q_kept = np.array([total[group_of[j]] / used[group_of[j]] for j in kept])
+            p_kept, q_kept = p_kept / p_kept.sum(), q_kept / q_kept.sum()
+            divergences[i] = float((p_kept * np.log(p_kept / q_kept)).sum())
+    return divergences
+
+
+# Weights on integer grids: element by element, in float64 and in exact fractions.
+
+
+def round_uniform(
+    weight: npt.NDArray[Any], largest: int, axis: int | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Codes and scales (0-d without an axis): the largest magnitude gets the largest code, halves the even one."""
+    magnitude = np.zeros(() if axis is None else weight.shape[axis], np.float32)
+    for index in np.ndindex(*weight.shape):
+        channel: Any = () if axis is None else index[axis]
+        magnitude[channel] = max(magnitude[channel], abs(weight[index]))
+    scale = np.where(magnitude > 0, magnitude / np.float32(largest), np.float32(1)).astype(np.float32)
+    codes = np.empty(weight.shape, np.int64)
+    for index in np.ndindex(*weight.shape):
+        channel = () if axis is None else index[axis]
+        codes[index] = round(float(weight[index]) / float(scale[channel]))
+    return codes, scale
+
+
+def best_integer_error(values: Sequence[float], masses: Sequence[float], k: int, largest: int) -> float:
+    """The least total squared distance of values to k integers in [-largest, largest], by trying every choice."""
+
+    def error(chosen: Sequence[int]) -> float:
+        return sum(m * min((v - c) ** 2 for c in chosen) for v, m in zip(values, masses, strict=True))
+
+    return min(error(chosen) for chosen in combinations(range(-largest, largest + 1), k))

@@ -1,5 +1,7 @@
 """Artifacts: the floats they stand for, the bytes they take, and a stored form that comes back equal."""
 
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from qcompress.artifacts import (
     ARTIFACTS,
+    ActivationGrid,
     Artifact,
     FloatWeight,
     IntegerWeight,
@@ -16,10 +19,14 @@ from qcompress.artifacts import (
     along_axis,
     bits_per_weight,
     digest,
+    integer_lut,
+    integer_values,
     short_digest,
+    spread,
 )
 from qcompress.errors import ConfigError
 from qcompress.granularity import lut_groups
+from qcompress.grid import IntegerRange
 from reference import dequantize_palette, dequantize_uniform, pack_bit_by_bit
 
 SHAPES = hnp.array_shapes(min_dims=1, max_dims=4, min_side=1, max_side=4)
@@ -27,7 +34,15 @@ FINITE = st.floats(-100, 100, width=32)
 
 
 def _floats(draw, shape):
-    return draw(hnp.arrays(np.float32, shape, elements=FINITE))
+    return np.asarray(draw(hnp.arrays(np.float32, shape, elements=FINITE)))
+
+
+def _lut_and_scale(draw, shape, channels):
+    """float32 with or without a scale, or int8 with one."""
+    scale_shape = draw(st.sampled_from([(), (channels,)]))
+    if draw(st.booleans()):
+        return draw(hnp.arrays(np.int8, shape)), _floats(draw, scale_shape)
+    return _floats(draw, shape), _floats(draw, scale_shape) if draw(st.booleans()) else None
 
 
 @st.composite
@@ -36,14 +51,14 @@ def palettized(draw):
     axis = draw(st.integers(0, len(shape) - 1))
     rows_per_lut = draw(st.none() | st.integers(1, 5))
     entries = draw(st.integers(1, 1 << min(bits, 4)))
-    lut = _floats(draw, (lut_groups(shape[axis], rows_per_lut), entries))
+    lut, scale = _lut_and_scale(draw, (lut_groups(shape[axis], rows_per_lut), entries), shape[axis])
     return PalettizedWeight(
         codes=draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, entries - 1))),
         lut=lut,
         bits=bits,
         axis=axis,
         rows_per_lut=rows_per_lut,
-        scale=_floats(draw, (shape[axis],)) if draw(st.booleans()) else None,
+        scale=scale,
     )
 
 
@@ -52,11 +67,15 @@ def palettized_vectors(draw):
     shape, d = draw(SHAPES), draw(st.integers(2, 4))
     entries = draw(st.integers(1, 4))
     count = -(-int(np.prod(shape)) // d)
+    axis = draw(st.integers(0, len(shape) - 1))
+    lut, scale = _lut_and_scale(draw, (1, entries, d), shape[axis])
     return PalettizedWeight(
         codes=draw(hnp.arrays(np.uint8, (count,), elements=st.integers(0, entries - 1))),
-        lut=_floats(draw, (1, entries, d)),
+        lut=lut,
         bits=2,
+        axis=axis,
         weight_shape=shape,
+        scale=scale,
     )
 
 
@@ -125,14 +144,17 @@ def test_dequantize_gives_the_weight_in_its_own_shape(kind, data):
 
 @given(palettized())
 def test_a_palette_equals_the_slow_loop(artifact):
-    slow = dequantize_palette(artifact.codes, artifact.lut, artifact.axis, artifact.rows_per_lut, artifact.scale)
+    scale = None if artifact.scale is None else np.broadcast_to(artifact.scale, artifact.shape[artifact.axis])
+    slow = dequantize_palette(artifact.codes, artifact.lut, artifact.axis, artifact.rows_per_lut, scale)
     np.testing.assert_array_equal(artifact.dequantize(), slow)
 
 
 @given(palettized_vectors())
 def test_a_palette_of_vectors_equals_the_slow_loop(artifact):
-    flat = [value for code in artifact.codes for value in artifact.lut[0, code]]
-    np.testing.assert_array_equal(artifact.dequantize().ravel(), flat[: int(np.prod(artifact.shape))])
+    scale = np.broadcast_to(np.float32(1) if artifact.scale is None else artifact.scale, artifact.shape[artifact.axis])
+    flat = [np.float32(value) for code in artifact.codes for value in artifact.lut[0, code]]
+    slow = [value * scale[at[artifact.axis]] for at, value in zip(np.ndindex(artifact.shape), flat, strict=False)]
+    np.testing.assert_array_equal(artifact.dequantize().ravel(), slow)
 
 
 @given(uniform())
@@ -145,7 +167,7 @@ def test_a_uniform_grid_equals_the_slow_loop(artifact):
 def test_nbytes_is_what_the_packed_codes_and_tables_take(artifact):
     packed = pack_bit_by_bit(artifact.codes.ravel().tolist(), artifact.bits)
     scales = 0 if artifact.scale is None else artifact.scale.nbytes
-    assert artifact.nbytes == len(packed) + 4 * artifact.lut.size + scales
+    assert artifact.nbytes == len(packed) + artifact.lut.itemsize * artifact.lut.size + scales
 
 
 def test_sixteen_bit_floats_take_two_bytes_and_widen_exactly():
@@ -190,7 +212,8 @@ UNIFORM = {"codes": CODES, "scale": np.ones((), np.float32), "bits": 2}
     [
         ({"bits": 9}, r"bits must be in \[1, 8\], got 9\."),
         ({"codes": CODES.astype(np.int64)}, r"PalettizedWeight\.codes must be uint8, got int64\."),
-        ({"lut": LUT.astype(np.float64)}, r"PalettizedWeight\.lut must be float32, got float64\."),
+        ({"lut": LUT.astype(np.float64)}, r"PalettizedWeight\.lut must be float32 or int8, got float64\."),
+        ({"lut": LUT.astype(np.int8)}, r"PalettizedWeight\.scale must be given for an int8 lut, got None\."),
         (
             {"lut": LUT[0]},
             r"PalettizedWeight\.lut must be \[G, K\], or \[G, K, D\] with D of at least 2, got \(4,\)\.",
@@ -212,7 +235,7 @@ UNIFORM = {"codes": CODES, "scale": np.ones((), np.float32), "bits": 2}
         ({"scale": np.ones(2)}, r"PalettizedWeight\.scale must be float32, got float64\."),
         (
             {"scale": np.ones(3, np.float32)},
-            r"PalettizedWeight\.scale must have one value for each of the 2 output channels, got \(3,\)\.",
+            r"PalettizedWeight\.scale must be 0-d or one value for each of the 2 output channels, got \(3,\)\.",
         ),
         (
             {"lut": np.zeros((1, 4, 2), np.float32)},
@@ -268,3 +291,228 @@ def test_a_palette_that_does_not_fit_itself_is_refused(changes, message):
 def test_a_grid_that_does_not_fit_itself_is_refused(changes, message):
     with pytest.raises(ConfigError, match=f"^{message}$"):
         IntegerWeight(**{**UNIFORM, **changes})
+
+
+# --- weights as integers
+
+
+def assert_exact(artifact):
+    """`integer_values` found some, and they stand for the same floats bit for bit."""
+    codes, scale, axis = integer_values(artifact)
+    assert codes.dtype == np.int8
+    assert codes.shape == artifact.shape
+    assert scale.dtype == np.float32
+    assert scale.shape == (() if axis is None else (artifact.shape[axis],))
+    again = codes.astype(np.float32) * spread(scale, codes.shape, axis)
+    assert again.tobytes() == artifact.dequantize().tobytes()
+    return codes
+
+
+@pytest.mark.parametrize("kind", ARTIFACTS)
+@given(data=st.data())
+def test_integers_stand_for_the_same_floats_or_there_are_none(kind, data):
+    artifact = data.draw(DRAWN[kind])
+    if integer_values(artifact) is not None:
+        assert_exact(artifact)
+    else:
+        assert kind == "float" or artifact.to_arrays()[0].get("lut", LUT).dtype == np.float32
+
+
+@given(uniform())
+def test_which_uniform_grids_are_integers(artifact):
+    plain = artifact.zero_point is None or not artifact.zero_point.any()
+    fits = artifact.block_size is None and plain and artifact.codes.max() <= 127
+    assert (integer_values(artifact) is not None) == fits
+
+
+STEPS = st.floats(2.0**-100, 2.0**100, width=32).map(np.float32)
+MULTIPLES = st.lists(st.integers(-127, 127), min_size=1, max_size=16)
+
+
+def palette_of(tables, scale=None):
+    lut = np.array(tables, np.float32)
+    codes = np.tile(np.arange(lut.shape[1], dtype=np.uint8), (2 * len(lut), 1))
+    return PalettizedWeight(codes=codes, lut=lut, bits=8, rows_per_lut=2, scale=scale)
+
+
+@given(STEPS, MULTIPLES)
+def test_any_multiples_of_a_step_are_found_to_be_such(step, multiples):
+    codes = assert_exact(palette_of([np.array(multiples, np.float32) * step]))
+    # Perhaps of a larger step: then by fewer.
+    assert (np.abs(codes[0].astype(int)) <= np.abs(multiples)).all()
+
+
+@given(st.lists(st.tuples(STEPS, MULTIPLES), min_size=2, max_size=4))
+def test_every_group_may_have_its_own_step(groups):
+    longest = max(len(multiples) for _, multiples in groups)
+    tables = [np.resize(np.array(multiples, np.float32) * step, longest) for step, multiples in groups]
+    assert_exact(palette_of(tables))
+
+
+@pytest.mark.parametrize(
+    ("table", "integers"),
+    [
+        ([-0.3, 0.0, 0.3], [-1, 0, 1]),
+        ([-1.5, -0.5, 0.5, 1.5], [-3, -1, 1, 3]),
+        ([2.0, -254.0, 7.5, 0.0], None),
+        ([0.5, 63.5], [1, 127]),
+        ([0.5, 64.0], None),
+        ([0.0, 0.0], [0, 0]),
+        ([-0.0, 1.0], None),
+        ([1.0, np.float32(np.pi)], None),
+        ([1.0, np.inf], None),
+        ([1.0, np.nan], None),
+        ([1e-45, 3e-45], [1, 2]),
+        ([3e38, -3e38], [1, -1]),
+    ],
+)
+def test_palettes_by_hand(table, integers):
+    weight = palette_of([table])
+    found = integer_values(weight)
+    assert (None if found is None else assert_exact(weight)[0].tolist()) == integers
+
+
+def test_a_scale_is_taken_in_where_that_is_exact():
+    ternary = [[-0.3, 0.0, 0.3]]
+    assert assert_exact(palette_of(ternary, np.array([0.7, -1.3], np.float32)))[0].tolist() == [-1, 0, 1]
+    assert assert_exact(palette_of(ternary, np.array(0.7, np.float32)))[1].tolist() == [-1, 0, 1]
+    grid = [np.arange(-7, 8, dtype=np.float32) * np.float32(0.3)]
+    assert_exact(palette_of(grid, np.array([0.5, -4], np.float32)))
+    assert integer_values(palette_of(grid, np.array([0.7, 1.3], np.float32))) is None  # rounded twice
+
+
+def test_a_table_of_int8_is_given_back_as_it_is():
+    lut, scale = np.array([[-128, 4]], np.int8), np.array(0.5, np.float32)
+    found, found_scale = integer_lut(PalettizedWeight(codes=CODES, lut=lut, bits=1, scale=scale))
+    np.testing.assert_array_equal(found, lut)
+    assert found_scale == scale
+
+
+# --- activation grids
+
+SCALES = st.floats(2.0**-20, 2.0**20, width=32).map(lambda v: np.array(v, np.float32))
+SITE = ("fc.weight", 0)
+
+
+@st.composite
+def activation_grids(draw, offsets=None):
+    scale = draw(SCALES)
+    offset = draw(st.floats(-300, 300, width=32)) if offsets is None else draw(offsets)
+    return ActivationGrid(
+        site=SITE, scale=scale, offset=np.array(offset, np.float32) * scale, bits=draw(st.integers(1, 8)),
+        signed=draw(st.booleans()),
+    )  # fmt: skip
+
+
+WHOLE_OFFSETS = st.integers(-400, 200)
+ACTIVATIONS = hnp.arrays(np.float32, 20, elements=st.floats(-1e4, 1e4, width=32))
+
+
+@given(activation_grids(WHOLE_OFFSETS))
+def test_a_grid_through_zero_has_a_zero_point_where_a_byte_holds_it(grid):
+    n = IntegerRange(grid.bits, grid.signed).n
+    wanted = round(-float(grid.offset) / float(grid.scale)) - n
+    assert grid.zero_point == (wanted if 0 <= wanted <= 255 else None)
+    assert grid.nbytes == (5 if grid.zero_point is not None else 9)
+    if grid.zero_point is not None:
+        u = np.arange(grid.levels + 1, dtype=np.uint8)
+        assert (grid.dequantize(u) == (u.astype(np.float32) - wanted) * grid.scale).all()
+        assert 0 in grid.dequantize(u) or not 0 <= wanted <= grid.levels
+
+
+@given(activation_grids() | activation_grids(WHOLE_OFFSETS))
+def test_every_code_is_quantized_to_itself(grid):
+    u = np.arange(grid.levels + 1, dtype=np.uint8)
+    assert u[-1] == 2**grid.bits - 1
+    again = grid.quantize(grid.dequantize(u))
+    assert again.dtype == np.uint8
+    assert (again == u).all()
+
+
+@given(activation_grids() | activation_grids(WHOLE_OFFSETS), ACTIVATIONS)
+def test_quantized_is_the_nearest_that_there_is(grid, steps):
+    x = steps * grid.scale
+    every = grid.dequantize(np.arange(grid.levels + 1, dtype=np.uint8)).astype(np.float64)
+    least = np.abs(x.astype(np.float64)[:, None] - every).min(axis=1)
+    off = np.abs(grid.dequantize(grid.quantize(x)) - x.astype(np.float64))
+    assert (off <= least + 2e-3 * grid.scale).all()  # float32 of 1e4 steps
+
+
+@given(activation_grids(), ACTIVATIONS)
+def test_the_zero_point_is_added_after_rounding(grid, steps):
+    grid = grid.snapped()
+    for value in steps * grid.scale:
+        code = round(float(np.float32(value) / grid.scale)) + grid.zero_point
+        assert grid.quantize(np.array([value], np.float32))[0] == min(max(code, 0), grid.levels)
+
+
+def test_infinities_are_clipped():
+    grid = ActivationGrid.from_zero_point(SITE, 1e-30, 3, bits=8)
+    assert grid.quantize(np.array([-np.inf, 1e38, np.inf], np.float32)).tolist() == [0, 255, 255]
+
+
+@given(activation_grids())
+def test_snapping_moves_no_further_than_it_must(grid):
+    snapped = grid.snapped()
+    assert snapped.zero_point is not None
+    assert snapped.snapped() == snapped
+    n = IntegerRange(grid.bits, grid.signed).n
+    every = -(np.arange(256) + n) * float(grid.scale)
+    least = np.abs(every - float(grid.offset)).min()
+    assert abs(float(snapped.offset) - float(grid.offset)) <= least * (1 + 1e-6) + 1e-4 * float(grid.scale)
+
+
+@given(SCALES, st.integers(0, 255), st.integers(1, 8))
+def test_a_grid_from_its_zero_point_has_that_one(scale, zero_point, bits):
+    grid = ActivationGrid.from_zero_point(SITE, scale, zero_point, bits)
+    assert (grid.zero_point, grid.scale, grid.bits, grid.signed) == (zero_point, scale, bits, False)
+
+
+@given(activation_grids())
+def test_a_grid_comes_back_from_json_exactly(grid):
+    assert ActivationGrid.from_dict(json.loads(json.dumps(grid.as_dict()))) == grid
+
+
+GRID = {"site": SITE, "scale": np.array(0.5, np.float32), "offset": np.array(0, np.float32), "bits": 8, "signed": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 9}, r"bits must be in \[1, 8\], got 9\."),
+        (
+            {"site": ("a", -2)},
+            r"ActivationGrid\.site must be \(name, index\) with an index of at least -1, got \('a', -2\)\.",
+        ),
+        ({"site": "a"}, r"ActivationGrid\.site must be \(name, index\) with an index of at least -1, got a\."),
+        ({"scale": np.ones(1, np.float32)}, r"ActivationGrid\.scale must be float32 and 0-d, got float32 \[1\]\."),
+        ({"offset": np.ones(())}, r"ActivationGrid\.offset must be float32 and 0-d, got float64 \[\]\."),
+        ({"scale": np.array(0, np.float32)}, r"ActivationGrid\.scale must be finite and above 0, got 0\.0\."),
+        ({"scale": np.array(np.nan, np.float32)}, r"ActivationGrid\.scale must be finite and above 0, got nan\."),
+        ({"offset": np.array(np.inf, np.float32)}, r"ActivationGrid\.offset must be finite, got inf\."),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        ActivationGrid(**{**GRID, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": True}, r"ActivationGrid\.bits must be stored as int, got True\."),
+        ({"signed": 1}, r"ActivationGrid\.signed must be stored as bool, got 1\."),
+        ({"scale": "1"}, r"ActivationGrid\.scale must be stored as float, got '1'\."),
+        ({"scale": 1e300}, r"ActivationGrid\.scale must be finite and above 0, got inf\."),
+        ({"site": ["a", "b"]}, r"ActivationGrid\.site must be \(name, index\) .*, got \('a', 'b'\)\."),
+        ({"site": None}, r"ActivationGrid\.site must be stored as list, got None\."),
+    ],
+)
+def test_stored_grids_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        ActivationGrid.from_dict({**ActivationGrid(**GRID).as_dict(), **changes})
+
+
+def test_a_zero_point_beyond_a_byte_is_refused():
+    with pytest.raises(ConfigError, match=r"^ActivationGrid\.zero_point must be in \[0, 255\], got 256\.$"):
+        ActivationGrid.from_zero_point(SITE, 0.5, 256, bits=8)

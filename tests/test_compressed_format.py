@@ -5,19 +5,20 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qcompress.artifacts import digest
+from qcompress.artifacts import ActivationGrid, digest
 from qcompress.compressed import FORMAT_VERSION, CompressedModel, read_artifacts
 from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.sources import load_source
 
 FIXTURES = Path(__file__).parent / "fixtures"
-V1 = FIXTURES / "compressed_v1"
+V1, V2 = FIXTURES / "compressed_v1", FIXTURES / "compressed_v2"
 
 # Of the decoded tensors. A change here means that users' files read differently: never change it, fix the reader.
 DIGESTS_V1 = {
@@ -31,12 +32,16 @@ DIGESTS_V1 = {
     "signed.bias": "06Z-MEo4AQD",
 }
 NBYTES_V1 = 349
+DIGESTS_V2 = {**DIGESTS_V1, "integers.weight": "lTYiTw-lERu", "scaled.weight": "gwZwsGnjCFe"}
+NBYTES_V2 = 439
+
+X = np.sin(np.arange(1, 25, dtype=np.float64)).reshape(3, 8).astype(np.float32)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the fixture, to be damaged."""
-    shutil.copytree(V1, tmp_path / "small")
+    """A copy of the newest fixture, to be damaged."""
+    shutil.copytree(V2, tmp_path / "small")
     return tmp_path / "small"
 
 
@@ -71,28 +76,86 @@ def test_the_whole_model_of_version_1() -> None:
     assert (small.program.input_names, small.program.output_names) == (("x",), ("scores",))
     assert small.program.dynamic == {("x", 0): "batch"}
     assert small.plan.default.bits == 3
-    x = np.sin(np.arange(1, 25, dtype=np.float64)).reshape(3, 8).astype(np.float32)
+    assert (small.activations, small.compute) == ({}, "float")
     wanted = [
         [263.611023, -473.403198, 155.881134],
         [200.376648, -359.262512, 118.403358],
         [186.802933, -334.761261, 110.358437],
     ]
     decoded = small.program.with_state({name: a.dequantize() for name, a in small.artifacts.items()})
-    np.testing.assert_allclose(decoded.run({"x": x})["scores"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(decoded.run({"x": X})["scores"], wanted, rtol=1e-5)
     assert [t.name for t in load_source(V1).tensors()] == list(DIGESTS_V1)
 
 
-def test_what_is_read_is_written_again_to_the_same_bytes(tmp_path: Path) -> None:
+def test_version_1_is_saved_as_the_newest_with_the_same_tensors(tmp_path: Path) -> None:
     CompressedModel.load(V1).save(tmp_path / "again")
+    about, artifacts = read_artifacts(tmp_path / "again")
+    assert about["format_version"] == FORMAT_VERSION
+    assert {name: digest(a.dequantize()) for name, a in artifacts.items()} == DIGESTS_V1
+
+
+def test_version_2_is_read_to_the_same_values() -> None:
+    about, artifacts = read_artifacts(V2)
+    assert about["format_version"] == 2
+    assert {name: digest(a.dequantize()) for name, a in artifacts.items()} == DIGESTS_V2
+
+
+def test_the_whole_model_of_version_2() -> None:
+    small = CompressedModel.load(V2)
+    assert small.nbytes == NBYTES_V2
+    assert small.compute == "int8"
+    third = np.array(1 / 3, np.float32)
+    grids = [
+        ActivationGrid(site=("grouped.weight", 0), scale=third, offset=0 * third, bits=8, signed=True),
+        ActivationGrid.from_zero_point(("blocks.weight", 0), 0.1, 77, bits=4),
+        ActivationGrid(
+            site=("scores", -1), scale=third, offset=np.asarray(-third / 4, np.float32), bits=2, signed=False
+        ),
+    ]
+    assert small.activations == {grid.site: grid for grid in grids}
+    wanted = [[-12266.979, 6386.2637], [-9330.684, 4854.63], [-8700.389, 4525.8535]]
+    decoded = small.program.with_state({name: a.dequantize() for name, a in small.artifacts.items()})
+    np.testing.assert_allclose(decoded.run({"x": X})["scores"], wanted, rtol=1e-5)
+
+
+def test_the_report_lists_the_activation_grids() -> None:
+    assert CompressedModel.load(V2).report()["activations"][1:] == [
+        {
+            "site": ["blocks.weight", 0], "scale": float(np.float32(0.1)), "zero_point": 77,
+            "offset": float(np.float32(-77) * np.float32(0.1)), "bits": 4,
+        },
+        {
+            "site": ["scores", -1], "scale": float(np.float32(1 / 3)), "zero_point": None,
+            "offset": float(-np.float32(1 / 3) / 4), "bits": 2,
+        },
+    ]  # fmt: skip
+
+
+def test_what_is_read_is_written_again_to_the_same_bytes(tmp_path: Path) -> None:
+    CompressedModel.load(V2).save(tmp_path / "again")
     for name in ("weights.safetensors", "plan.toml", "report.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (V1 / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (V2 / name).read_bytes()
     with pytest.raises(OutputError, match=r"again exists: name another folder, or remove it first\.$"):
-        CompressedModel.load(V1).save(tmp_path / "again")
+        CompressedModel.load(V2).save(tmp_path / "again")
+
+
+def test_a_model_that_does_not_fit_itself_is_refused() -> None:
+    small = CompressedModel.load(V2)
+    with pytest.raises(
+        ConfigError, match=r"^CompressedModel\.compute must be one of float, int8, dynamic8, got 'int4'\.$"
+    ):
+        replace(small, compute="int4")  # type: ignore[arg-type]
+    grid = small.activations["scores", -1]
+    with pytest.raises(
+        ConfigError,
+        match=r"^CompressedModel\.activations must hold each grid under its site, \('scores', -1\), got \('x', 0\)\.$",
+    ):
+        replace(small, activations={("x", 0): grid})
 
 
 def test_a_newer_format_says_so(folder: Path) -> None:
     edit_header(folder, lambda about: about.update(format_version=FORMAT_VERSION + 1))
-    message = rf"small has format {FORMAT_VERSION + 1}, this version reads {FORMAT_VERSION}: use a newer qcompress\.$"
+    message = r"small has format 3, this version reads 1, 2: use a newer qcompress\.$"
     with pytest.raises(SourceError, match=message):
         read_artifacts(folder)
     with pytest.raises(SourceError, match=message):
@@ -125,6 +188,28 @@ def test_a_program_of_another_model(folder: Path, tmp_path: Path) -> None:
     edit_header(folder, lambda about: about["artifacts"].pop("across.weight"))
     with pytest.raises(SourceError, match=r"do not belong together: across\.weight is in one alone\.$"):
         CompressedModel.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda about: about.pop("activations"), r"its header lacks what the format holds\.$"),
+        (lambda about: about.update(activations=[None]), r"its header lacks what the format holds\.$"),
+        (lambda about: about.update(compute="int4"), r"its header lacks what the format holds\.$"),
+        (lambda about: about.update(compute=["int8"]), r"its header lacks what the format holds\.$"),
+        (lambda about: about["activations"][0].update(bits=9), r"bits must be in \[1, 8\], got 9\.$"),
+        (lambda about: about["activations"][0].update(scale=-0.5), r"scale must be finite and above 0, got -0\.5\.$"),
+        (lambda about: about["activations"][0].pop("signed"), r"signed must be stored as bool, got None\.$"),
+        (
+            lambda about: about["activations"].append(about["activations"][0]),
+            r"every activation grid must have a site of its own\.$",
+        ),
+    ],
+)
+def test_damaged_activation_grids(folder: Path, edit: Callable[[dict[str, Any]], object], message: str) -> None:
+    edit_header(folder, edit)
+    with pytest.raises(SourceError, match=rf"weights\.safetensors is damaged: .*{message}"):
+        read_artifacts(folder)
 
 
 def mutations(about: dict[str, Any], chance: random.Random) -> None:
@@ -169,7 +254,7 @@ def test_whatever_byte_is_changed_values_or_a_source_error(folder: Path) -> None
     good = path.read_bytes()
     for _ in range(500):
         data = bytearray(good)
-        at = chance.randrange(len(data) if chance.random() < 0.3 else 2200)
+        at = chance.randrange(len(data) if chance.random() < 0.3 else 3700)
         if chance.random() < 0.7:
             data[at] = chance.randrange(256)
         else:

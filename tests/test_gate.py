@@ -25,6 +25,7 @@ VALIDATION = {
         "lower_is_better": False,
         "samples": 250,
     },
+    "same_source": True,
 }
 
 
@@ -181,8 +182,19 @@ def test_a_broken_validation(broken):
         Measurements.of("net.onnx", nbytes=1, is_ours=True, original_bytes=2, validation=broken)
 
 
+@pytest.mark.parametrize(("same", "ok"), [(True, True), (None, True), (False, False)])
+def test_a_file_measured_against_another_original_fails_by_itself(same, ok):
+    validation = {**VALIDATION, "same_source": same}
+    file = Measurements.of("net.onnx", nbytes=100, is_ours=True, original_bytes=800, validation=validation)
+    first, *others = judge([file], limits(min_agreement=0.9))
+    assert (first.ok, not others) == (ok, ok)
+    if not ok:
+        assert (first.limit, first.unit, others[0].ok) == ("same_source", "count", True)
+        assert "run `qcompress validate MODEL net.onnx` with that one" in first.note
+
+
 def test_a_file_that_failed_validate_fails_by_itself():
-    validation = {"agreement": 1.0, "metric": None, "parity": [{"name": "weights", "ok": False}]}
+    validation = {**VALIDATION, "parity": [{"name": "weights", "ok": False}]}
     file = Measurements.of("net.onnx", nbytes=1, is_ours=True, original_bytes=9, validation=validation)
     verdicts = judge([file], GateLimits(min_agreement="50%"))
     assert [(v.limit, v.ok) for v in verdicts] == [("parity", False), ("min_agreement", True)]

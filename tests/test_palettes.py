@@ -9,11 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from qcompress.artifacts import integer_values
 from qcompress.errors import ConfigError
 from qcompress.palettes import scalar
 from qcompress.palettes._optimal import optimal_runs
+from qcompress.palettes.integer import best_integers, palettize_int8
 from qcompress.palettes.scalar import assign, fit_lut, palettize
-from reference import best_squared_error, nearest
+from qcompress.uniform import round_to_nearest
+from reference import best_integer_error, best_squared_error, nearest
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 # Few digits: many equal values, many exact ties.
@@ -286,3 +289,104 @@ NAN = np.array([1, np.nan, np.inf], np.float32)
 def test_what_cannot_be_palettized_is_refused(call, message):
     with pytest.raises(ConfigError, match=f"^{message}$"):
         call()
+
+
+# --- palettes of int8 entries
+
+
+def weight_error(weight, artifact):
+    return float(((artifact.dequantize().astype(np.float64) - weight) ** 2).sum())
+
+
+def unequal_channels(shape=(24, 40), seed=0):
+    """Output channels from small to a hundred times as large."""
+    body = heavy_tailed(int(np.prod(shape)), seed).reshape(shape)
+    return (body * np.logspace(-2, 0, shape[0]).reshape(-1, *[1] * (len(shape) - 1))).astype(np.float32)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-7, 7) | st.integers(-14, 14).map(lambda n: n / 2), st.floats(0.125, 8)), min_size=1),
+    st.integers(1, 3),
+)
+def test_integers_are_the_best_there_are(values, k):
+    points, masses = np.array(values, np.float64).T
+    chosen = best_integers(points, masses, k, 7)
+    assert len(chosen) == k
+    assert (np.diff(chosen) > 0).all()
+    error = sum(m * min((v - c) ** 2 for c in chosen.tolist()) for v, m in values)
+    assert error == pytest.approx(best_integer_error(points.tolist(), masses.tolist(), k, 7), rel=1e-9, abs=1e-9)
+
+
+@st.composite
+def int8_cases(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
+    random = np.random.default_rng(draw(st.integers(0, 999)))
+    weight = random.standard_normal(shape) * np.exp(random.standard_normal(shape[0])).reshape(
+        -1, *[1] * (len(shape) - 1)
+    )
+    options = {
+        "bits": draw(st.integers(1, 8)),
+        "rows_per_lut": draw(st.none() | st.integers(1, 4)),
+        "axis": draw(st.integers(0, len(shape) - 1)),
+        "reduce_range": draw(st.booleans()),
+        "per_channel": draw(st.booleans()),
+    }
+    return weight.astype(np.float32), options
+
+
+@given(int8_cases())
+def test_an_int8_palette_is_integers_times_a_scale_and_its_codes_are_the_nearest(case):
+    weight, options = case
+    got = palettize_int8(weight, **options)
+    largest = 63 if options["reduce_range"] else 127
+    assert got.lut.dtype == np.int8
+    assert np.abs(got.lut.astype(int)).max() <= largest
+    assert got.lut.shape[1] <= 1 << options["bits"]
+    assert got.scale.shape == ((weight.shape[options["axis"]],) if options["per_channel"] else ())
+    assert integer_values(got) is not None
+    scale = got.scale if options["per_channel"] else np.full(weight.shape[options["axis"]], got.scale)
+    for index in np.ndindex(weight.shape):
+        channel = index[options["axis"]]
+        lut = got.lut[0 if options["rows_per_lut"] is None else channel // options["rows_per_lut"]].tolist()
+        near = nearest(float(weight[index]) / float(scale[channel]), lut)
+        assert lut[got.codes[index]] == lut[near]
+
+
+@pytest.mark.parametrize("reduce_range", [False, True])
+def test_at_eight_bits_it_is_no_worse_than_every_integer(reduce_range):
+    weight = unequal_channels()
+    got = palettize_int8(weight, 8, reduce_range=reduce_range)
+    assert weight_error(weight, got) <= weight_error(weight, round_to_nearest(weight, 8, reduce_range=reduce_range))
+
+
+@pytest.mark.parametrize("bits", range(2, 7))
+def test_it_beats_one_palette_of_floats_and_a_uniform_grid_where_channels_are_unequal(bits):
+    weight = unequal_channels()
+    error = weight_error(weight, palettize_int8(weight, bits))
+    assert error < weight_error(weight, palettize(weight, bits))
+    assert error <= weight_error(weight, round_to_nearest(weight, bits))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_it_is_no_worse_than_k_means_with_entries_rounded(bits):
+    weight = unequal_channels()
+    got = palettize_int8(weight, bits)
+    steps = weight / got.scale[:, None]
+    rounded = np.unique(np.rint(fit_lut(steps, bits, np.broadcast_to(got.scale[:, None] ** 2, steps.shape))))
+    again = rounded[assign(steps, rounded.astype(np.float32))] * got.scale[:, None]
+    assert weight_error(weight, got) <= ((again.astype(np.float64) - weight) ** 2).sum() * (1 + 1e-6)
+
+
+def test_few_values_are_kept_and_channels_of_zeros_are_zeros():
+    weight = np.array([[-3.0, 0.0, 3.0], [0.0, 0.0, 0.0], [5.0, -5.0, 5.0]], np.float32)
+    got = palettize_int8(weight, 4)
+    assert got.lut.tolist() == [[-127, 0, 127]]
+    np.testing.assert_allclose(got.dequantize(), weight, rtol=1e-6)
+    assert palettize_int8(np.zeros((2, 0), np.float32), 2).lut.shape == (1, 0)
+
+
+def test_an_int8_palette_of_what_is_not_finite_is_refused():
+    with pytest.raises(ConfigError, match=r"^Weights to palettize must be finite, got 1 NaN or Inf among 2\.$"):
+        palettize_int8(np.array([1, np.inf], np.float32), 2)
+    with pytest.raises(ConfigError, match=r"^bits must be in \[1, 8\], got 9\.$"):
+        palettize_int8(np.zeros(3, np.float32), 9)

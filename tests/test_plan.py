@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from qcompress.errors import ConfigError
@@ -24,7 +24,8 @@ NET = [
 SETTINGS = st.builds(
     Settings,
     bits=st.none() | st.integers(1, 8),
-    scheme=st.sampled_from([None, "palette"]),
+    activation_bits=st.none() | st.integers(1, 8),
+    scheme=st.sampled_from([None, "palette", "uniform"]),
     rows_per_lut=st.none() | st.just("auto") | st.integers(1, 10**6),
     skip=st.none() | st.booleans(),
 )
@@ -214,7 +215,11 @@ def test_a_saved_plan_resolves_to_the_same_again(tensors, data):
         default=Settings(bits=2),
         kind=data.draw(st.dictionaries(st.sampled_from([*WEIGHT_KINDS, "first", "last"]), SETTINGS)),
     )
-    resolved = resolve(plan, tensors)
+    try:
+        resolved = resolve(plan, tensors)
+    except ConfigError as e:
+        assert 'scheme = "uniform"' in str(e)  # noqa: PT017
+        reject()
     again = resolve(parse_plan(resolved.to_toml()), tensors)
     assert again.digest == resolved.digest
     assert [(t.name, t.settings) for t in again.tensors] == [(t.name, t.settings) for t in resolved.tensors]
@@ -242,7 +247,66 @@ def test_a_model_without_weights_has_an_empty_plan():
     assert resolved.to_toml() == "version = 1\n"
 
 
+def test_activation_bits_are_said_only_where_they_are_given():
+    plain = resolve(Plan.from_flags(bits=2), NET)
+    assert plain.digest == "6-HQHKVubvb"  # as before there were any: users compare it with what their files say
+    assert plain["fc.weight"].activation_bits is None
+    assert "activation_bits" not in plain["fc.weight"].origins
+    given = resolve(Plan.from_flags(bits=2, activation_bits=4), NET)
+    assert given.digest != plain.digest
+    assert given["fc.weight"].origins["activation_bits"] == "--activation-bits"
+    assert [t.activation_bits for t in given.compressed] == [4, 4, 4, 4]
+    assert given["fc.bias"].activation_bits is None
+    assert given.to_toml() == (
+        "version = 1\n\n[default]\nbits = 2\nactivation_bits = 4\n"
+        'scheme = "palette"\nrows_per_lut = "auto"\nskip = false\n'
+    )
+
+
+def test_a_saved_plan_gives_activation_bits_to_no_one_else():
+    plan = Plan(default=Settings(bits=2), kind={"conv": Settings(activation_bits=8), "first": Settings(skip=True)})
+    wide = resolve(
+        Plan(default=Settings(bits=2), kind={k: Settings(activation_bits=8) for k in ("conv", "linear")}), NET
+    )
+    for resolved in (resolve(plan, NET), wide):
+        again = resolve(parse_plan(resolved.to_toml()), NET)
+        assert [t.settings for t in again.tensors] == [t.settings for t in resolved.tensors]
+    assert wide["layer1.dw.weight"].activation_bits is None
+
+
+def test_the_scheme_of_each_tensor():
+    plan = Plan(default=Settings(bits=4, rows_per_lut="auto"), kind={"last": Settings(scheme="uniform")})
+    resolved = resolve(plan, NET)
+    assert [t.scheme for t in resolved.compressed] == ["palette", "palette", "palette", "uniform"]
+    again = resolve(parse_plan(resolved.to_toml()), NET)
+    assert again.digest == resolved.digest
+
+
 # --- what is refused
+
+
+def test_a_uniform_grid_shares_no_palettes():
+    plan = parse_plan('version = 1\n[default]\nbits = 4\nrows_per_lut = 16\n[kind.linear]\nscheme = "uniform"', "p")
+    message = (
+        r'^fc\.weight: rows_per_lut = 16 \(p:4 \[default\]\) is about palettes, and scheme = "uniform" '
+        r"\(p:6 \[kind\.linear\]\) has none: leave one of them out, or say rows_per_lut = \"auto\" where the scheme "
+        r"is uniform\.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        resolve(plan, NET)
+    with pytest.raises(ConfigError, match=r'rows_per_lut = 4 \(--rows-per-lut\) .* scheme = "uniform" \(--scheme\)'):
+        resolve(Plan.from_flags(bits=4, rows_per_lut=4, scheme="uniform"), NET)
+    allowed = dataclasses.replace(plan, kind={"linear": Settings(scheme="uniform", rows_per_lut="auto")})
+    assert resolve(allowed, NET)["fc.weight"].scheme == "uniform"
+
+
+def test_a_uniform_grid_has_more_than_one_bit():
+    with pytest.raises(
+        ConfigError,
+        match=r'^stem\.weight: scheme = "uniform" \(--scheme\) must have bits in \[2, 8\], got bits = 1 \(--bits\): '
+        r'give more bits, or scheme = "palette", which writes 1 bit as two values\.$',
+    ):
+        resolve(Plan.from_flags(bits=1, scheme="uniform"), NET)
 
 
 @pytest.mark.parametrize(
@@ -270,15 +334,20 @@ def test_a_model_without_weights_has_an_empty_plan():
         ),
         (
             "version = 1\n\n[default]\nbit = 2",
-            r"p:4 \[default\] bit: unknown key; known: bits, scheme, rows_per_lut, skip\. Did you mean bits\?",
+            r"p:4 \[default\] bit: unknown key; known: bits, activation_bits, scheme, rows_per_lut, skip\. "
+            r"Did you mean bits\?",
         ),
         ("version = 1\n[default]\nbits = 9", r"p:3 \[default\] bits must be an integer in \[1, 8\], got 9\."),
         ("version = 1\n[default]\nbits = 2.0", r"p:3 \[default\] bits must be an integer in \[1, 8\], got 2\.0\."),
         ('version = 1\n[default]\nbits = "2"', r"p:3 \[default\] bits must be an integer in \[1, 8\], got '2'\."),
         ("version = 1\n[default]\nbits = true", r"p:3 \[default\] bits must be an integer in \[1, 8\], got True\."),
         (
-            'version = 1\n[kind.conv]\nscheme = "uniform"',
-            r"p:3 \[kind\.conv\] scheme must be 'palette', the only scheme of this version, got 'uniform'\.",
+            "version = 1\n[default]\nactivation_bits = 0",
+            r"p:3 \[default\] activation_bits must be an integer in \[1, 8\], got 0\.",
+        ),
+        (
+            'version = 1\n[kind.conv]\nscheme = "affine"',
+            r"p:3 \[kind\.conv\] scheme must be 'palette' or 'uniform', got 'affine'\.",
         ),
         (
             'version = 1\n[name."a"]\nrows_per_lut = 0',
@@ -306,7 +375,8 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         (lambda: Settings(bits=9), r"Settings\.bits must be an integer in \[1, 8\], got 9\."),
         (
             lambda: Settings(bit=2),
-            r"Settings\.bit: unknown key; known: bits, scheme, rows_per_lut, skip\. Did you mean bits\?",
+            r"Settings\.bit: unknown key; known: bits, activation_bits, scheme, rows_per_lut, skip\. "
+            r"Did you mean bits\?",
         ),
         (lambda: Plan.from_flags(bits=9), r"--bits must be an integer in \[1, 8\], got 9\."),
         (
@@ -315,8 +385,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         ),
         (
             lambda: Plan().with_flags(scheme="auto"),
-            r"--scheme must be 'palette', the only scheme of this version, got 'auto'\.",
+            r"--scheme must be 'palette' or 'uniform', got 'auto'\.",
         ),
+        (lambda: Plan.from_flags(activation_bits=9), r"--activation-bits must be an integer in \[1, 8\], got 9\."),
         (
             lambda: Plan(kind={"convs": Settings()}),
             r"\[kind\.convs\]: unknown kind; known: .* Did you mean conv or .*\?",

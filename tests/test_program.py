@@ -94,6 +94,63 @@ def test_a_net_that_takes_one_batch_alone_is_fixed_and_says_so() -> None:
     assert any("exported with fixed inputs (x [1, 4])" in note for note in program.notes)
 
 
+def test_a_net_of_batch_one_takes_its_example_from_data_of_two() -> None:
+    """Data gives two samples, whatever the net takes; a batch of 1 was never tried."""
+
+    class One(nn.Module):
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return x.view(1, 4) * scale
+
+    program = traced(One(), x=image(2, shape=(4,)), scale=np.ones(4, np.float32))
+    assert program.fixed_batch == 1
+    assert any("exported with fixed inputs (x [1, 4], scale [4])" in note for note in program.notes)
+    assert program.run({"x": image(1, shape=(4,)), "scale": np.ones(4, np.float32)})["output"].shape == (1, 4)
+
+    class Never(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.view(3, 7)
+
+    with pytest.raises(SourceError, match=r"shape '\[3, 7\]' is invalid for input of size 8"):
+        traced(Never(), x=image(2, shape=(4,)))
+
+
+class Returns(nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("grid", torch.zeros(4))
+        self.what = what
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        more = {"none": None, "number": 3, "weight": self.fc.weight, "buffer": self.grid, "input": x}
+        return {"y": self.fc(x), "more": more[self.what]}
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("none", r"^The model's output more must be a tensor, got None: wrap the model in a module whose forward"),
+        ("number", r"^The model's output more must be a tensor, got 3: "),
+        (
+            "weight",
+            r"^The model's output more must be computed from its inputs, it is the model's own tensor fc\.weight:",
+        ),
+        ("buffer", r"^The model's output more must be computed from its inputs, it is the model's own tensor grid:"),
+    ],
+)
+def test_outputs_that_no_file_can_return_are_refused(what: str, message: str) -> None:
+    example = image(2, shape=(4,))
+    with pytest.raises(SourceError, match=message):
+        traced(Returns(what).eval(), x=example)
+    exported = torch.export.export(Returns(what).eval(), (torch.from_numpy(example),))
+    with pytest.raises(SourceError, match=message):
+        from_exported(exported, ProgramOptions())
+
+
+def test_an_input_that_is_returned_is_an_output() -> None:
+    assert traced(Returns("input").eval(), x=image(2, shape=(4,))).output_names == ("y", "more")
+
+
 def test_an_exported_program_with_a_batch_of_one_becomes_dynamic() -> None:
     net = randomized(Residual())
     exported = saved(torch.export.export(net, (torch.from_numpy(image(1)),)))

@@ -3,17 +3,21 @@
 Into a pipe or a file no text is cut or wrapped. On a terminal long names are folded, never shortened.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any, Final, TypeVar, final
 
+import click
 from rich import box
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.progress import Progress
 from rich.table import Table
 
+from qcompress.errors import OutputError
 from qcompress_cli.text import printable
 
 T = TypeVar("T")
@@ -33,7 +37,8 @@ class Ui:
     """The two streams of one command.
 
     Args:
-        json: stdout is one JSON document, written by `emit`; `show` writes nothing.
+        json: stdout is one JSON document, written by `emit`; `show` writes nothing, and what the user's own code
+            prints until the command ends goes to stderr.
         quiet: no progress and no notes.
     """
 
@@ -42,6 +47,9 @@ class Ui:
         self.quiet = quiet
         self.out = _console(sys.stdout)
         self.err = _console(sys.stderr)
+        self._written: list[Path] = []
+        if json:
+            click.get_current_context().with_resource(contextlib.redirect_stdout(sys.stderr))
 
     @property
     def width(self) -> int:
@@ -51,15 +59,21 @@ class Ui:
     def show(self, *results: RenderableType) -> None:
         """Write results to stdout, unless it belongs to JSON."""
         if not self.json:
-            for result in results:
-                self.out.print(printable(result) if isinstance(result, str) else result)
+            with self._to_stdout():
+                for result in results:
+                    self.out.print(printable(result) if isinstance(result, str) else result)
 
     def emit(self, report: Mapping[str, Any]) -> None:
         """Write the one JSON document to stdout, where --json asks for it."""
         if self.json:
-            # Line by line: one write of more than a pipe holds does not report that its reader went away.
-            self.out.file.writelines(json.dumps(report, indent=2, allow_nan=False).splitlines(keepends=True))
-            self.out.file.write("\n")
+            with self._to_stdout():
+                # Line by line: one write of more than a pipe holds does not report that its reader went away.
+                self.out.file.writelines(json.dumps(report, indent=2, allow_nan=False).splitlines(keepends=True))
+                self.out.file.write("\n")
+
+    def wrote(self, path: Path) -> None:
+        """Remember a file that was written: where stdout fails after that, the error says so."""
+        self._written.append(path)
 
     def note(self, text: str) -> None:
         """A word to the user on stderr."""
@@ -74,6 +88,17 @@ class Ui:
         with Progress(console=self.err, transient=True) as bar:
             yield from bar.track(items, total=total, description=what)
 
+    @contextlib.contextmanager
+    def _to_stdout(self) -> Iterator[None]:
+        try:
+            yield
+            self.out.file.flush()
+        except BrokenPipeError:  # nobody reads any more, which is no error
+            raise
+        except OSError as e:
+            kept = f" Written all the same: {', '.join(map(str, self._written))}." if self._written else ""
+            raise OutputError(f"stdout cannot be written: {e.strerror}.{kept}") from e
+
     def fits(self, table: Table) -> bool:
         """Whether a table needs no folding on stdout."""
         if self.width >= _UNBOUNDED:
@@ -82,10 +107,10 @@ class Ui:
 
 
 def new_table(name: str, columns: Sequence[str], *, title: str | None = None, left: Iterable[str] = ()) -> Table:
-    """A table whose first column holds names that fold where the terminal is narrow, the others staying whole.
+    """A table that fits a narrow terminal: names fold, words wrap, numbers stay whole.
 
     Args:
-        name: header of the first column.
+        name: header of the first column, which holds names.
         columns: headers of the others.
         title: a line above the table.
         left: which of the others hold words, not numbers.
@@ -94,10 +119,12 @@ def new_table(name: str, columns: Sequence[str], *, title: str | None = None, le
         box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False, show_edge=False
     )
     table.padding = (0, 1, 0, 0)
-    table.add_column(name, overflow="fold", min_width=_NAME_MIN_WIDTH)
     words = set(left)
+    # Where words can give way, too, the terminal's width is shared out; rich cuts what a minimum pushes over the edge.
+    table.add_column(name, overflow="fold", min_width=None if words else _NAME_MIN_WIDTH)
     for header in columns:
-        table.add_column(header, justify="left" if header in words else "right", no_wrap=True, overflow="fold")
+        is_words = header in words
+        table.add_column(header, justify="left" if is_words else "right", no_wrap=not is_words, overflow="fold")
     return table
 
 

@@ -18,7 +18,7 @@ from qcompress.sources.base import WEIGHT_KINDS, Source
 from qcompress_cli import options
 from qcompress_cli.console import Ui, new_table
 from qcompress_cli.exits import CHECK_FAILED
-from qcompress_cli.numbers import shape_text
+from qcompress_cli.numbers import counted, shape_text
 from qcompress_cli.open_model import open_model
 from qcompress_cli.program import open_program
 from qcompress_cli.project import OWN_FILE, PYPROJECT, Settings, settings
@@ -103,10 +103,13 @@ def command(
     report = built.report
     if not dry_run:
         report = built.write(output, force=given.force, inputs=inputs)
+        ui.wrote(output)
         if save_compressed is not None:
             small.save(save_compressed)
-    if save_plan is not None and not dry_run:
-        write_whole(save_plan, small.plan.to_toml().encode())
+            ui.wrote(save_compressed)
+        if save_plan is not None:
+            write_whole(save_plan, small.plan.to_toml().encode())
+            ui.wrote(save_plan)
 
     ui.emit(_as_dict(source, report, resolved, parity))
     if dry_run and resolved is not None:
@@ -211,27 +214,37 @@ def _size_table(report: "ExportReport") -> Table:
         ("original", size.original, "float ONNX file of the same graph, stripped"),
         ("ideal", size.ideal, "packed codes, tables and float leftovers"),
         ("payload", size.payload, "all initializers of the file"),
-        ("file", size.file, f"{size.ratio:.2f}x smaller, {size.bits_per_weight:.2f} bits per weight"),
+        ("file", size.file, f"{_times(size.ratio)}, {size.bits_per_weight:.2f} bits per weight"),
     )
     for name, nbytes, what in rows:
         table.add_row(name, f"{nbytes:,}", format_size(nbytes), what, style="bold" if name == "file" else None)
     return table
 
 
+def _times(ratio: float) -> str:
+    """How a file's size compares with its original's.
+
+    >>> _times(3.5), _times(0.8)
+    ('3.50x smaller', '1.25x larger')
+    """
+    return f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
+
+
 def _words(report: "ExportReport", parity: dict[str, Any] | None, output: Path, dry_run: bool) -> list[str]:
     weights = [t for t in report.tensors if t.artifact != "float"]
     widths = Counter(t.bits for t in weights)
     by_width = ", ".join(f"{n} at {bits} bits" for bits, n in sorted(widths.items()))
-    lines = [f"{len(weights)} weights compressed" + (f" ({by_width})." if by_width else ".")]
+    lines = [f"{counted(len(weights), 'weight')} compressed" + (f" ({by_width})." if by_width else ".")]
     reasons: dict[str, list[Any]] = {}
     for tensor in report.left_in_float:
         reasons.setdefault(tensor.why, []).append(tensor)
     for reason, tensors in reasons.items():
         names = ", ".join(printable(t.name) for t in tensors[:3]) + (" …" if len(tensors) > 3 else "")
         nbytes = sum(t.nbytes for t in tensors)
-        lines.append(f"left in float, {reason}: {len(tensors)} tensors, {format_size(nbytes)} ({names})")
+        lines.append(f"left in float, {reason}: {counted(len(tensors), 'tensor')}, {format_size(nbytes)} ({names})")
     if parity is not None:
-        lines.append(f"parity: onnxruntime {parity['onnxruntime']} decodes {parity['tensors']} tensors bit for bit")
+        decoded = counted(parity["tensors"], "tensor")
+        lines.append(f"parity: onnxruntime {parity['onnxruntime']} decodes {decoded} bit for bit")
     where = f"nothing written (--dry-run); the file would be {output}" if dry_run else f"written: {output}"
     lines.append(f"{where} (opset {report.opset}, runs on {report.target} and later)")
     return lines

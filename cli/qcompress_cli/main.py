@@ -1,160 +1,60 @@
-"""The command `qcompress`: finds the subcommand, runs it, and turns every ending into an exit code.
+"""Where the command `qcompress` starts: Ctrl-C and closed streams are looked after before anything else is imported.
 
-The codes are in `exits`.
+At its top stands only what Python has loaded by then, or loads within a millisecond.
 """
 
-import contextlib
-import importlib
-import importlib.metadata
 import os
+import signal
 import sys
-import traceback
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, NoReturn
+from types import FrameType
 
-import click
-
-from qcompress.errors import QCompressError, did_you_mean, missing
-from qcompress_cli.exits import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, OUR_BUG
-from qcompress_cli.text import printable
-
-# Every command: the module that holds it as `command`, and what `qcompress --help` says of it. A module is imported
-# when its command runs, so that help, version and the gate start at once.
-COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
-    "analyze": ("qcompress_cli.analyze_command", "What is in a model, and what each width would cost."),
-    "inspect": ("qcompress_cli.inspect_command", "The names, kinds and shapes that a plan can use."),
-    "export": ("qcompress_cli.export_command", "Compress a model and write it as ONNX."),
-    "validate": ("qcompress_cli.validate_command", "Measure a compressed file against its original."),
-    "gate": ("qcompress_cli.gate_command", "Fail when a file outgrew its budget or stopped agreeing."),
-}
-
-# Packages outside the light base; a command that lacks one says which pip line installs it.
-_OPTIONAL: Final = ("torch", "onnxruntime", "onnx_ir", "onnxscript", "scipy", "sklearn")
+_BAD_INPUT, _INTERRUPTED = 2, 130  # as in `exits`
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands in the order of the table, which is the order of work."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command."""
-        if cmd_name not in COMMANDS:
-            return None
-        command = importlib.import_module(COMMANDS[cmd_name][0]).command
-        assert isinstance(command, click.Command)
-        return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Name the nearest command where there is no such one."""
-        name = args[0]
-        if name not in COMMANDS and not name.startswith("-"):
-            hint = did_you_mean(name, COMMANDS) or f" Commands: {', '.join(COMMANDS)}."
-            raise click.UsageError(f"There is no command {name!r}.{hint}", ctx)
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands from the table, without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, short) for name, (_, short) in COMMANDS.items()])
-
-    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
-        """Run and exit; click's test runner comes in here too."""
-        sys.exit(run(sys.argv[1:] if args is None else args))
-
-
-@click.group("qcompress", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=lambda c, p, v: _version(c, v))
-def cli() -> None:
-    """Make the weights of a trained model 1 to 8 bits wide, write an ONNX file that is really that small and that
-    stock onnxruntime runs, and prove it.
-    """
-
-
-def main() -> NoReturn:
-    """Entry point of the console script."""
+def main() -> None:
+    """Entry point of the console script; exits."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
+        signal.signal(signal.SIGINT, _interrupted)
+    _fill_closed_streams()
+    if sys.stdout is None:
+        sys.stderr.write("error: stdout is closed, and results go there: redirect it to a file or to /dev/null.\n")
+        sys.exit(_BAD_INPUT)
     for stream in (sys.stdout, sys.stderr):  # a σ must not end a command on a terminal that has none
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    cli.main()
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    sys.exit(run(sys.argv[1:]))
 
 
-def run(args: Sequence[str]) -> int:
+def run(args: list[str]) -> int:
     """Run the command line and return its exit code; nothing is raised."""
-    if not args:
-        click.echo(cli.get_help(click.Context(cli, info_name="qcompress")), err=True)
-        return BAD_INPUT
     try:
-        with cli.make_context("qcompress", list(args), obj=tuple(args)) as ctx:
-            cli.invoke(ctx)
-        sys.stdout.flush()
-        return 0
-    except click.exceptions.Exit as e:
-        return e.exit_code
-    except BrokenPipeError:
-        return _reader_gone()
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        return INTERRUPTED
-    except click.ClickException as e:
-        _say(e.format_message() + _where_help_is(e))
-        return BAD_INPUT
-    except Exception as e:
-        if "--debug" in args:
-            traceback.print_exc()
-        return _explain(e, args)
+        from qcompress_cli import app
+
+        return app.run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return _INTERRUPTED
 
 
-def _explain(error: Exception, args: Sequence[str]) -> int:
-    if isinstance(error, QCompressError):
-        _say(str(error))
-        return error.exit_code
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        if package in _OPTIONAL:
-            _say(str(missing(package, f"qcompress {args[0]}")))
-            return BAD_INPUT
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        _say(f"{where}{error.strerror}.")
-        return BAD_INPUT
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    how = "" if "--debug" in args else " with the output of the same command with --debug"
-    _say(f"{what}\nThis is a bug in qcompress {_installed()}: please report it{how}.")
-    return OUR_BUG
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C. An import that is broken off can print a traceback, or turn into another error: it ends at once."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"interrupted\n")
+            os._exit(_INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
-def _say(message: str) -> None:
-    click.echo(f"error: {printable(message)}", err=True)
-
-
-def _where_help_is(error: click.ClickException) -> str:
-    ctx = getattr(error, "ctx", None)
-    return f"\nTry '{ctx.command_path} --help'." if isinstance(ctx, click.Context) else ""
-
-
-def _reader_gone() -> int:
-    """Nobody reads stdout any more: end without a word, also at the interpreter's own last flush."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return BROKEN_PIPE
-
-
-def _installed() -> str:
-    try:
-        return importlib.metadata.version("qcompress")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
-def _version(ctx: click.Context, wanted: bool) -> None:
-    if wanted:
-        click.echo(f"qcompress {_installed()}")
-        ctx.exit()
+def _fill_closed_streams() -> None:
+    """Open what the caller closed: no file of ours may get the number of a stream that a library writes to."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 if __name__ == "__main__":

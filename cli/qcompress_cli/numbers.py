@@ -31,6 +31,19 @@ def share(value: float | None) -> str:
     return "<0.01" if percent < 0.005 else f"{percent:.2f}"
 
 
+def told_apart(error: float, limit: float) -> tuple[str, str]:
+    """An error and its limit, with as many digits as it takes to see which is larger.
+
+    >>> told_apart(2.31e-7, 1e-4), told_apart(1.0004e-4, 1e-4), told_apart(0.0, 0.0)
+    (('2.3e-07', '0.0001'), ('0.00010004', '0.0001'), ('0', '0'))
+    """
+    for digits in (2, 3, 5, 9, 17):
+        shown = f"{error:.{digits}g}", f"{limit:.{digits}g}"
+        if shown[0] != shown[1] or error == limit:
+            break
+    return shown
+
+
 def shape_text(shape: Sequence[int]) -> str:
     """A shape.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompress.errors import ConfigError
+from qcompress.errors import ConfigError, did_you_mean
 from qcompress.sources.base import ProgramOptions, Source
 from qcompress_cli.console import Ui
 from qcompress_cli.project import Settings
@@ -40,11 +40,23 @@ def open_program(source: Source, given: Settings, ui: Ui, options: ProgramOption
             output_names=given.output_names or options.output_names,
         )
     )
+    _check_input_shapes(program, given)
     if inputs is not None:
         _check_fits(program, inputs)
     for note in program.notes:
         ui.note(note)
     return program
+
+
+def _check_input_shapes(program: "FloatProgram", given: Settings) -> None:
+    """A name that the model does not have is a mistake, even where its shape alone would do."""
+    from qcompress.tracing import input_names_of
+
+    legal = dict.fromkeys((*program.input_names, *input_names_of(program)))
+    for shape in given.input_shape:
+        if shape.name is not None and shape.name not in legal:
+            hint = did_you_mean(shape.name, legal)
+            raise ConfigError(f"--input-shape: the model has no input {shape.name!r}; it has {', '.join(legal)}.{hint}")
 
 
 def _check_fits(program: "FloatProgram", inputs: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -1,5 +1,6 @@
 """How inputs are described on the command line: `[NAME=]1,3,32,32[:int64]` and `NAME:0=batch`."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -7,6 +8,7 @@ from typing import Final
 from qcompress.errors import ConfigError
 
 DTYPES: Final = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+MAX_ELEMENTS: Final = 1 << 28  # of an example, which is made in memory
 
 _SHAPE: Final = re.compile(r"(?:(?P<name>[^=]+)=)?(?P<shape>[0-9]+(?:[,x][0-9]+)*)(?::(?P<dtype>\w+))?", re.ASCII)
 _DYNAMIC: Final = re.compile(r"(?P<name>[^:=]+):(?P<axis>[0-9]+)=(?P<label>[A-Za-z_]\w*)", re.ASCII)
@@ -51,7 +53,7 @@ def parse_input_shape(text: str) -> InputShape:
     InputShape(shape=(1, 128), name='ids', dtype='int64')
 
     Raises:
-        ConfigError: not of that form, an unknown dtype, or an axis of no elements.
+        ConfigError: not of that form, an unknown dtype, an axis of no elements, or too many elements.
     """
     match = _SHAPE.fullmatch(text.replace(" ", ""))
     if match is None:
@@ -62,6 +64,8 @@ def parse_input_shape(text: str) -> InputShape:
     shape = tuple(int(n) for n in re.split("[,x]", match["shape"]))
     if 0 in shape:
         raise ConfigError(f"Every axis of an input shape must be at least 1, got {text!r}.")
+    if math.prod(shape) > MAX_ELEMENTS:
+        raise ConfigError(f"An input shape must hold at most {MAX_ELEMENTS:,} elements, got {text!r}.")
     return InputShape(shape=shape, name=match["name"], dtype=dtype)
 
 

@@ -1,5 +1,6 @@
 """`qcompress validate MODEL FILE`: is the compressed file still right?"""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,13 +13,14 @@ from qcompress.sources.base import ProgramOptions
 from qcompress_cli import options
 from qcompress_cli.console import Ui, new_table
 from qcompress_cli.exits import CHECK_FAILED
+from qcompress_cli.numbers import told_apart
 from qcompress_cli.open_model import open_model
 from qcompress_cli.program import device, open_program
 from qcompress_cli.project import settings
 
 if TYPE_CHECKING:
     from qcompress.metrics import MetricResult
-    from qcompress_exporters.checks import Check
+    from qcompress_exporters.metadata import CompressedFile
     from qcompress_exporters.parity import ParityReport
 
 
@@ -43,7 +45,6 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     from qcompress.metrics import load_metric
     from qcompress.sources.compressed_folder import CompressedSource
     from qcompress_exporters import metadata
-    from qcompress_exporters.lower import serialize
     from qcompress_exporters.parity import validate
 
     ui = Ui(json=json, quiet=quiet)
@@ -92,17 +93,36 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     )  # fmt: skip
 
     document = report.as_dict()
-    write_whole(result_path, (_dumps(document) + "\n").encode())
+    where = str(result_path)
     if write:
-        kept = {k: v for k, v in compressed.metadata.items() if k != metadata.VALIDATION}
-        write_whole(file, serialize(compressed.model, {**kept, metadata.VALIDATION: _dumps(document, indent=None)}))
+        data_with, document = _with_measurements(compressed, document)
+        write_whole(file, data_with)
+        ui.wrote(file)
+        where += f" and into {file}: {len(data_with) - compressed.nbytes:+,} B, it now takes {len(data_with):,} B"
+    write_whole(result_path, (_dumps(document) + "\n").encode())
+    ui.wrote(result_path)
     ui.emit(document)
     ui.show(_check_table(report), *_words(report))
-    ui.note(f"measurements written to {result_path}" + (f" and into {file}" if write else ""))
+    ui.note(f"measurements written to {where}")
     if not report.ok:
         failed = ", ".join(f"{c.name} ({c.session})" for c in report.checks if not c.ok)
         ui.note(f"FAILED: {failed}")
         click.get_current_context().exit(CHECK_FAILED)
+
+
+def _with_measurements(file: "CompressedFile", document: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """The file with the document in its metadata, and the document: its `file.nbytes` counts what it takes itself."""
+    from qcompress_exporters import metadata
+    from qcompress_exporters.lower import serialize
+
+    kept = {k: v for k, v in file.metadata.items() if k != metadata.VALIDATION}
+    nbytes = 0
+    while True:  # ends: more bytes in the document never make the file smaller, and their digits are few
+        document = {**document, "file": {**document["file"], "nbytes": nbytes}}
+        data = serialize(file.model, {**kept, metadata.VALIDATION: _dumps(document, indent=None)})
+        if len(data) == nbytes:
+            return data, document
+        nbytes = len(data)
 
 
 def _dumps(document: dict[str, Any], indent: int | None = 2) -> str:
@@ -115,14 +135,9 @@ def _check_table(report: "ParityReport") -> Table:
     table = new_table("check", ["session", "error", "limit", "verdict"], left=["session", "verdict"])
     for check in report.checks:
         verdict, style = ("ok", None) if check.ok else ("FAIL", "bold red")
-        table.add_row(check.name, check.session, _error(check), f"{check.limit:g}", verdict, style=style)
+        error, limit = told_apart(math.nan if check.error is None else check.error, check.limit)
+        table.add_row(check.name, check.session, "-" if check.error is None else error, limit, verdict, style=style)
     return table
-
-
-def _error(check: "Check") -> str:
-    if check.error is None:
-        return "-"
-    return "0" if check.error == 0 else f"{check.error:.1e}"
 
 
 def _words(report: "ParityReport") -> list[str]:

@@ -5,10 +5,10 @@ from typing import Any, Final
 
 import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from qcompress.errors import SourceError
-from qcompress_exporters.lower import tensor_digest
+from qcompress_exporters.digests import tensor_digest
 from qcompress_exporters.sessions import run, session
 
 _DIGEST_LENGTH: Final = 11
@@ -64,5 +64,5 @@ def _decoder(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
     part.graph.node.extend(n for n in model.graph.node if any(o in needed for o in n.output))
     part.graph.initializer.extend(t for t in model.graph.initializer if t.name in needed)
     for name in wanted:
-        part.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+        part.graph.output.append(onnx.ValueInfoProto(name=name))
     return part

@@ -1,22 +1,31 @@
 """Put artifacts into the open weights of a trace, and serialize: same input, same bytes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
-from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight, digest, short_digest
+from qcompress.artifacts import ActivationGrid, Artifact, FloatWeight, IntegerWeight, PalettizedWeight
 from qcompress.errors import ConfigError
+from qcompress_exporters import dynamic, integer, qdq
+from qcompress_exporters.digests import tensor_digest
+from qcompress_exporters.edit import GraphEditor, values_taken
 from qcompress_exporters.encodings.base import GraphWriter
 from qcompress_exporters.encodings.palette import choose, write_palette
+from qcompress_exporters.encodings.uniform import write_uniform
+from qcompress_exporters.marks import IntegerLayer, Layer, LayerReport, Lowering, code_name, scale_name
 from qcompress_exporters.names import ShortNames
 from qcompress_exporters.trace import Trace
 
 _WIDEN: Final = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+
+WriteLayer = Callable[[Lowering, IntegerLayer], None]
+
+# How layers of integer compute can be written: a new format is a file and a line here.
+FORMATS: Final[Mapping[str, WriteLayer]] = {"qdq": qdq.write_layer, "integer": integer.write_layer}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +35,12 @@ class Lowered:
     Args:
         model: complete but for its metadata.
         encodings: name of the encoding by qualified name.
+        layers: how each is computed; none where all is float.
     """
 
     model: onnx.ModelProto
     encodings: Mapping[str, str]
+    layers: tuple[LayerReport, ...] = ()
 
     @property
     def payload(self) -> int:
@@ -93,13 +104,93 @@ def _names_in(graph: onnx.GraphProto) -> Iterator[str]:
                 yield from _names_in(inner)
 
 
-def tensor_digest(name: str, values: npt.NDArray[Any]) -> str:
-    """11 characters for a decoded tensor under its name.
+def lower_integer(
+    trace: Trace,
+    artifacts: Mapping[str, Artifact],
+    opset: int,
+    grids: Sequence[ActivationGrid],
+    write: WriteLayer,
+) -> Lowered:
+    """Write a marked graph for integer compute.
 
-    >>> tensor_digest("a", np.zeros(2)) == tensor_digest("b", np.zeros(2))
-    False
+    Args:
+        trace: of a marked program.
+        artifacts: one for each tensor of `trace.state_names`.
+        opset: one that the target reads.
+        grids: one for each mark.
+        write: how a layer that can be computed in integers is written: a value of FORMATS.
+
+    Returns:
+        The model. The codes of site i are called `q<i>`. Weights of integer layers go by their qualified names as
+        int8, their scales by that name and `_scale`; int32 biases by theirs.
     """
-    return short_digest(name.encode(), digest(values).encode())
+    lowering, model = _begin(trace, artifacts, opset, grids)
+    lowering.quantize()
+    layers = lowering.layers()
+    shared = {name for name, uses in layers.items() if len(uses) > 1}
+    nodes = {id(use.node): use for uses in layers.values() for use in uses}
+
+    def takes_offset(user: onnx.NodeProto) -> bool:
+        use = nodes.get(id(user))
+        return use is not None and use.weight not in shared and isinstance(lowering.integer_layer(use), IntegerLayer)
+
+    added = lowering.add_offsets(takes_offset)
+    reports = []
+    for name, uses in layers.items():
+        found = [lowering.integer_layer(use) for use in uses]
+        why = next((f for f in found if isinstance(f, str)), "")
+        offset = _offset_of(uses[0], found[0], added)
+        reports.append(LayerReport(name, "float" if why else "int8", why, offset))
+        for use, layer in zip(uses, found, strict=True):
+            if isinstance(layer, IntegerLayer) and not why:
+                write(lowering, layer)
+            else:
+                lowering.shield(use)
+    return _finish(model, lowering, trace, reports)
+
+
+def lower_dynamic(trace: Trace, artifacts: Mapping[str, Artifact], opset: int) -> Lowered:
+    """Write a graph whose matrix products quantize their marked inputs at run time; see `dynamic`."""
+    lowering, model = _begin(trace, artifacts, opset, ())
+    reports = dynamic.write_layers(lowering)
+    return _finish(model, lowering, trace, reports)
+
+
+def _offset_of(use: Layer, found: IntegerLayer | str, added: Container[str]) -> str:
+    if use.node.input[0] in added:
+        return "added"
+    if isinstance(found, str):
+        return ""
+    return "zero point" if found.source.grid.zero_point is not None else "folded"
+
+
+def _begin(
+    trace: Trace, artifacts: Mapping[str, Artifact], opset: int, grids: Sequence[ActivationGrid]
+) -> tuple[Lowering, onnx.ModelProto]:
+    model = trace.at_opset(opset, marked=True)
+    fixed = {code_name(i) for i in range(trace.marks)} | {scale_name(name) for name in trace.state_names}
+    fixed |= {text.format(i) for text in (dynamic.SCALE, dynamic.ZERO_POINT) for i in range(trace.marks)}
+    names = ShortNames({*_names_in(model.graph), *fixed})
+    return Lowering(GraphEditor(model.graph, names), GraphWriter(names), artifacts, grids, opset), model
+
+
+def _finish(model: onnx.ModelProto, lowering: Lowering, trace: Trace, layers: list[LayerReport]) -> Lowered:
+    """Write the tensors that no integer layer took, and put the graph together."""
+    graph, writer = model.graph, lowering.writer
+    for name in trace.state_names:
+        if name not in lowering.encodings:
+            lowering.encodings[name] = write_artifact(writer, lowering.artifacts[name], name, lowering.opset)
+            lowering.sign(name, lowering.artifacts[name].dequantize())
+    is_open = set(trace.state_names)
+    inputs = [v for v in graph.input if v.name not in is_open]
+    nodes = lowering.graph.finish(writer.nodes)
+    used = {name for node in nodes for name in values_taken(node)} | {v.name for v in graph.output}
+    initializers = [t for t in (*graph.initializer, *writer.initializers) if t.name in used]
+    del graph.input[:], graph.node[:], graph.initializer[:]
+    graph.input.extend(inputs)
+    graph.node.extend(nodes)
+    graph.initializer.extend(initializers)
+    return Lowered(model, lowering.encodings, tuple(layers))
 
 
 def write_artifact(writer: GraphWriter, artifact: Artifact, name: str, opset: int) -> str:
@@ -108,9 +199,11 @@ def write_artifact(writer: GraphWriter, artifact: Artifact, name: str, opset: in
         encoding = choose(artifact.bits, opset)
         write_palette(writer, artifact, name, encoding)
         return encoding.name
+    if isinstance(artifact, IntegerWeight):
+        return write_uniform(writer, artifact, name, opset)
     if isinstance(artifact, FloatWeight):
         return _write_float(writer, artifact.values, name)
-    raise ConfigError(f"{name}: this version writes palettized and float weights, got {type(artifact).__name__}.")
+    raise ConfigError(f"{name}: this version writes palettes, uniform grids and floats, got {type(artifact).__name__}.")
 
 
 def _write_float(writer: GraphWriter, values: Any, name: str) -> str:

@@ -1,7 +1,7 @@
 """What our ONNX files say of themselves, and the measurements beside them. Reads protobuf through `onnx` alone."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,7 @@ TARGET: Final = "qcompress.target"
 ORIGINAL_BYTES: Final = "qcompress.original_bytes"
 PLAN: Final = "qcompress.plan"
 SOURCE: Final = "qcompress.source"
+SITES: Final = "qcompress.sites"
 VALIDATION: Final = "qcompress.validation"
 
 VALIDATION_FORMAT: Final = 1
@@ -55,6 +56,12 @@ class CompressedFile:
         return int(text)
 
     @property
+    def sites(self) -> tuple[str, list[tuple[str, int]]]:
+        """What its layers compute in, and where it quantizes activations; see `sites_text`."""
+        text = self.metadata.get(SITES)
+        return ("float", []) if text is None else sites_from(text)
+
+    @property
     def digest(self) -> str:
         """Digest of graph and initializers; the same whatever the metadata holds."""
         return content_digest(self.model)
@@ -85,6 +92,33 @@ class CompressedFile:
                 f"{where} was measured on another file (digest {stands_for}, {self.path} has {self.digest}): {again}."
             )
         return dict(measured)
+
+
+def sites_text(compute: str, sites: Iterable[tuple[str, int]]) -> str:
+    """Where a file quantizes activations, as its metadata says it: `["int8", "x", "relu", ["fc.weight", 0]]`.
+
+    >>> sites_text("int8", [("x", -1), ("fc.weight", 0)])
+    '["int8","x",["fc.weight",0]]'
+    """
+    entries = [name if index < 0 else [name, index] for name, index in sites]
+    return json.dumps([compute, *entries], separators=(",", ":"))
+
+
+def sites_from(text: str) -> tuple[str, list[tuple[str, int]]]:
+    """The inverse of `sites_text`.
+
+    Raises:
+        SourceError: it was not written by that.
+
+    >>> sites_from('["int8","x",["fc.weight",0]]')
+    ('int8', [('x', -1), ('fc.weight', 0)])
+    """
+    try:
+        compute, *entries = json.loads(text)
+        sites = [(e, -1) if isinstance(e, str) else (str(e[0]), int(e[1])) for e in entries]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise SourceError(f"The file's metadata {SITES} is damaged: export it again.") from None
+    return str(compute), sites
 
 
 def read(path: Path) -> CompressedFile:

@@ -1,23 +1,32 @@
 """A compressed model to an ONNX file: encodings chosen, bytes counted, file written whole."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
 
-from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight, bits_per_weight
+from qcompress.artifacts import (
+    Artifact,
+    FloatWeight,
+    IntegerWeight,
+    PalettizedWeight,
+    bits_per_weight,
+    integer_values,
+)
 from qcompress.compressed import CompressedModel
 from qcompress.errors import ConfigError
 from qcompress.files import check_writable, write_whole
+from qcompress.sites import layer_input_sites, mark
 from qcompress.size import SizeReport, ideal_nbytes
 from qcompress_exporters import metadata
 from qcompress_exporters.encodings.native import Native
 from qcompress_exporters.encodings.palette import ENCODINGS, choose
 from qcompress_exporters.encodings.words import Words
-from qcompress_exporters.lower import Lowered, lower
+from qcompress_exporters.lower import FORMATS, Lowered, lower, lower_dynamic, lower_integer
+from qcompress_exporters.marks import LayerReport
 from qcompress_exporters.targets import BASE_OPSET, DEFAULT_TARGET, Target
 from qcompress_exporters.trace import Trace, trace
 
@@ -68,6 +77,9 @@ class ExportReport:
         size: ideal, payload, file and original bytes.
         tensors: every tensor of the graph.
         notes: what a user should be told.
+        compute: `float`, `int8` or `dynamic8`.
+        layers: how each layer is computed; none where all is float.
+        saturation: share of the calibration data that each activation's grid clips.
     """
 
     path: Path | None
@@ -76,6 +88,9 @@ class ExportReport:
     size: SizeReport
     tensors: tuple[TensorReport, ...]
     notes: tuple[str, ...]
+    compute: str = "float"
+    layers: tuple[LayerReport, ...] = ()
+    saturation: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def shrank(self) -> bool:
@@ -112,6 +127,7 @@ def export(
     path: str | Path,
     *,
     target: str = DEFAULT_TARGET,
+    format: str = "qdq",
     float_leftovers: Leftovers = "float32",
     force: bool = False,
 ) -> ExportReport:
@@ -121,6 +137,8 @@ def export(
         model: from `qcompress.compress`, or loaded from a folder.
         path: the file to write.
         target: the oldest onnxruntime that must run it.
+        format: how int8 compute is written: `qdq` (quantize and dequantize around float operators, which the runtime
+            fuses) or `integer` (QLinearConv, QLinearMatMul, MatMulInteger).
         float_leftovers: type on disk of what stays float.
         force: replace an existing file.
 
@@ -131,20 +149,29 @@ def export(
     """
     path = Path(path)
     check_writable(path, force=force)
-    return build(model, target=target, float_leftovers=float_leftovers).write(path, force=force)
+    return build(model, target=target, format=format, float_leftovers=float_leftovers).write(path, force=force)
 
 
-def build(model: CompressedModel, *, target: str = DEFAULT_TARGET, float_leftovers: Leftovers = "float32") -> Built:
+def build(
+    model: CompressedModel,
+    *,
+    target: str = DEFAULT_TARGET,
+    format: str = "qdq",
+    float_leftovers: Leftovers = "float32",
+) -> Built:
     """The same file in memory, nothing written; see `export`."""
     runtime = Target.parse(target)
-    graph = trace(model.program)
+    if format not in FORMATS:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    sites = sites_of(model)
+    graph = trace(mark(model.program, sites))
     artifacts = {name: model.artifacts[name] for name in graph.state_names}
     if float_leftovers == "float16":
         artifacts = {name: _halved(a) for name, a in artifacts.items()}
     elif float_leftovers != "float32":
         raise ConfigError(f"float_leftovers must be float32 or float16, got {float_leftovers!r}.")
     original = float_file(graph, model.program.state())
-    lowered, opset, found = _at_best_opset(graph, artifacts, runtime)
+    lowered, opset, found = _at_best_opset(_lowering(model, graph, artifacts, format), artifacts, runtime)
     data = lowered.serialize(
         {
             metadata.VERSION: package_metadata.version("qcompress"),
@@ -152,10 +179,11 @@ def build(model: CompressedModel, *, target: str = DEFAULT_TARGET, float_leftove
             metadata.ORIGINAL_BYTES: str(len(original)),
             metadata.PLAN: model.plan_digest,
             metadata.SOURCE: model.source_digest,
+            **({metadata.SITES: metadata.sites_text(model.compute, sites)} if sites else {}),
         }
     )
     count = sum(int(np.prod(a.shape)) for a in artifacts.values())
-    ideal = ideal_nbytes(artifacts.values())
+    ideal = ideal_nbytes([*artifacts.values(), *model.activations.values()])
     report = ExportReport(
         path=None,
         target=runtime.text,
@@ -163,8 +191,34 @@ def build(model: CompressedModel, *, target: str = DEFAULT_TARGET, float_leftove
         size=SizeReport(ideal=ideal, payload=lowered.payload, file=len(data), original=len(original), count=count),
         tensors=tuple(_tensor_report(n, a, lowered.encodings[n], opset, runtime, found) for n, a in artifacts.items()),
         notes=(*model.notes, *graph.notes),
+        compute=model.compute,
+        layers=lowered.layers,
+        saturation={name: share for (name, _), share in model.saturation.items()},
     )
     return Built(data, report)
+
+
+def sites_of(model: CompressedModel) -> list[tuple[str, int]]:
+    """The sites that a model's program is marked with, in the order of their marks."""
+    if model.compute == "int8":
+        return list(model.activations)
+    if model.compute == "dynamic8":
+        integer = [name for name, artifact in model.artifacts.items() if integer_values(artifact) is not None]
+        return [site.key for site in layer_input_sites(model.program, integer)]
+    return []
+
+
+Lower = Callable[[int], Lowered]
+
+
+def _lowering(model: CompressedModel, graph: Trace, artifacts: Mapping[str, Artifact], format: str) -> Lower:
+    """What writes the graph at an opset."""
+    if model.compute == "int8":
+        grids = list(model.activations.values())
+        return lambda opset: lower_integer(graph, artifacts, opset, grids, FORMATS[format])
+    if model.compute == "dynamic8":
+        return lambda opset: lower_dynamic(graph, artifacts, opset)
+    return lambda opset: lower(graph, artifacts, opset)
 
 
 def float_file(graph: Trace, state: Mapping[str, Any]) -> bytes:
@@ -175,22 +229,22 @@ def float_file(graph: Trace, state: Mapping[str, Any]) -> bytes:
     return lower(graph, floats, BASE_OPSET, sign=False).serialize()
 
 
-def _at_best_opset(graph: Trace, artifacts: Mapping[str, Artifact], target: Target) -> tuple[Lowered, int, str]:
+def _at_best_opset(lower: Lower, artifacts: Mapping[str, Artifact], target: Target) -> tuple[Lowered, int, str]:
     """The lowest opset that the widths need; a higher one where its native types save enough of the file.
 
     Returns:
         The model, its opset, and what was found of native types.
     """
-    widths = {a.bits for a in artifacts.values() if isinstance(a, PalettizedWeight)}
+    widths = {a.bits for a in artifacts.values() if isinstance(a, PalettizedWeight | IntegerWeight)}
     best_opset = max((_opset_needed(bits, target) for bits in widths), default=BASE_OPSET)
-    best = lower(graph, artifacts, best_opset)
+    best = lower(best_opset)
     nbytes, tried = len(best.serialize()), {_choices(widths, best_opset)}
     found = f"opset {best_opset} is needed anyway"
     for opset in (o for o in target.opsets if o > best_opset):
         if _choices(widths, opset) in tried:
             continue
         tried.add(_choices(widths, opset))
-        higher = lower(graph, artifacts, opset)
+        higher = lower(opset)
         saved = 1 - len(higher.serialize()) / nbytes
         if saved >= _WORTH_AN_OPSET:
             best, best_opset, nbytes = higher, opset, len(higher.serialize())
@@ -225,7 +279,7 @@ def _why(bits: int, encoding: str, opset: int, target: Target, found: str) -> st
 def _tensor_report(
     name: str, artifact: Artifact, encoding: str, opset: int, target: Target, found: str
 ) -> TensorReport:
-    if isinstance(artifact, PalettizedWeight):
+    if isinstance(artifact, PalettizedWeight | IntegerWeight):
         bits, why = artifact.bits, _why(artifact.bits, encoding, opset, target, found)
     else:
         bits, why = 8 * _itemsize(artifact), getattr(artifact, "reason", "")

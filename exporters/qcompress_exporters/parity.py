@@ -17,22 +17,32 @@ import numpy.typing as npt
 from qcompress.batchnorm import fold_batchnorm
 from qcompress.compressed import CompressedModel
 from qcompress.data import Dataset, as_dataset
-from qcompress.errors import DataError, SourceError
+from qcompress.errors import ConfigError, DataError, SourceError
 from qcompress.metrics import Metric, MetricResult, agreement, compare, is_constant, sqnr_db
 from qcompress.program import FloatProgram, Runner
+from qcompress.sites import mark
 from qcompress_exporters import metadata
 from qcompress_exporters.checks import (
     CONSTANT,
     Arrays,
     Check,
+    LayerNoise,
+    check_codes,
     check_exporter,
     check_finite,
     check_graph,
     check_weights,
     concatenated,
+    float_reference,
+    layer_noise,
+    noise_db,
+    runtime_share,
+    samples_in,
 )
 from qcompress_exporters.onnx_file import float_file
+from qcompress_exporters.replay import SiteDifference, file_grids, reference_state, replay
 from qcompress_exporters.sessions import Mode, cpu_features, optimized_ops, run, session
+from qcompress_exporters.timing import Timing, measure
 from qcompress_exporters.trace import trace
 
 Track = Callable[[Iterable[Any]], Iterable[Any]]
@@ -67,6 +77,9 @@ class ParityReport:
         checks: the three checks in both sessions.
         outputs: by name of the output.
         metric: the user's metric, where there are labels.
+        layers: noise behind each layer, or at each quantized activation, in the graph's order.
+        runtime: how much of the noise at the outputs onnxruntime's own optimisations made, as deployed.
+        timing: latency, load time and memory beside the original's; None where they were not measured.
         same_ops: whether onnxruntime's optimised graph of the file holds the same operators as the float file's.
         same_source: whether the file was exported from this very model file; None where that is not known.
         cpu: features that integer kernels depend on.
@@ -78,6 +91,9 @@ class ParityReport:
     checks: tuple[Check, ...]
     outputs: Mapping[str, OutputReport]
     metric: MetricResult | None
+    layers: tuple[LayerNoise, ...]
+    runtime: Mapping[str, float]
+    timing: Timing | None
     same_ops: bool
     same_source: bool | None
     cpu: Mapping[str, bool | None]
@@ -111,6 +127,9 @@ class ParityReport:
             "agreement": self.agreement,
             "sqnr_db": self.sqnr_db,
             "metric": None if self.metric is None else asdict(self.metric),
+            "layers": [asdict(layer) for layer in self.layers],
+            "runtime": dict(self.runtime),
+            "timing": None if self.timing is None else asdict(self.timing),
             "same_ops": self.same_ops,
             "same_source": self.same_source,
             "cpu": dict(self.cpu),
@@ -127,6 +146,7 @@ def validate(
     source_digest: str = "",
     seed: int = 0,
     device: str = "cpu",
+    timing: float = 0.0,
     track: Track = iter,
 ) -> ParityReport:
     """Measure a file that `export` wrote against its original.
@@ -139,6 +159,7 @@ def validate(
         source_digest: short digest of the model file that `model` was read from; a compressed model knows its own.
         seed: of the bootstrap.
         device: where the original runs.
+        timing: seconds to spend on latency, on top of two loads; 0: not measured.
         track: passes batches on: a progress bar.
 
     Raises:
@@ -158,16 +179,28 @@ def validate(
         raise DataError(f"The metric {metric.name} needs labels (an array y), but {data.name} has none.")
 
     folded = fold_batchnorm(program)
-    graph = trace(folded)
+    compute, sites = file.sites
+    marked = _marked(folded, sites, file)
+    graph = trace(marked)
     packed, original = file.model.SerializeToString(), float_file(graph, folded.state())
     head = list(_bound(program, _usable(program, data.head(max(PARITY_SAMPLES, program.fixed_batch or 0)))))
     runner = program.runner(device)
     wanted = concatenated([runner(batch) for batch in head])
     check_finite(wanted, "the original")
-    weights, reference = check_weights(graph, file.model)
+    weights, values = check_weights(graph, file.model)
     checks = [weights]
-    if reference is not None:
+    layers: tuple[LayerNoise, ...] = ()
+    if values is not None and sites:
+        grids = file_grids(file.model, len(sites)) if compute == "int8" else []
+        state = reference_state(marked, values, grids)
+        for mode in _MODES:
+            found = replay(marked, file.model, sites, state, grids, head, mode)
+            checks.append(check_codes(found, mode, samples_in(head)))
+            layers = tuple(_noise(site) for site in found.sites)
+    elif values is not None:
+        reference = float_reference(graph, file.model, values)
         checks += [check_graph(packed, reference, head, mode) for mode in _MODES]
+        layers = tuple(layer_noise(packed, float_reference(graph, file.model, _state(folded)), head))
     checks += [check_exporter(original, wanted, head, mode) for mode in _MODES]
 
     ours, theirs = _both(runner, packed, data, track)
@@ -185,11 +218,34 @@ def validate(
         checks=tuple(checks),
         outputs=outputs,
         metric=None if metric is None or data.labels is None else compare(metric, theirs, ours, data.labels, seed=seed),
+        layers=layers,
+        runtime=runtime_share(packed, wanted, head),
+        timing=measure(original, packed, _one(program, head[0]), seconds=timing) if timing else None,
         same_ops=optimized_ops(packed) == optimized_ops(original),
         same_source=made_from == source_digest if made_from and source_digest else None,
         cpu=cpu_features(),
         notes=tuple(_notes(file, made_from, source_digest, outputs)),
     )
+
+
+def _marked(program: FloatProgram, sites: list[tuple[str, int]], file: metadata.CompressedFile) -> FloatProgram:
+    try:
+        return mark(program, sites)
+    except ConfigError as e:
+        raise SourceError(f"{file.path} was not made from this model: {e}") from None
+
+
+def _state(program: FloatProgram) -> Arrays:
+    return {name: value.detach().cpu().numpy() for name, value in program.state().items()}
+
+
+def _noise(site: SiteDifference) -> LayerNoise:
+    return LayerNoise(site.layer or site.site, noise_db(site.signal, site.noise))
+
+
+def _one(program: FloatProgram, batch: Arrays) -> Arrays:
+    """As few samples as the program takes."""
+    return {name: values[: program.fixed_batch or 1] for name, values in batch.items()}
 
 
 def _notes(

@@ -2,7 +2,7 @@
 
 import collections
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -24,30 +24,32 @@ Mode = Literal["exact", "deployed"]
 
 # `exact`: onnxruntime's own approximations off. `deployed`: what a user gets who sets nothing.
 _EXACT_CONFIG: Final = {"session.qdq_matmulnbits_accuracy_level": "1"}
-_EXACT_DISABLED: Final = ["WeightBiasQuantization"]
+WEIGHT_BIAS_QUANTIZATION: Final = "WeightBiasQuantization"  # quantizes weights that were left in float, unasked
+_EXACT_DISABLED: Final = [WEIGHT_BIAS_QUANTIZATION]
 _ERRORS_ONLY: Final = 3
 _VNNI: Final = ("avx512_vnni", "avx_vnni")
 
 
-def session(data: bytes, mode: Mode, *, optimized_path: Path | None = None) -> Session:
+def session(data: bytes, mode: Mode, *, optimized_path: Path | None = None, without: Sequence[str] = ()) -> Session:
     """A session on the CPU.
 
     Args:
         data: the file's bytes.
         mode: `exact` or `deployed`.
         optimized_path: where onnxruntime writes the graph that it will run.
+        without: optimizers of onnxruntime that are left out.
 
     Raises:
         SourceError: onnxruntime does not load the file.
     """
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    disabled: list[str] = []
+    disabled = list(without)
     if mode == "exact":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         for key, value in _EXACT_CONFIG.items():
             options.add_session_config_entry(key, value)
-        disabled = _EXACT_DISABLED
+        disabled += _EXACT_DISABLED
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
     try:

@@ -15,16 +15,35 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx import numpy_helper
-from onnxscript import optimizer, version_converter
+from onnxscript import optimizer, values, version_converter
 
 from qcompress._quiet import quiet_torch
 from qcompress.errors import SourceError
 from qcompress.program import FloatProgram
+from qcompress.sites import site_op
 from qcompress_exporters.names import ShortNames
 from qcompress_exporters.targets import BASE_OPSET, ir_version
 
 _FOLD_INPUT_LIMIT: Final = 1024
 _FOLD_OUTPUT_LIMIT: Final = 4096
+
+# A mark of the program, as a node: what stands there is decided when the grids are known.
+DOMAIN: Final = "qcompress"
+MARK: Final = "Site"
+_SCHEMA: Final = onnx.defs.OpSchema(
+    MARK, DOMAIN, 1,
+    inputs=[onnx.defs.OpSchema.FormalParameter("x", "T")],
+    outputs=[onnx.defs.OpSchema.FormalParameter("y", "T")],
+    type_constraints=[("T", ["tensor(float)"], "")],
+    attributes=[onnx.defs.OpSchema.Attribute("index", onnx.defs.OpSchema.AttrType.INT, "")],
+)  # fmt: skip
+if not onnx.defs.has(MARK, DOMAIN):  # schemas outlive a module
+    onnx.defs.register_schema(_SCHEMA)
+_OPSET: Final = values.Opset(DOMAIN, 1)
+
+
+def _mark(x: Any, index: int) -> Any:
+    return _OPSET.Site(x, index=index)
 
 
 @dataclass(frozen=True)
@@ -40,12 +59,14 @@ class Trace:
     base: onnx.ModelProto
     state_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    _converted: dict[int, onnx.ModelProto] = field(default_factory=dict)
+    _converted: dict[tuple[int, bool], onnx.ModelProto] = field(default_factory=dict)
 
-    def at_opset(self, opset: int) -> onnx.ModelProto:
-        """A fresh copy of the graph at an opset that is not lower than BASE_OPSET."""
-        if opset not in self._converted:
+    def at_opset(self, opset: int, *, marked: bool = False) -> onnx.ModelProto:
+        """A fresh copy of the graph at an opset that is not lower than BASE_OPSET; `marked`: with its marks."""
+        if (opset, marked) not in self._converted:
             model = ir.from_proto(self.base)
+            if not marked:
+                _drop_marks(model.graph)
             if opset != BASE_OPSET:
                 with quiet_torch():
                     version_converter.convert_version(model, opset)
@@ -53,10 +74,15 @@ class Trace:
                     raise SourceError(f"The graph cannot be written at opset {opset}: name an older --target.")
             proto = ir.to_proto(model)
             proto.ir_version = ir_version(opset)
-            self._converted[opset] = tidy(proto, self.state_names)
+            self._converted[opset, marked] = tidy(proto, self.state_names)
         copy = onnx.ModelProto()
-        copy.CopyFrom(self._converted[opset])
+        copy.CopyFrom(self._converted[opset, marked])
         return copy
+
+    @property
+    def marks(self) -> int:
+        """How many sites the program is marked with."""
+        return 1 + max((n.attribute[0].i for n in self.base.graph.node if n.domain == DOMAIN), default=-1)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the open tensors, by qualified name."""
@@ -79,8 +105,9 @@ def trace(program: FloatProgram) -> Trace:
     with quiet_torch():
         try:
             exported = torch.onnx.export(
-                program.exported, dynamo=True, optimize=False, verbose=False, opset_version=BASE_OPSET
-            )
+                program.exported, dynamo=True, optimize=False, verbose=False, opset_version=BASE_OPSET,
+                custom_translation_table={site_op: _mark},
+            )  # fmt: skip
         except Exception as e:
             raise SourceError(_failure(e)) from e
         assert exported is not None
@@ -91,12 +118,96 @@ def trace(program: FloatProgram) -> Trace:
             value.const_value = None
             graph.inputs.append(value)
         optimizer.optimize(model, input_size_limit=_FOLD_INPUT_LIMIT, output_size_limit=_FOLD_OUTPUT_LIMIT)
+    _pool_means(graph)
+    _fold_pads(graph)
+    optimizer.remove_unused_nodes(model)
     for value in list(graph.inputs)[len(program.input_names) :]:
         if not value.uses() and not value.is_graph_output():
             graph.inputs.remove(value)
     state_names = tuple(str(v.name) for v in list(graph.inputs)[len(program.input_names) :])
     _name_inputs_and_outputs(graph, program)
     return Trace(ir.to_proto(model), state_names, program.notes)
+
+
+def _drop_marks(graph: ir.Graph) -> None:
+    for node in list(graph):
+        if node.domain == DOMAIN:
+            node.outputs[0].replace_all_uses_with(_input(node, 0), replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+
+
+def _pool_means(graph: ir.Graph) -> None:
+    """A mean over all axes but batch and channels is a GlobalAveragePool, which runtimes can compute in integers."""
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or node.domain:
+            continue
+        data = _input(node, 0)
+        rank = 0 if data.shape is None else len(data.shape)
+        axes = _constant(node, 1)
+        if rank not in (3, 4) or axes is None or {int(a) % rank for a in axes} != set(range(2, rank)):
+            continue
+        keep = node.attributes.get("keepdims")
+        pool = ir.Node("", "GlobalAveragePool", [data])
+        new = [pool]
+        if keep is not None and keep.as_int() == 0:
+            new.append(ir.Node("", "Flatten", [pool.outputs[0]]))
+        _replace(graph, node, new)
+
+
+def _fold_pads(graph: ir.Graph) -> None:
+    """Let a convolution do the padding with zeros in front of it; drop padding by nothing."""
+    for node in list(graph):
+        if node.op_type != "Pad" or node.domain:
+            continue
+        mode = node.attributes.get("mode")
+        pads, fill = _constant(node, 1), _constant(node, 2)
+        if pads is None or (mode is not None and mode.as_string() != "constant") or len(node.inputs) > 3:
+            continue
+        users = [use.node for use in node.outputs[0].uses()]
+        rank = len(pads) // 2
+        if not pads.any():
+            _replace(graph, node, [], _input(node, 0))
+        elif (
+            users
+            and not node.outputs[0].is_graph_output()
+            and (len(node.inputs) < 3 or node.inputs[2] is None or (fill is not None and not fill.any()))
+            and (pads >= 0).all()
+            and not pads[[0, 1, rank, rank + 1]].any()
+            and all(u.op_type == "Conv" and u.inputs[0] is node.outputs[0] and _pads_itself(u) for u in users)
+        ):
+            added = [int(p) for p in (*pads[2:rank], *pads[rank + 2 :])]
+            for user in users:
+                old = user.attributes["pads"].as_ints() if "pads" in user.attributes else [0] * len(added)
+                user.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(old, added, strict=True)])
+            _replace(graph, node, [], _input(node, 0))
+
+
+def _pads_itself(conv: ir.Node) -> bool:
+    auto = conv.attributes.get("auto_pad")
+    return auto is None or auto.as_string() == "NOTSET"
+
+
+def _replace(graph: ir.Graph, node: ir.Node, new: list[ir.Node], value: ir.Value | None = None) -> None:
+    """Nodes, or a value that is there already, in place of a node with one output."""
+    graph.insert_before(node, new)
+    value = value or new[-1].outputs[0]
+    if new:
+        value.shape, value.type = node.outputs[0].shape, node.outputs[0].type
+    node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _input(node: ir.Node, position: int) -> ir.Value:
+    value = node.inputs[position]
+    assert value is not None
+    return value
+
+
+def _constant(node: ir.Node, position: int) -> Any:
+    """The value of an input that is constant, flat; None where it is not, or is not there."""
+    value = node.inputs[position] if len(node.inputs) > position else None
+    constant = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if constant is None else constant.numpy().ravel()
 
 
 def _name_inputs_and_outputs(graph: ir.Graph, program: FloatProgram) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompress import granularity
-from qcompress.artifacts import FLOAT_DTYPES, PalettizedWeight
+from qcompress.artifacts import PalettizedWeight
 from qcompress.errors import ConfigError
 from qcompress.packing import check_bits
 from qcompress.palettes._optimal import F64, I64, optimal_runs
+from qcompress.uniform import finite_floats
 
 Floats = npt.NDArray[np.float32]
 
@@ -52,7 +53,7 @@ def fit_lut(values: npt.NDArray[Any], bits: int, weights: npt.NDArray[Any] | Non
     [1.0, 3.0]
     """
     check_bits(bits)
-    flat = _checked(values).ravel()
+    flat = finite_floats(values, "palettize").ravel()
     mass = None if weights is None else _checked_weights(weights, values.shape)
     points = _Points.of(flat, mass)
     return points.fit(1 << bits)
@@ -74,7 +75,7 @@ def assign(values: npt.NDArray[Any], lut: Floats) -> npt.NDArray[np.uint8]:
     >>> assign(np.array([-9.0, 0.5, 0.6], np.float32), np.array([0, 1], np.float32)).tolist()
     [0, 0, 1]
     """
-    flat = _checked(values).ravel()
+    flat = finite_floats(values, "palettize").ravel()
     if lut.ndim != 1 or not 1 <= lut.size <= 256:
         raise ConfigError(f"assign: lut must be [K] with 1 to 256 entries, got the shape {lut.shape}.")
     distinct, place = np.unique(lut, return_index=True)
@@ -113,7 +114,7 @@ def palettize(
     ([[1.0, 2.0], [5.0, 6.0]], [[0, 0, 1], [0, 1, 1]])
     """
     check_bits(bits)
-    rows_OR = granularity.rows(_checked(weight), axis)
+    rows_OR = granularity.rows(finite_floats(weight, "palettize"), axis)
     mass_OR = None if weights is None else granularity.rows(_checked_weights(weights, weight.shape), axis)
     group_O = granularity.group_of_row(len(rows_OR), rows_per_lut)
     codes_OR = np.zeros(rows_OR.shape, np.uint8)
@@ -228,18 +229,6 @@ def _highest_of_lower(lut_K: Floats) -> Floats:
     nearest = midpoint.astype(np.float32)
     above = (nearest > midpoint) | ((nearest == midpoint) & (lost < 0))
     return np.where(above, np.nextafter(nearest, np.float32(-np.inf)), nearest)
-
-
-def _checked(values: npt.NDArray[Any]) -> Floats:
-    if values.dtype not in FLOAT_DTYPES:
-        raise ConfigError(f"Weights to palettize must be float32, float16 or bfloat16, got {values.dtype}.")
-    wide = values.astype(np.float32, copy=False)
-    finite = np.isfinite(wide)
-    if not finite.all():
-        raise ConfigError(
-            f"Weights to palettize must be finite, got {int((~finite).sum())} NaN or Inf among {values.size}."
-        )
-    return wide
 
 
 def _checked_weights(weights: npt.NDArray[Any], shape: tuple[int, ...]) -> F64:

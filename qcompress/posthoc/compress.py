@@ -1,27 +1,40 @@
 """Post-hoc compression: a float program and a plan in, a compressed model out."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight
+from qcompress.artifacts import ActivationGrid, Artifact, FloatWeight, PalettizedWeight, integer_values
 from qcompress.batchnorm import fold_batchnorm
-from qcompress.compressed import CompressedModel
+from qcompress.compressed import CompressedModel, Compute
+from qcompress.data import Dataset, as_dataset
 from qcompress.errors import ConfigError, SourceError
-from qcompress.layers import weight_layers
+from qcompress.layers import bias_of, weight_layers
+from qcompress.palettes.integer import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.plan import Plan, ResolvedPlan, TensorPlan, resolve
-from qcompress.program import FloatProgram
+from qcompress.posthoc.activations import calibrate
+from qcompress.program import FloatProgram, state_nodes
+from qcompress.sites import Placement, activation_sites, input_sites, mark
 from qcompress.sources.base import LazyArray, ProgramOptions, SourceTensor
 from qcompress.tracing import from_module
+from qcompress.uniform import round_to_nearest
 
 _FOLDING_TOLERANCE: Final = 1e-2
+_LARGEST_BIAS: Final = 2.0**30  # of an int32 bias, in its own steps: half of what fits
 _PARAMETRIZED: Final = ".parametrizations."
+# Kinds of layers that compute in integers.
+_INTEGER_KINDS: Final[Mapping[Compute, tuple[str, ...]]] = {
+    "float": (),
+    "int8": ("conv", "depthwise", "linear"),
+    "dynamic8": ("linear",),
+}
 
-Track = Callable[[Iterable[str]], Iterable[str]]
+Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 def compress(
@@ -29,13 +42,25 @@ def compress(
     plan: Plan,
     *,
     example_inputs: tuple[torch.Tensor, ...] | Mapping[str, torch.Tensor] | None = None,
+    calibration: Dataset | Mapping[str, Any] | Iterable[Any] | None = None,
+    compute: Compute | None = None,
+    calibration_method: str = "mse",
+    percentile: float = 99.99,
+    placement: Placement = "deploy",
+    reduce_range: bool = False,
 ) -> CompressedModel:
     """Compress a module without training.
 
     Args:
         model: traced by torch.export; not modified.
         plan: what to do with which weight.
-        example_inputs: one example batch, by position or by name.
+        example_inputs: one example batch, by position or by name; not needed with calibration data.
+        calibration: unlabelled inputs, as `data.as_dataset` takes them; what activations are quantized by.
+        compute: `float`, `int8` (the default where the plan sets activation_bits) or `dynamic8`.
+        calibration_method: a key of `posthoc.calibration.METHODS`.
+        percentile: for the method of that name.
+        placement: where activations are quantized; see `sites.activation_sites`.
+        reduce_range: 8-bit weights keep to 7 bits, for CPUs whose sums of products saturate (no VNNI).
 
     Returns:
         One artifact per tensor; `export` of the exporters writes it.
@@ -49,26 +74,61 @@ def compress(
     >>> small.artifacts["weight"].bits
     2
     """
-    if example_inputs is None:
-        raise ConfigError("compress must have example_inputs=(x,): one batch that the model can be traced with.")
-    named = example_inputs if isinstance(example_inputs, Mapping) else _by_position(model, example_inputs)
-    inputs = {name: value.detach().cpu().numpy() for name, value in named.items()}
-    return compress_program(from_module(model, ProgramOptions(inputs=inputs)), plan)
+    data = None if calibration is None else as_dataset(calibration)
+    if example_inputs is not None:
+        named = example_inputs if isinstance(example_inputs, Mapping) else _by_position(model, example_inputs)
+        inputs = {name: value.detach().cpu().numpy() for name, value in named.items()}
+    elif data is not None:
+        inputs = dict(data.example())
+    else:
+        raise ConfigError(
+            "compress must have example_inputs=(x,) or calibration data: one batch that the model can be traced with."
+        )
+    return compress_program(
+        from_module(model, ProgramOptions(inputs=inputs)), plan, calibration=data, compute=compute,
+        calibration_method=calibration_method, percentile=percentile, placement=placement, reduce_range=reduce_range,
+    )  # fmt: skip
 
 
 def compress_program(
-    program: FloatProgram, plan: Plan, *, source_digest: str = "", track: Track = iter
+    program: FloatProgram,
+    plan: Plan,
+    *,
+    calibration: Dataset | None = None,
+    compute: Compute | None = None,
+    calibration_method: str = "mse",
+    percentile: float = 99.99,
+    placement: Placement = "deploy",
+    reduce_range: bool = False,
+    source_digest: str = "",
+    device: str = "cpu",
+    track: Track = iter,
+    track_batches: Track = iter,
 ) -> CompressedModel:
     """Compress a program; see `compress`.
 
     Args:
         program: as it came in, BatchNorm not folded.
         plan: what to do with which weight.
+        calibration: unlabelled inputs.
+        compute: as in `compress`, like the arguments that follow.
+        calibration_method: ...
+        percentile: ...
+        placement: ...
+        reduce_range: ...
         source_digest: short digest of the model file.
+        device: where the program runs.
         track: passes the names of the tensors on while they are compressed: a progress bar.
+        track_batches: the same for batches of calibration data.
     """
     check_finite(program)
     resolved = resolve(plan, program_tensors(program))
+    compute = resolved_compute(resolved, compute)
+    if compute == "int8" and calibration is None:
+        raise ConfigError(
+            "activation_bits must have calibration data to find the activations' grids: give --calibration X.npz "
+            "(calibration=… in Python), or use compute dynamic8, which needs none."
+        )
     folded = fold_batchnorm(program)
     check_finite(folded)
     _check_same_function(program, folded)
@@ -78,15 +138,56 @@ def compress_program(
     artifacts: dict[str, Artifact] = {}
     for name in track(state):
         layer = layers.get(name)
-        artifacts[name] = _artifact(state[name], by_name.get(name), 0 if layer is None else layer.axis)
-    return CompressedModel(
+        integer = layer is not None and layer.kind in _INTEGER_KINDS[compute]
+        axis = 0 if layer is None else layer.axis
+        artifacts[name] = _artifact(state[name], by_name.get(name), _How(axis, integer, reduce_range))
+    small = CompressedModel(
         program=folded,
         artifacts=artifacts,
         plan=resolved.as_plan(),
         plan_digest=resolved.digest,
         source_digest=source_digest,
         notes=folded.notes,
+        compute=compute,
     )
+    if compute != "int8" or calibration is None:
+        return small
+    widths = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
+    found = calibrate(
+        folded.with_state({name: a.dequantize() for name, a in artifacts.items()}),
+        activation_sites(folded, widths, placement),
+        calibration, method=calibration_method, percentile=percentile, device=device, track=track_batches,
+    )  # fmt: skip
+    wider = {
+        name: _artifact(state[name], by_name[name], _How(layers[name].axis, True, reduce_range, least))
+        for name, least in _least_scales(folded, artifacts, [c.grid for c in found]).items()
+    }
+    return replace(
+        small,
+        artifacts=artifacts | wider,
+        activations={c.grid.site: c.grid for c in found},
+        saturation={c.grid.site: c.saturation for c in found},
+    )
+
+
+def resolved_compute(resolved: ResolvedPlan, compute: Compute | None) -> Compute:
+    """What a plan's layers compute in, where nothing else is said: int8 if any has activation_bits.
+
+    Raises:
+        ConfigError: the plan and `compute` do not go together.
+    """
+    quantized = [t for t in resolved.compressed if t.activation_bits is not None]
+    if compute is None:
+        return "int8" if quantized else "float"
+    if compute == "int8" and not quantized:
+        raise ConfigError("compute int8 must have activation_bits for some layer: give --activation-bits 8.")
+    if compute != "int8" and quantized:
+        why = "finds the activations' scales at run time" if compute == "dynamic8" else "leaves activations in float"
+        raise ConfigError(
+            f"compute {compute} {why}, but {quantized[0].name} has activation_bits = {quantized[0].activation_bits} "
+            f"({quantized[0].origins['activation_bits']}): leave one of them out."
+        )
+    return compute
 
 
 def _check_same_function(program: FloatProgram, folded: FloatProgram) -> None:
@@ -135,18 +236,83 @@ def check_finite(program: FloatProgram) -> None:
                 )
 
 
-def _artifact(values: npt.NDArray[Any], tensor: TensorPlan | None, axis: int) -> Artifact:
+def _least_scales(
+    program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Sequence[ActivationGrid]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Scales of weights whose bias would not fit 32 bits in steps of s_x * s_w: channels of next to nothing but a bias.
+
+    Returns:
+        float32 [O], what the scales of these weights must be at least, by name.
+    """
+    marked = mark(program, [grid.site for grid in grids])
+    state, sites, found = state_nodes(marked.exported), input_sites(marked), {}
+    for name, layer in weight_layers(marked).items():
+        values, bias = integer_values(artifacts[name]), bias_of(layer.node)
+        if name not in sites or values is None or bias is None or bias not in state:
+            continue
+        size_O = np.abs(artifacts[state[bias]].dequantize().astype(np.float64))
+        least_O = size_O / (float(grids[sites[name]].scale) * _LARGEST_BIAS)
+        if (least_O > values[1]).any():
+            found[name] = least_O.astype(np.float32)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How a weight is compressed, beside what its plan says.
+
+    Args:
+        axis: of the output channels.
+        integer: whether integer kernels shall compute with it.
+        reduce_range: whether 8-bit codes keep to 7 bits.
+        least: what its scales are at least; None: nothing.
+    """
+
+    axis: int
+    integer: bool
+    reduce_range: bool
+    least: npt.NDArray[np.float32] | None = None
+
+
+def _artifact(values: npt.NDArray[Any], tensor: TensorPlan | None, how: _How) -> Artifact:
     """One tensor by its plan; float where that is smaller."""
     if tensor is None or tensor.settings is None:
         reason = None if tensor is None else tensor.reason
         if tensor is not None and _PARAMETRIZED in tensor.name:
             reason = "part of a parametrization: torch.nn.utils.parametrize.remove_parametrizations makes it a weight"
         return FloatWeight(values=values, reason=reason or "not a weight")
-    small = palettize(values, tensor.bits, tensor.rows_per_lut, axis)
+    small = _SCHEMES[tensor.scheme, how.integer](values, tensor, how)
+    if how.integer and small.nbytes >= values.nbytes and tensor.bits > 1:  # a table does not pay, plain codes may
+        small = _uniform(values, tensor, how)
     if small.nbytes >= values.nbytes:
         reason = f"too small: {small.nbytes} bytes at {tensor.bits} bits, {values.nbytes} in float"
         return FloatWeight(values=values, reason=reason)
-    return _narrowed(small)
+    return _narrowed(small) if isinstance(small, PalettizedWeight) else small
+
+
+def _palette(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Artifact:
+    return palettize(values, tensor.bits, tensor.rows_per_lut, how.axis)
+
+
+def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Artifact:
+    if tensor.bits == 8 and tensor.rows_per_lut is None:  # the palette of every integer: a table says nothing more
+        return _uniform(values, tensor, how)
+    return palettize_int8(
+        values, tensor.bits, tensor.rows_per_lut, how.axis, reduce_range=how.reduce_range, least=how.least
+    )
+
+
+def _uniform(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Artifact:
+    return round_to_nearest(values, tensor.bits, how.axis, reduce_range=how.reduce_range, least=how.least)
+
+
+# (scheme, whether integer kernels compute with the weight) -> what makes the artifact.
+_SCHEMES: Final[Mapping[tuple[str, bool], Callable[[npt.NDArray[Any], TensorPlan, _How], Artifact]]] = {
+    ("palette", False): _palette,
+    ("palette", True): _palette_int8,
+    ("uniform", False): _uniform,
+    ("uniform", True): _uniform,
+}
 
 
 def _narrowed(weight: PalettizedWeight) -> PalettizedWeight:
@@ -155,9 +321,7 @@ def _narrowed(weight: PalettizedWeight) -> PalettizedWeight:
     bits = max(1, (entries - 1).bit_length())
     if bits == weight.bits:
         return weight
-    return PalettizedWeight(
-        codes=weight.codes, lut=weight.lut, bits=bits, axis=weight.axis, rows_per_lut=weight.rows_per_lut
-    )
+    return replace(weight, bits=bits)
 
 
 def _by_position(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from qcompress.errors import QCompressError, SourceError, UnsafeFileError, missing
 from qcompress.sources._allowed import allow_list, calls
-from qcompress.sources._factory import one_line
+from qcompress.sources._factory import first_on_path, one_line
 from qcompress.sources._files import AbstractFile
 from qcompress.sources._inert import unpickle
 from qcompress.sources._named import Named, choose
@@ -110,7 +110,9 @@ class CheckpointSource(AbstractFile):
         except ImportError:
             raise missing("torch", "loading a pickled module") from None
         allowed: list[Any] = []
-        if not self._options.trust_pickle:
+        if self._options.trust_pickle:
+            first_on_path(Path.cwd())  # where the classes of a user's own script are
+        else:
             allowed = allow_list(self._content.names, self._options.allow_classes, self.label)
         try:
             with torch.serialization.safe_globals(allowed):

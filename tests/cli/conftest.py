@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from qcompress_cli.main import cli
+from qcompress_cli.app import cli
 from qcompress_exporters import metadata
 
 
@@ -85,7 +85,17 @@ def onnx_file(folder):
 def validated():
     """Write the measurements of `validate` beside a file."""
 
-    def write(path, *, drop=0.01, interval=(-0.002, 0.014), agreement=0.98, metric="top1", digest=None, failed=()):
+    def write(
+        path,
+        *,
+        drop=0.01,
+        interval=(-0.002, 0.014),
+        agreement=0.98,
+        metric="top1",
+        digest=None,
+        failed=(),
+        same_source=True,
+    ):
         file = metadata.read(path)
         document = {
             "format_version": 1,
@@ -105,6 +115,7 @@ def validated():
                 "lower_is_better": False,
                 "samples": 250,
             },
+            "same_source": same_source,
         }
         metadata.validation_path(path).write_text(json.dumps(document))
         return path

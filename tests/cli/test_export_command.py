@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -270,6 +271,7 @@ def test_places_that_cannot_be_written(refused, nothing_new, model, folder):
         (["--bits", "2", "--data", "wrong.npz"], "Input x must have shape [any, 3, 8, 8], got [2, 3, 9, 9].\n"),
         (["--bits", "2", "--calibration", "wrong.npz"], "Input x must have shape [any, 3, 8, 8], got [2, 3, 9, 9].\n"),
         (["--bits", "2", "--data", "other.npz"], "Input x must have shape [any, 3, 8, 8], got [2, 4].\n"),
+        (["--bits", "2", "--input-shape", "y=1,3,8,8"], "--input-shape: the model has no input 'y'; it has x.\n"),
         (["--bits", "2", "--input-shape", "1,3,9,9"], "Input x must have shape [any, 3, 8, 8], got [1, 3, 9, 9].\n"),
     ],
 )  # fmt: skip
@@ -316,9 +318,34 @@ def test_nothing_that_gets_smaller_is_a_warning_and_strict_fails(qcompress, fold
     result = qcompress("export", "tiny.pt2", "--bits", "8")
     assert result.exit_code == 0
     assert result.stderr.endswith("warning: no tensor got smaller.\n")
+    assert re.search(r"\b\d\.\d\dx larger, ", result.stdout)
+    assert "smaller" not in result.stdout
+    assert "left in float, not a weight: 1 tensor, " in result.stdout
     assert (folder / "tiny.w8.onnx").exists()
     assert qcompress("export", "tiny.pt2", "--bits", "8", "--strict", "-o", "b.onnx").exit_code == 1
     assert (folder / "b.onnx").read_bytes() == (folder / "tiny.w8.onnx").read_bytes()
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_names_of_input_shapes_are_the_models_own_even_where_others_are_given(exported, refused, words):
+    arch = ("state.pt", "--arch", "nets.py:words", "--bits", "4", "--input-names", "a,b")
+    shapes = ("--input-shape", "ids=1,6:int64", "--input-shape", "mask=1,6")
+    report = exported(*arch, *shapes)
+    assert [v.name for v in graph_of(report["file"]).input] == ["a", "b"]
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_stdout_is_json_alone_whatever_the_users_code_prints(qcompress, words, folder):
+    with (folder / "nets.py").open("a") as f:
+        f.write("\nprint('imported')\ndef loud(**kwargs):\n    print('built')\n    return words(**kwargs)\n")
+        f.write("def halved(x):\n    print('transformed')\n    return x\n")
+    np.savez("in.npz", ids=np.zeros((2, 6), np.int64), mask=np.ones((2, 6), np.float32))
+    args = ("state.pt", "--arch", "nets.py:loud", "--data", "in.npz", "--transform", "nets.py:halved", "--bits", "4")
+    result = qcompress("export", *args, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["file"] == "state.w4.onnx"
+    assert {"imported", "built", "transformed"} <= set(result.stderr.split())
+    assert "built" in qcompress("export", *args, "--dry-run").stdout
 
 
 @pytest.mark.usefixtures("traced_once")

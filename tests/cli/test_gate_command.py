@@ -164,6 +164,16 @@ def test_a_file_that_validate_found_wrong_fails_under_any_limit(qcompress, onnx_
     assert "validate found the file wrong: graph" in result.stdout
 
 
+def test_a_file_measured_against_another_original_fails_under_any_limit(qcompress, onnx_file, validated):
+    path = validated(onnx_file(), same_source=False)
+    for limit in (("--max-size", "1MB"), ("--min-agreement", "50%")):
+        result = qcompress("gate", path, *limit)
+        assert result.exit_code == 1
+        assert "same_source: validate measured it against another model than it was exported from: " in result.stdout
+        assert "1 of 2 checks failed" in result.stdout
+    assert qcompress("gate", validated(path, same_source=None), "--max-size", "1MB").exit_code == 0
+
+
 def test_measurements_of_another_file_matter_to_accuracy_limits_alone(qcompress, onnx_file, validated):
     path = validated(onnx_file("net.onnx"), failed=("graph",), digest="other")
     assert qcompress("gate", path, "--max-size", "1MB").exit_code == 0

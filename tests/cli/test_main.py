@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from qcompress.errors import ConfigError
-from qcompress_cli import main
+from qcompress_cli import app, exits, main
 
 HEAVY = {"torch", "onnx_ir", "onnxscript", "onnxruntime", "scipy", "sklearn"}
 
@@ -28,7 +28,7 @@ def fails_with(monkeypatch, qcompress):
         module = types.ModuleType("tests_fake_command")
         module.command = click.Command("boom", callback=callback, params=[click.Option(["--debug"], is_flag=True)])
         monkeypatch.setitem(sys.modules, "tests_fake_command", module)
-        monkeypatch.setattr(main, "COMMANDS", {"boom": ("tests_fake_command", "Fails.")})
+        monkeypatch.setattr(app, "COMMANDS", {"boom": ("tests_fake_command", "Fails.")})
         return qcompress("boom", *args)
 
     return run
@@ -47,6 +47,7 @@ def fails_with(monkeypatch, qcompress):
         (PermissionError(errno.EACCES, "Permission denied", "x.onnx"), 2, "error: x.onnx: Permission denied.\n"),
         (ModuleNotFoundError("No module named 'qcompress.x'", name="qcompress.x"), 70, None),
         (ZeroDivisionError("a\nb"), 70, None),
+        (MemoryError("no 9 TiB"), 2, "error: This machine has too little memory for it: no 9 TiB.\n"),
     ],
 )
 def test_every_ending_has_its_exit_code(fails_with, error, code, stderr):
@@ -87,7 +88,7 @@ def test_version_and_help(qcompress):
     assert version.stdout.startswith("qcompress ")
     help_text = qcompress("--help")
     assert help_text.exit_code == 0
-    for name, (_, short) in main.COMMANDS.items():
+    for name, (_, short) in app.COMMANDS.items():
         assert f"{name} " in help_text.stdout
         assert short in help_text.stdout
 
@@ -105,9 +106,9 @@ def test_an_unknown_command_and_flag_name_the_nearest(refused):
     assert refused("--frobnicate").startswith("No such option")
 
 
-@pytest.mark.parametrize("name", main.COMMANDS)
+@pytest.mark.parametrize("name", app.COMMANDS)
 def test_every_command_has_help(name, qcompress):
-    module = main.COMMANDS[name][0]
+    module = app.COMMANDS[name][0]
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not there yet")
     result = qcompress(name, "--help")
@@ -153,8 +154,60 @@ def test_a_reader_that_goes_away_ends_it_quietly(flags, shell, folder):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_closed_streams_are_bad_usage_and_no_bug(shell, weights):
+    def close(*numbers):
+        return {"preexec_fn": lambda: [os.close(number) for number in numbers]}
+
+    done = shell("inspect", weights, stdout=None, **close(0, 1))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: stdout is closed, ")
+    assert shell("inspect", weights, stdout=None, stderr=None, **close(0, 1, 2)).returncode == 2
+    without_notes = shell("inspect", weights, stderr=None, **close(0, 2))
+    assert without_notes.returncode == 0
+    assert without_notes.stdout.endswith("--arch does.\n")
+
+
+@pytest.mark.parametrize("package", ["click", "numpy"])
+def test_ctrl_c_while_it_starts(package, shell, weights):
+    """An import that is broken off made a traceback, or another error, which then was called a bug."""
+    code = (
+        "import os, signal, sys, qcompress_cli.main as m\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {package!r}:\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGINT)\n"
+        "            except KeyboardInterrupt:\n"
+        "                raise RuntimeError('half imported') from None\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "m.main()"
+    )
+    done = shell("inspect", weights, code=code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_outside_of_imports_unwinds(shell, weights):
+    code = (
+        "import os, signal, qcompress_cli.main as m, qcompress_cli.app as app\n"
+        "def run(args):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    finally:\n"
+        "        print('cleaned up')\n"
+        "app.run = run\n"
+        "m.main()"
+    )
+    done = shell("inspect", weights, code=code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "cleaned up\n", "interrupted\n")
+
+
 def test_a_terminal_without_greek_letters_is_no_bug(shell, weights, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     done = shell("analyze", weights)
     assert done.returncode == 0
     assert ">3? %" in done.stdout
+
+
+def test_the_start_knows_the_exit_codes():
+    """It imports nothing before it has looked after Ctrl-C, not even the module that holds them."""
+    assert (main._BAD_INPUT, main._INTERRUPTED) == (exits.BAD_INPUT, exits.INTERRUPTED)

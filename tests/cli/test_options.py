@@ -53,6 +53,8 @@ def test_shapes_names_and_axes():
     ("args", "message"),
     [
         (("--input-shape", "a,b"), "An input shape must read like"),
+        (("--input-shape", "2,99999999999999999999999"), "An input shape must hold at most 268,435,456 elements, got"),
+        (("--input-shape", "2,134217729"), "An input shape must hold at most 268,435,456 elements, got"),
         (("--dynamic", "x"), "A dynamic axis must read like"),
         (("--input-names", "a,a"), "must be distinct names"),
         (("--device", "tpu"), "'tpu' is not one of"),

@@ -33,7 +33,7 @@ def exported_bytes(tmp_path_factory):
     """What `export model.pt` wrote, by way of its plan; shared by all tests."""
     from click.testing import CliRunner
 
-    from qcompress_cli.main import cli
+    from qcompress_cli.app import cli
 
     folder = tmp_path_factory.mktemp("exported")
     (folder / "model.pt").write_bytes(small_models.pt2())
@@ -94,13 +94,23 @@ def test_a_good_file_and_the_gate(qcompress, refused, files):
 @pytest.mark.usefixtures("traced_once")
 def test_measurements_within_the_file(qcompress, files):
     before = metadata.read(files / FILE)
-    result = qcompress("validate", "model.pt", FILE, "--data", "test.npz:x,y", "--write", "--json", "--quiet")
-    assert (result.exit_code, result.stderr) == (0, "")
+    args = ("validate", "model.pt", FILE, "--data", "test.npz:x,y", "--write")
+    result = qcompress(*args, "--json")
+    assert result.exit_code == 0
     after = metadata.read(files / FILE)
     assert after.digest == before.digest
     assert after.model.graph == before.model.graph
     assert set(after.metadata) - set(before.metadata) == {metadata.VALIDATION}
-    assert json.loads(after.metadata[metadata.VALIDATION]) == json.loads(result.stdout)
+    document = json.loads(result.stdout)
+    assert json.loads(after.metadata[metadata.VALIDATION]) == document
+    assert json.loads((files / f"{FILE}.validation.json").read_text()) == document
+    assert document["file"]["nbytes"] == after.nbytes == (files / FILE).stat().st_size  # what ships, and gate measures
+    assert result.stderr == (
+        f"measurements written to {FILE}.validation.json and into {FILE}: +{after.nbytes - before.nbytes:,} B, it now "
+        f"takes {after.nbytes:,} B\n"
+    )
+    assert qcompress(*args, "--quiet").stderr == ""
+    assert metadata.read(files / FILE).nbytes == after.nbytes
     (files / f"{FILE}.validation.json").unlink()
     assert qcompress("gate", FILE, "--min-agreement", "0").exit_code == 0
 
@@ -146,7 +156,10 @@ def test_a_model_that_the_file_was_not_made_from(qcompress, files):
     document = json.loads(result.stdout)
     assert (result.exit_code, document["same_source"]) == (0, False)
     assert document["notes"][0].startswith(f"{FILE} was not exported from this model file (it was from one with ")
-    assert document["sqnr_db"] < 3
+    assert document["sqnr_db"] < -20
+    judged = qcompress("gate", FILE, "--max-size", "1MB")
+    assert judged.exit_code == 1
+    assert "same_source: validate measured it against another model" in judged.stdout
 
 
 class Pair(torch.nn.Module):

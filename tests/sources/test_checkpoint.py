@@ -221,7 +221,8 @@ def test_own_class_is_read_but_not_run(own_class):
     ],
 )
 def test_ways_out(own_class, options, monkeypatch):
-    monkeypatch.syspath_prepend(own_class.parent)
+    """Each looks in the working directory first, wherever Python was started."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(own_class.parent)])
     assert load_source(own_class, options=options).program(OPTIONS) is not None
 
 

@@ -8,12 +8,18 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompress.artifacts import Int8s
 from qcompress.packing import pack
 from qcompress_exporters.names import ShortNames
 
 Codes = npt.NDArray[np.uint8]
 
-_PACKED_TYPE: Final = {4: TensorProto.UINT4, 2: TensorProto.UINT2}
+_PACKED_TYPE: Final = {
+    (4, False): TensorProto.UINT4,
+    (2, False): TensorProto.UINT2,
+    (4, True): TensorProto.INT4,
+    (2, True): TensorProto.INT2,
+}
 
 
 class GraphWriter:
@@ -35,10 +41,11 @@ class GraphWriter:
         """An initializer of its own."""
         return self._add(numpy_helper.from_array(np.array(values, order="C")), name)
 
-    def packed(self, codes: Codes, bits: int, shape: Sequence[int]) -> str:
-        """An initializer of type UINT4 or UINT2; its bytes are our own packing."""
-        data = pack(codes, bits).tobytes()
-        return self._add(TensorProto(data_type=_PACKED_TYPE[bits], dims=shape, raw_data=data), None)
+    def packed(self, codes: Codes | Int8s, bits: int, shape: Sequence[int]) -> str:
+        """An initializer of type UINT4 or UINT2, of INT4 or INT2 for int8 codes; its bytes are our own packing."""
+        data_type = _PACKED_TYPE[bits, codes.dtype == np.int8]
+        data = pack(codes.view(np.uint8) & np.uint8((1 << bits) - 1), bits).tobytes()
+        return self._add(TensorProto(data_type=data_type, dims=shape, raw_data=data), None)
 
     def constant(self, values: npt.NDArray[Any]) -> str:
         """A constant that is shared by all who ask for the same."""
@@ -117,4 +124,29 @@ class Encoding(Protocol):
         """int32 codes."""
 
     def lookup(self, writer: GraphWriter, codes: Codes, bits: int, lut: str) -> str:
-        """lut[codes] for one LUT of 2**bits entries (scalars or vectors)."""
+        """lut[codes] for one LUT of 2**bits entries (scalars or vectors) of any type."""
+
+
+def looked_up(
+    writer: GraphWriter,
+    encoding: Encoding,
+    codes: Codes,
+    bits: int,
+    lut: str,
+    shape: tuple[int, ...],
+    vector_dim: int = 1,
+) -> str:
+    """lut[codes] in the given shape, which holds the codes (or the vectors that they stand for) row-major."""
+    value = encoding.lookup(writer, codes, bits, lut)
+    if encoding.exact(bits) and vector_dim == 1:
+        return value
+    return shaped(writer, value, (codes.size + encoding.padding(codes.size, bits)) * vector_dim, shape)
+
+
+def shaped(writer: GraphWriter, value: str, count: int, shape: tuple[int, ...]) -> str:
+    """The first elements of a value of `count` elements, in the given shape."""
+    wanted = int(np.prod(shape))
+    if count != wanted:
+        value = writer.node("Reshape", [value, writer.shape([-1])])
+        value = writer.node("Slice", [value, writer.shape([0]), writer.shape([wanted])])
+    return writer.node("Reshape", [value, writer.shape(shape)])

@@ -3,10 +3,12 @@
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto
 
 from qcompress import granularity
-from qcompress.artifacts import Floats, PalettizedWeight, along_axis
-from qcompress_exporters.encodings.base import Codes, Encoding, GraphWriter
+from qcompress.artifacts import Floats, Int8s, PalettizedWeight, along_axis, spread
+from qcompress_exporters.encodings.base import Codes, Encoding, GraphWriter, looked_up, shaped
 from qcompress_exporters.encodings.native import Native
 from qcompress_exporters.encodings.planes import Planes
 from qcompress_exporters.encodings.words import Words
@@ -33,52 +35,74 @@ def write_palette(writer: GraphWriter, weight: PalettizedWeight, name: str, enco
         name: what the decoded value is called.
         encoding: can write `weight.bits`.
     """
-    if weight.vector_dim > 1:
-        value = _one_lut(writer, weight, weight.codes, weight.shape, encoding)
-    else:
-        codes = np.moveaxis(weight.codes, weight.axis, 0) if weight.codes.ndim else weight.codes
-        groups, channels = weight.lut.shape[0], codes.shape[0] if codes.ndim else 1
-        if groups == 1:
-            value = _one_lut(writer, weight, codes, codes.shape, encoding)
-        elif channels == groups * (weight.rows_per_lut or channels):
-            value = _equal_groups(writer, weight, codes, encoding)
-        else:
-            value = _any_groups(writer, weight, codes, encoding)
-        if weight.scale is not None:
-            value = writer.node("Mul", [value, writer.tensor(along_axis(weight.scale, codes.ndim, 0))])
-        if weight.axis != 0:
-            order = [*range(1, weight.axis + 1), 0, *range(weight.axis + 1, codes.ndim)]
-            writer.node("Transpose", [value], perm=order)
+    value = _lookups(writer, weight, weight.lut, encoding, widen=weight.lut.dtype != np.float32)
+    if weight.scale is not None:
+        axis = weight.axis if weight.vector_dim > 1 else 0
+        value = writer.node("Mul", [value, writer.tensor(spread(weight.scale, weight.shape, axis))])
+    _transposed(writer, weight, value)
     writer.name_last(name)
 
 
-def _one_lut(
-    writer: GraphWriter, weight: PalettizedWeight, codes: Codes, shape: tuple[int, ...], encoding: Encoding
+def write_int8_palette(
+    writer: GraphWriter, weight: PalettizedWeight, lut: Int8s, name: str, encoding: Encoding
+) -> None:
+    """Write the nodes and initializers that look a weight up in int8 tables, as the int8 value `name`.
+
+    Args:
+        writer: takes them.
+        weight: any palettized weight; its scale is left out.
+        lut: int8, in the shape of its own.
+        name: what the value is called.
+        encoding: can write `weight.bits`.
+    """
+    _transposed(writer, weight, _lookups(writer, weight, lut, encoding))
+    writer.name_last(name)
+
+
+def _lookups(
+    writer: GraphWriter, weight: PalettizedWeight, lut: Floats | Int8s, encoding: Encoding, *, widen: bool = False
 ) -> str:
-    """One table for the whole tensor: the codes of a word are looked up at once."""
-    lut = writer.tensor(_full_lut(weight.lut[0], weight.bits))
-    value = encoding.lookup(writer, codes, weight.bits, lut)
-    if encoding.exact(weight.bits) and weight.vector_dim == 1:
-        return value
-    padded = (codes.size + encoding.padding(codes.size, weight.bits)) * weight.vector_dim
-    return _shaped(writer, value, padded, shape)
+    """The entries that the codes point to, output channels first unless they are vectors; widened to float32."""
+
+    def table(values: Floats | Int8s) -> str:
+        written = writer.tensor(values)
+        return writer.node("Cast", [written], to=TensorProto.FLOAT) if widen else written
+
+    codes = weight.codes
+    if weight.vector_dim > 1:
+        full = table(_full_lut(lut[0], weight.bits))
+        return looked_up(writer, encoding, codes, weight.bits, full, weight.shape, weight.vector_dim)
+    if codes.ndim:
+        codes = np.moveaxis(codes, weight.axis, 0)
+    groups, channels = lut.shape[0], codes.shape[0] if codes.ndim else 1
+    if groups == 1:  # one table for the whole tensor: the codes of a word are looked up at once
+        return looked_up(writer, encoding, codes, weight.bits, table(_full_lut(lut[0], weight.bits)), codes.shape)
+    if channels == groups * (weight.rows_per_lut or channels):
+        return _equal_groups(writer, table(lut), groups, codes, weight.bits, encoding)
+    group_O = granularity.group_of_row(channels, weight.rows_per_lut)
+    offset_O = (group_O * lut.shape[1]).astype(np.int32)
+    return _any_groups(writer, table(lut.ravel()), offset_O, codes, weight.bits, encoding)
 
 
-def _equal_groups(writer: GraphWriter, weight: PalettizedWeight, codes: Codes, encoding: Encoding) -> str:
+def _transposed(writer: GraphWriter, weight: PalettizedWeight, value: str) -> None:
+    """A value with the output channels first, in the weight's own order of axes."""
+    if weight.vector_dim == 1 and weight.axis != 0:
+        order = [*range(1, weight.axis + 1), 0, *range(weight.axis + 1, weight.codes.ndim)]
+        writer.node("Transpose", [value], perm=order)
+
+
+def _equal_groups(writer: GraphWriter, lut: str, groups: int, codes: Codes, bits: int, encoding: Encoding) -> str:
     """One table per group of equally many channels: GatherElements, the fastest to load."""
-    grouped = codes.reshape(weight.lut.shape[0], -1)
-    value = _codes(writer, weight.bits, grouped, encoding)
-    value = writer.node("GatherElements", [writer.tensor(weight.lut), value], axis=1)
-    return _shaped(writer, value, grouped.size, codes.shape)
+    value = _codes(writer, bits, codes.reshape(groups, -1), encoding)
+    return shaped(writer, writer.node("GatherElements", [lut, value], axis=1), codes.size, codes.shape)
 
 
-def _any_groups(writer: GraphWriter, weight: PalettizedWeight, codes: Codes, encoding: Encoding) -> str:
+def _any_groups(
+    writer: GraphWriter, luts: str, offset_O: npt.NDArray[np.int32], codes: Codes, bits: int, encoding: Encoding
+) -> str:
     """One table per group, the last group shorter: each channel's offset into the joined tables is added."""
-    entries = weight.lut.shape[1]
-    group_O = granularity.group_of_row(codes.shape[0], weight.rows_per_lut)
-    offset = along_axis((group_O * entries).astype(np.int32), codes.ndim, 0)
-    value = writer.node("Add", [_codes(writer, weight.bits, codes, encoding), writer.constant(offset)])
-    return writer.node("Gather", [writer.tensor(weight.lut.ravel()), value])
+    offset = writer.constant(along_axis(offset_O, codes.ndim, 0))
+    return writer.node("Gather", [luts, writer.node("Add", [_codes(writer, bits, codes, encoding), offset])])
 
 
 def _codes(writer: GraphWriter, bits: int, codes: Codes, encoding: Encoding) -> str:
@@ -86,19 +110,10 @@ def _codes(writer: GraphWriter, bits: int, codes: Codes, encoding: Encoding) -> 
     value = encoding.codes(writer, codes, bits)
     if encoding.exact(bits):
         return value
-    return _shaped(writer, value, codes.size + encoding.padding(codes.size, bits), codes.shape)
+    return shaped(writer, value, codes.size + encoding.padding(codes.size, bits), codes.shape)
 
 
-def _shaped(writer: GraphWriter, value: str, count: int, shape: tuple[int, ...]) -> str:
-    """The first elements of a value of `count` elements, in the given shape."""
-    wanted = int(np.prod(shape))
-    if count != wanted:
-        value = writer.node("Reshape", [value, writer.shape([-1])])
-        value = writer.node("Slice", [value, writer.shape([0]), writer.shape([wanted])])
-    return writer.node("Reshape", [value, writer.shape(shape)])
-
-
-def _full_lut(lut: Floats, bits: int) -> Floats:
+def _full_lut(lut: Floats | Int8s, bits: int) -> Floats | Int8s:
     """The LUT with 2**bits entries: decode tables name every code, used or not."""
     missing = (1 << bits) - len(lut)
     return np.concatenate([lut, np.repeat(lut[-1:], missing, axis=0)]) if missing else lut

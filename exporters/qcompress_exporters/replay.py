@@ -1,0 +1,284 @@
+"""A quantized file against torch, layer by layer, on the same codes.
+
+The file's activations are read as onnxruntime computes them (its codes are asked for as outputs) and each is compared
+with what torch computes from the codes before it. So a difference shows where it arises, and nowhere else.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from qcompress.artifacts import spread
+from qcompress.errors import SourceError
+from qcompress.layers import bias_of, layers, weight_layers
+from qcompress.program import FloatProgram, state_nodes
+from qcompress.sites import MarkedRunner, input_sites, output_layers
+from qcompress_exporters.dynamic import SCALE, ZERO_POINT
+from qcompress_exporters.edit import GraphEditor
+from qcompress_exporters.marks import code_name, scale_name
+from qcompress_exporters.names import ShortNames
+from qcompress_exporters.sessions import Mode, run, session
+
+Arrays = dict[str, npt.NDArray[Any]]
+Floats = npt.NDArray[np.float32]
+
+_REQUANTIZERS: Final = {"QuantizeLinear": 1, "QLinearConv": 6, "QLinearMatMul": 6}  # where the output's scale stands
+
+
+@dataclass(frozen=True, slots=True)
+class FileGrid:
+    """The grid of one site as the file has it.
+
+    Args:
+        scale: float32.
+        zero_point: its code of 0.
+        low: smallest code that it lets pass.
+        high: largest code.
+        before: what is taken off the value in front of the quantizer: a free offset.
+        after: what is added to the dequantized value: the same, unless a layer's bias took it up.
+    """
+
+    scale: Floats
+    zero_point: int
+    low: int
+    high: int
+    before: Floats
+    after: Floats
+
+    def quantize(self, x: Floats) -> npt.NDArray[np.uint8]:
+        """Codes of a value."""
+        codes = np.rint((x - self.before) / self.scale) + np.float32(self.zero_point)
+        return np.asarray(np.clip(codes, self.low, self.high), np.uint8)
+
+    def dequantize(self, codes: npt.NDArray[np.uint8]) -> Floats:
+        """What a layer takes for some codes."""
+        return np.asarray((codes.astype(np.float32) - np.float32(self.zero_point)) * self.scale + self.after)
+
+
+def file_grids(model: onnx.ModelProto, count: int) -> list[FileGrid]:
+    """The grids of a file's sites.
+
+    Args:
+        model: one of our files, for int8 compute.
+        count: how many sites it has.
+
+    Raises:
+        SourceError: a site is missing, or not written as we write it.
+    """
+    graph = GraphEditor(model.graph, ShortNames([]))
+    return [_file_grid(graph, code_name(i)) for i in range(count)]
+
+
+def _file_grid(graph: GraphEditor, name: str) -> FileGrid:
+    node, ends = graph.producer(name), [0, 255]
+    if node is not None and node.op_type == "Clip":
+        for position, end in enumerate(node.input[1:]):
+            if end:
+                ends[position] = int(_constant(graph, end))
+        node = graph.producer(node.input[0])
+    if node is None or node.op_type not in _REQUANTIZERS:
+        raise SourceError(f"The file does not quantize {name} as its metadata says: export it again.")
+    position = _REQUANTIZERS[node.op_type]
+    scale, zero = (_constant(graph, value) for value in node.input[position : position + 2])
+    source = graph.producer(node.input[0])
+    nothing = np.zeros((), np.float32)
+    before = after = nothing
+    if node.op_type == "QuantizeLinear" and source is not None and source.op_type == "Sub":
+        constant = graph.constant(source.input[1])
+        if constant is not None and constant.ndim == 0:
+            before = np.asarray(constant, np.float32)
+            after = before if _is_added_back(graph, name, before) else nothing
+    return FileGrid(np.asarray(scale, np.float32), int(zero), ends[0], ends[1], before, after)
+
+
+def _is_added_back(graph: GraphEditor, codes: str, offset: Floats) -> bool:
+    stack = [codes]
+    while stack:
+        for user in graph.users(stack.pop()):
+            if user.op_type == "DequantizeLinear":
+                for behind in graph.users(user.output[0]):
+                    constants = [graph.constant(name) for name in behind.input] if behind.op_type == "Add" else []
+                    if any(c is not None and c.ndim == 0 and c == offset for c in constants):
+                        return True
+            else:
+                stack += user.output
+    return False
+
+
+def _constant(graph: GraphEditor, name: str) -> Any:
+    value = graph.constant(name)
+    if value is None or value.ndim:
+        raise SourceError("The file's scales and zero points must be scalar constants: export it again.")
+    return value
+
+
+def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]], grids: list[FileGrid]) -> Arrays:
+    """The float tensors that a file's decoded ones stand for.
+
+    Args:
+        marked: the program, marked where the file quantizes.
+        values: from `decode.decoded`: int8 weights with their scales, int32 biases, floats.
+        grids: of the sites; none for scales that are found at run time.
+    """
+    state = {name: v for name, v in values.items() if name in marked.state()}
+    scales: dict[str, Floats] = {}
+    for name, layer in weight_layers(marked).items():
+        if name in state and state[name].dtype == np.int8:
+            scales[name] = values[scale_name(name)]
+            axis = layer.axis if scales[name].ndim else None
+            state[name] = state[name].astype(np.float32) * spread(scales[name], state[name].shape, axis)
+    inputs, names = input_sites(marked), state_nodes(marked.exported)
+    for layer in layers(marked):
+        bias = bias_of(layer.node)
+        name = names.get(bias, "") if bias is not None else ""
+        if name in state and state[name].dtype == np.int32:
+            step = grids[inputs[layer.weight]].scale * scales[layer.weight]
+            state[name] = (state[name] * step.astype(np.float64)).astype(np.float32)
+    return state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteDifference:
+    """How the codes of one site differ between the runtime and torch.
+
+    Args:
+        site: name of the value, or of the layer whose input it is.
+        layer: weight of the layer that gives it; empty for other values.
+        codes: how many were compared.
+        off: how many differ.
+        largest: the largest difference, in codes.
+        signal: sum of squares of the original's values.
+        noise: sum of squared differences between the file's values and the original's, all layers before included.
+    """
+
+    site: str
+    layer: str
+    codes: int
+    off: int
+    largest: int
+    signal: float
+    noise: float
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What a comparison on the same codes found.
+
+    Args:
+        sites: one for each site, in the order in which the graph computes them.
+        wanted: the outputs that torch gives for the file's codes.
+        got: the file's outputs.
+    """
+
+    sites: tuple[SiteDifference, ...]
+    wanted: Arrays
+    got: Arrays
+
+
+def replay(
+    marked: FloatProgram,
+    model: onnx.ModelProto,
+    sites: list[tuple[str, int]],
+    state: Mapping[str, npt.NDArray[Any]],
+    grids: list[FileGrid],
+    batches: Iterable[Arrays],
+    mode: Mode,
+) -> Replay:
+    """Run a file and its torch reference side by side.
+
+    Args:
+        marked: the original, marked at `sites`.
+        model: the file.
+        sites: keys, in the order of their marks.
+        state: from `reference_state`.
+        grids: from `file_grids`; empty where the file finds scales at run time.
+        batches: inputs by the graph's names.
+        mode: of the session.
+    """
+    names = _code_outputs(model, len(sites), dynamic=not grids)
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    outputs = [v.name for v in model.graph.output]
+    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
+    active = session(watched.SerializeToString(), mode)
+    reference, float_runner = MarkedRunner(marked.with_state(state)), MarkedRunner(marked)
+    tally = np.zeros((len(sites), 5))
+    wanted, got, order = [], [], []
+    for batch in batches:
+        values = run(active, batch)
+        seen: dict[int, Floats] = {}
+        float_runner(batch, _keep(seen))
+        order = list(seen)
+        wanted.append(reference(batch, _compare(values, grids, seen, tally)))
+        got.append({name: values[name] for name in outputs})
+    behind = output_layers(marked)
+    differences = tuple(
+        SiteDifference(
+            site=sites[i][0], layer=behind.get(i, ""), codes=int(tally[i, 0]), off=int(tally[i, 1]),
+            largest=int(tally[i, 2]), signal=float(tally[i, 3]), noise=float(tally[i, 4]),
+        )
+        for i in order
+    )  # fmt: skip
+    return Replay(differences, _joined(wanted), _joined(got))
+
+
+def _keep(seen: dict[int, Floats]) -> Callable[[int, Floats, bool], Floats]:
+    def visit(index: int, value: Floats, first: bool) -> Floats:
+        if first:
+            seen[index] = value
+        return value
+
+    return visit
+
+
+def _compare(
+    values: Arrays, grids: list[FileGrid], originals: Mapping[int, Floats], tally: npt.NDArray[np.float64]
+) -> Callable[[int, Floats, bool], Floats]:
+    """A visitor that compares codes and goes on with the file's."""
+
+    def visit(index: int, value: Floats, first: bool) -> Floats:
+        name = code_name(index)
+        if not first or (not grids and name not in values):
+            return value  # moved, and on the grid already; or of a layer that stays in float
+        grid = grids[index] if grids else _dynamic_grid(value)
+        codes = grid.quantize(value)
+        if name in values:
+            theirs = values[name].reshape(codes.shape)
+            difference = np.abs(theirs.astype(np.int16) - codes)
+            tally[index, :2] += difference.size, np.count_nonzero(difference)
+            tally[index, 2] = max(tally[index, 2], difference.max(initial=0))
+            codes = theirs
+        if not grids:
+            grid = FileGrid(
+                values[SCALE.format(index)], int(values[ZERO_POINT.format(index)]), 0, 255, grid.before, grid.after
+            )
+        result, float_value = grid.dequantize(codes), originals[index].astype(np.float64)
+        tally[index, 3:] += np.square(float_value).sum(), np.square(float_value - result).sum()
+        return result
+
+    return visit
+
+
+def _dynamic_grid(value: Floats) -> FileGrid:
+    """What DynamicQuantizeLinear takes for a value, as ONNX defines it."""
+    low, high = min(np.float32(0), value.min()), max(np.float32(0), value.max())
+    nothing = np.zeros((), np.float32)
+    scale = np.float32((high - low) / np.float32(255)) or np.float32(1)
+    zero = int(np.clip(np.rint(-low / scale), 0, 255))
+    return FileGrid(np.asarray(scale), zero, 0, 255, nothing, nothing)
+
+
+def _code_outputs(model: onnx.ModelProto, count: int, *, dynamic: bool) -> list[str]:
+    given = {output for node in model.graph.node for output in node.output}
+    texts = [code_name(i) for i in range(count)]
+    if dynamic:
+        texts += [text.format(i) for i in range(count) for text in (SCALE, ZERO_POINT)]
+    return [name for name in texts if name in given]
+
+
+def _joined(parts: list[Arrays]) -> Arrays:
+    return {n: np.concatenate([np.atleast_1d(p[n]) for p in parts]) for n in parts[0]}

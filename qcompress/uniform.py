@@ -1,0 +1,116 @@
+"""Uniform grids: a weight rounded to the nearest of evenly spaced codes, without data or training."""
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompress import granularity
+from qcompress.artifacts import FLOAT_DTYPES, Floats, IntegerWeight, spread
+from qcompress.errors import ConfigError
+from qcompress.grid import IntegerRange
+from qcompress.packing import check_bits
+
+REDUCED_BITS: Final = 7  # what 8-bit codes are held within so that sums of two int8 products fit 16 bits
+
+
+def round_to_nearest(
+    values: npt.NDArray[Any],
+    bits: int,
+    axis: int = 0,
+    *,
+    reduce_range: bool = False,
+    per_channel: bool = True,
+    least: Floats | None = None,
+) -> IntegerWeight:
+    """A weight on a symmetric grid of signed codes, the largest of which stands for the largest magnitude.
+
+    Args:
+        values: float32, float16 or bfloat16, any shape, finite; not modified.
+        bits: width of a code, 2 to 8.
+        axis: the axis that counts output channels.
+        reduce_range: 8-bit codes stay in [-64, 63], as narrower ones do anyway: CPUs without VNNI saturate the sums of
+            larger ones.
+        per_channel: one scale for each output channel; else one for the tensor.
+        least: float32 [O], what the scales are at least; None: nothing.
+
+    Returns:
+        The artifact, without zero points. Its scale is max|w| / p, p the largest code; 1.0 where that is no normal
+        float32 above 0 (channels of zeros).
+
+    Raises:
+        ConfigError: bits outside 2..8, another dtype, or NaN or Inf.
+
+    >>> w = round_to_nearest(np.array([[-0.5, 0.25, 1.5], [0.0, 0.0, 0.0]], np.float32), bits=3)
+    >>> w.codes.tolist(), w.scale.tolist()
+    ([[-1, 0, 3], [0, 0, 0]], [0.5, 1.0])
+    """
+    check_bits(bits)
+    if bits == 1:
+        raise ConfigError(
+            "bits must be in [2, 8] for a uniform grid, whose signed codes of 1 bit are -1 and 0 alone, got 1: "
+            "scheme palette writes 1 bit as two values."
+        )
+    wide = finite_floats(values, "round")
+    limits = IntegerRange(min(bits, REDUCED_BITS) if reduce_range else bits, signed=True)
+    scale = symmetric_scale(wide, limits.p, axis if per_channel else None, least)
+    codes = np.clip(np.rint(in_steps(wide, scale, axis)), limits.n, limits.p)
+    return IntegerWeight(
+        codes=np.array(codes, np.int8, order="C"), scale=scale, bits=bits, axis=axis if scale.ndim else None
+    )
+
+
+def symmetric_scale(values: Floats, largest: int, axis: int | None, least: Floats | None = None) -> Floats:
+    """The step with which `largest` of them reach the largest magnitude.
+
+    Args:
+        values: float32, finite.
+        largest: the largest code, at least 1.
+        axis: each of its indices has its own step; None: one for all.
+        least: float32 [O], what each step is at least.
+
+    Returns:
+        float32 [O], 0-d without an axis (or for a 0-d weight); 1.0 where the step is no normal float32 above 0.
+
+    >>> symmetric_scale(np.array([[-3, 1], [0, 0]], np.float32), 3, axis=0).tolist()
+    [1.0, 1.0]
+    """
+    if axis is None or values.ndim == 0:
+        magnitude = np.abs(values).max(initial=0)
+    else:
+        magnitude = np.abs(granularity.rows(values, axis)).max(axis=1, initial=0)
+    scale = np.asarray(magnitude / np.float32(largest), np.float32)
+    scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
+    return scale if least is None else np.asarray(np.maximum(scale, least if scale.ndim else least.max()), np.float32)
+
+
+def in_steps(values: Floats, scale: Floats, axis: int) -> npt.NDArray[np.float64]:
+    """values / scale in float64, in which rounding to integers and to halves of them is never off by rounding.
+
+    Args:
+        values: float32.
+        scale: float32, 0-d or [O] along `axis`.
+        axis: the axis that counts output channels.
+    """
+    return np.asarray(values / spread(scale, values.shape, axis).astype(np.float64))
+
+
+def finite_floats(values: npt.NDArray[Any], verb: str) -> Floats:
+    """The values as float32.
+
+    Args:
+        values: float32, float16 or bfloat16.
+        verb: what is done to weights, for the errors.
+
+    Raises:
+        ConfigError: another dtype, or NaN or Inf.
+    """
+    if values.dtype not in FLOAT_DTYPES:
+        raise ConfigError(f"Weights to {verb} must be float32, float16 or bfloat16, got {values.dtype}.")
+    wide = values.astype(np.float32, copy=False)
+    finite = np.isfinite(wide)
+    if not finite.all():
+        raise ConfigError(
+            f"Weights to {verb} must be finite, got {int((~finite).sum())} NaN or Inf among {values.size}."
+        )
+    return wide

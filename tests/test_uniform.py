@@ -1,0 +1,140 @@
+"""Rounding to a uniform grid: the nearest code, the scale that the largest weight asks for, and no channel is lost."""
+
+from fractions import Fraction
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from qcompress.artifacts import spread
+from qcompress.errors import ConfigError
+from qcompress.uniform import finite_floats, round_to_nearest, symmetric_scale
+from reference import round_uniform
+
+TINY = float(np.finfo(np.float32).tiny)
+# What a code at every width still has a normal scale for, and what needs rounding of exact halves.
+WEIGHTS = st.floats(-(2.0**60), 2.0**60, width=32) | st.integers(-20, 20).map(lambda n: n / 4)
+SHAPES = hnp.array_shapes(min_dims=1, max_dims=4, max_side=5)
+
+
+@st.composite
+def cases(draw, elements=WEIGHTS):
+    """A weight, an axis of it, and options."""
+    shape = draw(SHAPES)
+    weight = draw(hnp.arrays(np.float32, shape, elements=elements))
+    options = {
+        "bits": draw(st.integers(2, 8)),
+        "reduce_range": draw(st.booleans()),
+        "per_channel": draw(st.booleans()),
+        "axis": draw(st.integers(0, len(shape) - 1)),
+    }
+    return weight, options
+
+
+def largest_code(options):
+    return (1 << (min(options["bits"], 7) if options["reduce_range"] else options["bits"]) - 1) - 1
+
+
+@given(cases(WEIGHTS.filter(lambda v: v == 0 or abs(v) > 1e-30)))
+def test_it_is_what_the_slow_version_gives(case):
+    weight, options = case
+    got = round_to_nearest(weight, **options)
+    codes, scale = round_uniform(weight, largest_code(options), options["axis"] if options["per_channel"] else None)
+    np.testing.assert_array_equal(got.codes, codes)
+    np.testing.assert_array_equal(got.scale, scale)
+
+
+@given(cases())
+def test_no_other_code_is_nearer(case):
+    weight, options = case
+    got = round_to_nearest(weight, **options)
+    p = largest_code(options)
+    assert np.abs(got.codes.astype(int)).max() <= p
+    scale = np.broadcast_to(spread(got.scale, weight.shape, got.axis), weight.shape)
+    for w, code, step in zip(weight.flat, got.codes.flat, scale.flat, strict=True):
+        off = abs(Fraction(float(w)) - int(code) * Fraction(float(step)))
+        for other in (int(code) - 1, int(code) + 1):
+            assert abs(other) > p or abs(Fraction(float(w)) - other * Fraction(float(step))) >= off
+
+
+@given(cases())
+def test_the_largest_of_a_channel_has_the_largest_code_and_every_scale_is_normal(case):
+    weight, options = case
+    got = round_to_nearest(weight, **options)
+    assert got.bits == options["bits"]
+    assert got.zero_point is None
+    assert np.isfinite(got.scale).all()
+    assert (got.scale >= TINY).all()
+    axes = tuple(i for i in range(weight.ndim) if i != got.axis)
+    most = np.abs(got.codes.astype(int)).max(axis=axes)
+    magnitude = np.abs(weight).max(axis=axes)
+    assert ((most == largest_code(options)) | (magnitude < TINY * 128)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_what_is_on_the_grid_stays_as_it_is(dtype):
+    codes = np.arange(-63, 64).reshape(1, -1)
+    weight = (codes * 0.25).astype(dtype)
+    assert round_to_nearest(weight, 7).codes.tolist() == codes.tolist()
+    np.testing.assert_array_equal(round_to_nearest(weight, 7).dequantize(), weight.astype(np.float32))
+
+
+def test_channels_of_zeros_or_next_to_nothing_are_zeros_with_a_scale_of_one():
+    got = round_to_nearest(np.array([[0.0, -0.0], [1e-45, -1e-40], [0.5, 1.0]], np.float32), 8)
+    assert got.codes.tolist() == [[0, 0], [0, 0], [64, 127]]
+    assert got.scale.tolist() == [1, 1, np.float32(1) / np.float32(127)]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_weights_without_elements_or_axes(per_channel):
+    empty = round_to_nearest(np.zeros((3, 0), np.float32), 4, per_channel=per_channel)
+    assert empty.scale.tolist() == ([1, 1, 1] if per_channel else 1)
+    scalar = round_to_nearest(np.array(-3, np.float32), 2, per_channel=per_channel)
+    assert (scalar.codes, scalar.scale, scalar.axis) == (-1, 3, None)
+
+
+def test_the_scales_of_channels_beat_one_for_all():
+    weight = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32) * np.logspace(-2, 0, 16)[:, None]
+    error = {
+        per_channel: np.square(
+            round_to_nearest(weight.astype(np.float32), 4, per_channel=per_channel).dequantize() - weight
+        ).sum()
+        for per_channel in (True, False)
+    }
+    assert error[True] < error[False] / 2
+
+
+@given(hnp.arrays(np.float32, SHAPES, elements=st.floats(-1e6, 1e6, width=32)))
+def test_the_input_is_not_modified(weight):
+    before = weight.copy()
+    round_to_nearest(weight, 4)
+    np.testing.assert_array_equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bits", "message"),
+    [
+        (
+            np.zeros(3, np.float32),
+            1,
+            r"bits must be in \[2, 8\] for a uniform grid, whose signed codes of 1 bit are -1 and 0 alone, got 1: "
+            r"scheme palette writes 1 bit as two values\.",
+        ),
+        (np.zeros(3, np.float32), 9, r"bits must be in \[1, 8\], got 9\."),
+        (np.zeros(3), 4, r"Weights to round must be float32, float16 or bfloat16, got float64\."),
+        (np.array([1, np.nan], np.float32), 4, r"Weights to round must be finite, got 1 NaN or Inf among 2\."),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused(weight, bits, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        round_to_nearest(weight, bits)
+
+
+def test_the_step_is_per_index_of_an_axis():
+    values = np.array([[1, -6], [3, 2]], np.float32)
+    assert symmetric_scale(values, 3, axis=1).tolist() == [1, 2]
+    assert symmetric_scale(values, 3, axis=None).tolist() == 2
+    assert finite_floats(values, "round") is values
