@@ -57,6 +57,8 @@ class CompressedModel:
         activations: the grids that values between layers are quantized to, by their sites.
         compute: what layers compute in: `float`, `int8` or `dynamic8`.
         saturation: share of the calibration data that each grid clips, as it was found; not saved.
+        snapped: error at the output of each layer whose input's offset was moved onto the grid, over the output's
+            spread, by the layer's weight; see `posthoc.offsets`.
 
     Raises:
         ConfigError: another `compute`, or a grid under a site that is not its own.
@@ -71,6 +73,7 @@ class CompressedModel:
     activations: Mapping[tuple[str, int], ActivationGrid] = field(default_factory=dict)
     compute: Compute = "float"
     saturation: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    snapped: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.compute not in get_args(Compute):
@@ -175,6 +178,7 @@ class CompressedModel:
             "notes": list(self.notes),
             "activations": [grid.as_dict() for grid in self.activations.values()],
             "compute": self.compute,
+            "snapped": dict(self.snapped),
         }
         return save(tensors, {_KEY: json.dumps(about)})
 
@@ -226,6 +230,7 @@ class CompressedModel:
             notes=tuple(about["notes"]),
             activations=_activations(about),
             compute=about["compute"],
+            snapped=about["snapped"],
         )
 
 
@@ -253,7 +258,7 @@ def read_artifacts(folder: Path) -> tuple[dict[str, Any], dict[str, Artifact]]:
             + ("use a newer qcompress." if version > FORMAT_VERSION else "save it again with the version before.")
         )
     if version == 1:
-        about |= {"activations": [], "compute": "float"}
+        about |= {"activations": [], "compute": "float", "snapped": {}}
     if not _complete(about):
         raise SourceError(f"{path} is damaged: its header lacks what the format holds.")
     try:
@@ -278,6 +283,8 @@ def _complete(about: Mapping[str, Any]) -> bool:
         and isinstance(about.get("activations"), list)
         and all(isinstance(grid, dict) for grid in about["activations"])
         and about.get("compute") in get_args(Compute)
+        and isinstance(about.get("snapped"), dict)
+        and all(type(error) is float for error in about["snapped"].values())
     )
 
 

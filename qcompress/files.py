@@ -9,35 +9,37 @@ from pathlib import Path
 from qcompress.errors import OutputError
 
 
-def check_writable(path: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
+def check_writable(path: Path, *, force: bool = False, inputs: Iterable[Path] = (), flag: str | None = "-o") -> None:
     """Refuse an output path before any work is done for it.
 
     Args:
         path: where something shall be written.
         force: whether an existing file may be replaced.
         inputs: files that are never replaced, `force` or not; links to them included.
+        flag: the flag that names another path; None: there is none.
 
     Raises:
         OutputError: the folder is missing or read-only, the file exists, is no regular file, or is one of the inputs.
     """
+    by = f" with {flag}" if flag else ""
     for given in inputs:
         if path.exists() and given.exists() and path.samefile(given):
-            raise OutputError(f"{path} is an input of this command and is never replaced: name another file with -o.")
+            raise OutputError(f"{path} is an input of this command and is never replaced: name another file{by}.")
     if path.is_dir():
-        raise OutputError(f"{path} is a folder, a file name is needed: name a file in it with -o.")
+        raise OutputError(f"{path} is a folder, a file name is needed: name a file in it{by}.")
     if path.exists() and not path.is_file():
-        raise OutputError(f"{path} is a device, pipe or socket, which is never replaced: name a file with -o.")
+        raise OutputError(f"{path} is a device, pipe or socket, which is never replaced: name a file{by}.")
     if path.exists() and not force:
-        raise OutputError(f"{path} exists: name another file with -o, or replace it with --force.")
+        raise OutputError(f"{path} exists: name another file{by}, or replace it with --force.")
     folder = path.parent
     if not folder.is_dir():
         raise OutputError(f"{path} cannot be written: the folder {folder} does not exist. Create it first.")
     if not folder.stat().st_mode & 0o222:  # root could write there all the same; nobody meant it to
-        raise OutputError(f"{path} cannot be written: the folder {folder} is read-only. Name another place with -o.")
+        raise OutputError(f"{path} cannot be written: the folder {folder} is read-only. Name another place{by}.")
     try:
         handle, probe = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
     except OSError as e:
-        raise OutputError(f"{path} cannot be written: {e.strerror}. Name another place with -o.") from None
+        raise OutputError(f"{path} cannot be written: {e.strerror}. Name another place{by}.") from None
     os.close(handle)
     os.unlink(probe)
 

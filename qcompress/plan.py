@@ -17,6 +17,7 @@ from qcompress import _plan_toml
 from qcompress._plan_toml import header
 from qcompress._settings import Scheme, Settings, settings_from
 from qcompress.artifacts import short_digest
+from qcompress.combinations import check_weight
 from qcompress.errors import ConfigError, did_you_mean
 from qcompress.sources.base import KINDS, UNKNOWN, WEIGHT_KINDS, SourceTensor
 
@@ -325,8 +326,8 @@ def resolve(plan: Plan, tensors: Iterable[SourceTensor | tuple[str, str]]) -> Re
             f"{widthless[0].name}{others}: no bits set: give --bits N (1 to 8), or set bits in a plan (--plan FILE)."
         )
     for tensor in resolved:
-        if tensor.settings is not None and tensor.scheme == "uniform":
-            _check_uniform(tensor)
+        if tensor.settings is not None:
+            check_weight(tensor.scheme, tensor.bits, tensor.rows_per_lut, tensor.origins, name=tensor.name)
     return ResolvedPlan(tensors=resolved)
 
 
@@ -350,21 +351,6 @@ def _one(plan: Plan, name: str, kind: str, names: tuple[str, ...], *, first: boo
     if values["skip"]:
         return TensorPlan(name=name, kind=kind, settings=None, reason=f"by plan ({origins['skip']})", origins=origins)
     return TensorPlan(name=name, kind=kind, settings=Settings(**values), origins=origins)
-
-
-def _check_uniform(tensor: TensorPlan) -> None:
-    """A uniform grid has no palette to share, and none of 1 bit."""
-    origins, scheme = tensor.origins, f'scheme = "uniform" ({tensor.origins["scheme"]})'
-    if tensor.rows_per_lut is not None:
-        raise ConfigError(
-            f"{tensor.name}: rows_per_lut = {tensor.rows_per_lut} ({origins['rows_per_lut']}) is about palettes, and "
-            f'{scheme} has none: leave one of them out, or say rows_per_lut = "auto" where the scheme is uniform.'
-        )
-    if tensor.bits == 1:
-        raise ConfigError(
-            f"{tensor.name}: {scheme} must have bits in [2, 8], got bits = 1 ({origins['bits']}): give more bits, or "
-            f'scheme = "palette", which writes 1 bit as two values.'
-        )
 
 
 def _check_kinds(plan: Plan, entries: list[_Entry]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from qcompress.artifacts import ActivationGrid, Artifact, FloatWeight, PalettizedWeight, integer_values
 from qcompress.batchnorm import fold_batchnorm
+from qcompress.combinations import settled_compute
 from qcompress.compressed import CompressedModel, Compute
 from qcompress.data import Dataset, as_dataset
 from qcompress.errors import ConfigError, SourceError
@@ -176,18 +177,11 @@ def resolved_compute(resolved: ResolvedPlan, compute: Compute | None) -> Compute
     Raises:
         ConfigError: the plan and `compute` do not go together.
     """
-    quantized = [t for t in resolved.compressed if t.activation_bits is not None]
-    if compute is None:
-        return "int8" if quantized else "float"
-    if compute == "int8" and not quantized:
-        raise ConfigError("compute int8 must have activation_bits for some layer: give --activation-bits 8.")
-    if compute != "int8" and quantized:
-        why = "finds the activations' scales at run time" if compute == "dynamic8" else "leaves activations in float"
-        raise ConfigError(
-            f"compute {compute} {why}, but {quantized[0].name} has activation_bits = {quantized[0].activation_bits} "
-            f"({quantized[0].origins['activation_bits']}): leave one of them out."
-        )
-    return compute
+    first = next((t for t in resolved.compressed if t.activation_bits is not None), None)
+    if first is None:
+        return settled_compute(compute, None)
+    where = first.origins["activation_bits"]
+    return settled_compute(compute, f"{first.name} has activation_bits = {first.activation_bits} ({where})")
 
 
 def _check_same_function(program: FloatProgram, folded: FloatProgram) -> None:
