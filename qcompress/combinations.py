@@ -12,7 +12,8 @@ from qcompress.errors import ConfigError
 if TYPE_CHECKING:
     from qcompress.compressed import Compute
 
-FORMATS: Final = ("qdq", "integer")
+QDQ: Final = "qdq"  # the default
+FORMATS: Final = (QDQ, "integer")
 MEMORIES: Final = ("unpacked", "packed")
 
 _FLAGS: Final = {name: f"--{name.replace('_', '-')}" for name in ("bits", "activation_bits", "scheme", "rows_per_lut")}
@@ -106,6 +107,23 @@ def settled_compute(compute: "Compute | None", said: str | None) -> "Compute":
         why = "finds the activations' scales at run time" if compute == "dynamic8" else "leaves activations in float"
         raise ConfigError(f"compute {compute} {why}, but {said}: leave one of them out.")
     return compute
+
+
+def check_calibration(compute: "Compute", given: bool) -> None:
+    """int8 compute needs data to find grids on.
+
+    Args:
+        compute: what layers compute in.
+        given: whether there is calibration data.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if compute == "int8" and not given:
+        raise ConfigError(
+            "activation_bits must have calibration data to find the activations' grids: give --calibration X.npz "
+            "(calibration=… in Python), or use compute dynamic8, which needs none."
+        )
 
 
 def check_file(compute: "Compute", format: str | None, memory: str = "unpacked") -> None:

@@ -5,6 +5,7 @@ it gets is decided elsewhere. Sites are marked in the graph by an operator that 
 calibration, the fake-quantized reference and the ONNX graph all speak of the same values.
 """
 
+import operator
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
@@ -40,12 +41,19 @@ _CLAMPS: Final = (
     aten.relu.default, aten.relu_.default, aten.relu6.default, aten.relu6_.default, aten.hardtanh.default,
     aten.hardtanh_.default, aten.clamp.default, aten.clamp_.default, aten.clamp_min.default,
 )  # fmt: skip
+# What gives parts of a value, as a list.
+_SPLITS: Final = (
+    aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default,
+)  # fmt: skip
 # What moves values and changes none: its output is on its input's grid.
 _MOVES: Final = (
+    *_SPLITS,
     aten.slice.Tensor, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.squeeze.dim,
     aten.squeeze.dims, aten.unsqueeze.default, aten.permute.default, aten.transpose.int, aten.t.default,
     aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.max_pool1d.default,
     aten.max_pool2d.default, aten.dropout.default, aten._unsafe_view.default, aten.feature_dropout.default,
+    aten.unflatten.int, aten.expand.default, aten.select.int, aten.flip.default, aten.pixel_shuffle.default,
+    aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec,
 )  # fmt: skip
 _PADS: Final = (aten.pad.default, aten.constant_pad_nd.default)
 _SUMS: Final = (aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor)
@@ -196,8 +204,10 @@ class _Finder:
 
 def _moves(node: Node, state: Container[Node]) -> bool:
     """Whether a node moves the values of an activation and changes none, but for zeros that it may add."""
-    if node.op != "call_function" or not isinstance(node.args[0], Node) or node.args[0] in state:
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node) or node.args[0] in state:
         return False
+    if node.target is operator.getitem:
+        return node.args[0].target in _SPLITS and _moves(node.args[0], state)
     if node.target in _PADS:
         mode = node.args[2] if node.target is aten.pad.default and len(node.args) > 2 else "constant"
         value = node.args[3 if node.target is aten.pad.default else 2 :]
@@ -235,7 +245,8 @@ def mark(program: FloatProgram, sites: Iterable[tuple[str, int]]) -> FloatProgra
             raise ConfigError(f"The program has no activation {name!r}: it is another one than the grids are for.")
         if kind == OUTPUT:
             for node in _places(nodes[name], state):
-                insert(node, index, lambda user: True)
+                given = node.op == "placeholder"  # as an output of the program it stays what it is
+                insert(node, index, lambda user, given=given: not (given and user.op == "output"))  # type: ignore[misc]
         else:
             layer = uses[name]
             insert(data_input(layer), index, lambda user, layer=layer: user is layer)  # type: ignore[misc]
@@ -270,7 +281,7 @@ def output_layers(marked: FloatProgram) -> dict[int, str]:
     for node in marked.exported.graph.nodes:
         if node.target is site_op and node.args[1] not in found:
             value = node.args[0]
-            while value not in behind and value.target in (*_CLAMPS, *_MOVES):
+            while value not in behind and value.target in (*_CLAMPS, *_MOVES, operator.getitem):
                 value = value.args[0]
             if value in behind:
                 found[node.args[1]] = behind[value]
@@ -279,7 +290,7 @@ def output_layers(marked: FloatProgram) -> dict[int, str]:
 
 def _places(root: Node, state: Container[Node]) -> list[Node]:
     """A value and, behind it, everything that holds the same values: not what a padding gives, whose zeros are new."""
-    found = [root]
+    found = [] if root.target in _SPLITS else [root]
     for user in root.users:
         if _moves(user, state) and user.args[0] is root and user.target not in _PADS:
             found += _places(user, state)

@@ -233,7 +233,7 @@ def _canonical(
         *(f"The model changes its buffer {n} as it runs; the file keeps the value of now." for n in _mutated(exported)),
     )
     _check_outputs(exported)
-    exported = _with_own_tensors(_prune(exported))
+    exported = _with_own_tensors(_prune(_functional(exported)))
     state = _checked_state(exported)
     inputs = _check_names(options.input_names, input_names(exported), "--input-names", "inputs")
     clash = sorted(state & set(inputs))
@@ -380,9 +380,36 @@ def _training_argument(node: Node) -> int | None:
     return None
 
 
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """The same program without writes that reach a value by another way than the result of what writes.
+
+    Such as `y[:, 0] = 0` and `y[:, :2] += 1`: what stands between a value and its views would hide them from it.
+    """
+    if not any(_writes_behind(node) for node in exported.graph.nodes):
+        return exported
+    with quiet_torch():
+        functional = exported.run_decompositions({})
+    kinds = [spec.kind for spec in exported.graph_signature.output_specs]
+    same = kinds == [spec.kind for spec in functional.graph_signature.output_specs]
+    return functional if same else exported  # it writes to its inputs, too
+
+
+def _writes_behind(node: Node) -> bool:
+    """Whether an operator writes to a value that is read not only as its result."""
+    target = node.args[0] if node.args else None
+    if not getattr(getattr(node.target, "_schema", None), "is_mutable", False) or not isinstance(target, Node):
+        return False
+    if target.op == "placeholder":
+        return False
+    returns = getattr(getattr(target.target, "_schema", None), "returns", ())
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return is_view or len(target.users) > 1 or not node.users
+
+
 def _prune(exported: ExportedProgram) -> ExportedProgram:
     """Drop state that no node uses, and let tied tensors enter once, under their first name."""
     module = copy_graph(exported)
+    module.graph.eliminate_dead_code()
     by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     first_name: dict[tuple[Any, ...], str] = {}
     for name, value in exported.state_dict.items():

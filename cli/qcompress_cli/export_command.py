@@ -1,7 +1,7 @@
 """`qcompress export MODEL`: compress a model and write it as ONNX."""
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -9,23 +9,28 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from rich.table import Table
 
-from qcompress.artifacts import PalettizedWeight
+from qcompress import combinations
+from qcompress.combinations import FORMATS, MEMORIES, QDQ
 from qcompress.errors import ConfigError, OutputError
 from qcompress.files import check_writable, write_whole
 from qcompress.plan import Plan, ResolvedPlan, load_plan
+from qcompress.posthoc.calibration import METHODS
 from qcompress.size import format_size
 from qcompress.sources.base import WEIGHT_KINDS, Source
+from qcompress.sources.compressed_folder import CompressedSource
 from qcompress_cli import options
+from qcompress_cli.compute_report import ComputeReport
 from qcompress_cli.console import Ui, new_table
 from qcompress_cli.exits import CHECK_FAILED
 from qcompress_cli.numbers import counted, shape_text
 from qcompress_cli.open_model import open_model
-from qcompress_cli.program import open_program
+from qcompress_cli.program import device, open_program
 from qcompress_cli.project import OWN_FILE, PYPROJECT, Settings, settings
 from qcompress_cli.text import printable
 
 if TYPE_CHECKING:
-    from qcompress.compressed import CompressedModel
+    from qcompress.compressed import CompressedModel, Compute
+    from qcompress.data import Dataset
     from qcompress_exporters.onnx_file import ExportReport
 
 
@@ -37,7 +42,13 @@ def _rows_per_lut(text: str) -> int | str:
     return int(text)
 
 
-_NOT_FOR_COMPRESSED: Final = ("bits", "rows_per_lut", "plan", "input_names", "output_names", "dynamic", "input_shape")
+# What a compressed folder has settled already.
+_NOT_FOR_COMPRESSED: Final = (
+    "bits", "scheme", "rows_per_lut", "plan", "activation_bits", "compute", "calibration", "calibration_method",
+    "percentile", "placement", "reduce_range", "input_names", "output_names", "dynamic", "input_shape",
+)  # fmt: skip
+# What is about the grids of int8 compute.
+_FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
 
 
 @options.command("export")
@@ -49,11 +60,64 @@ _NOT_FOR_COMPRESSED: Final = ("bits", "rows_per_lut", "plan", "input_names", "ou
     metavar="N|auto",
     help="Output channels that share a palette.",
 )
+@click.option(
+    "--scheme",
+    type=click.Choice(["palette", "uniform"]),
+    help="What codes of weights stand for: entries of a table (default), or steps of an even grid.",
+)
+@click.option(
+    "--activation-bits",
+    type=click.IntRange(1, 8),
+    help="Bits per code of what layers take, 1 to 8: they compute in int8. Needs --calibration.",
+)
+@click.option(
+    "--compute",
+    type=click.Choice(["float", "int8", "dynamic8"]),
+    help="What layers compute in; default: int8 with --activation-bits, else float. dynamic8: matrix products in int8, "
+    "their inputs quantized at run time, no calibration.",
+)
+@click.option(
+    "--format",
+    type=click.Choice(FORMATS),
+    help="How int8 compute is written: quantizers around float operators, which onnxruntime fuses (default), or "
+    "integer operators.",
+)
+@click.option(
+    "--memory",
+    type=click.Choice(MEMORIES),
+    default=MEMORIES[0],
+    show_default=True,
+    help="How weights lie in memory at run time; packed comes later.",
+)
+@click.option(
+    "--calibration-method",
+    type=click.Choice(tuple(METHODS)),
+    help="How the grids of activations are found; default: mse.",
+)
+@click.option(
+    "--percentile",
+    type=click.FloatRange(50, 100, min_open=True),
+    help="For --calibration-method percentile; default: 99.99.",
+)
+@click.option(
+    "--placement",
+    type=click.Choice(["deploy", "paper"]),
+    help="Which activations are quantized: all that onnxruntime fuses (default), or inputs of layers alone.",
+)
+@click.option(
+    "--reduce-range",
+    is_flag=True,
+    help="8-bit weights keep to 7 bits, for CPUs without VNNI, where sums of products can saturate.",
+)
 @click.option("--plan", type=options.PATH, metavar="FILE", help="A plan in TOML; flags replace its [default].")
 @click.option("--save-plan", type=options.PATH, metavar="FILE", help="Write the plan, as resolved, to FILE.")
 @click.option("--save-compressed", type=options.PATH, metavar="DIR", help="Save the compressed model, to export again.")
 @click.option("--dry-run", is_flag=True, help="Show the resolved plan and the sizes to the byte; write nothing.")
-@click.option("--explain", is_flag=True, help="Show how each tensor is written, and why.")
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Show how each tensor is written, and why; how each layer computes, and what each grid of activations clips.",
+)
 @click.option(
     "--float-leftovers",
     type=click.Choice(["float32", "float16"]),
@@ -79,7 +143,8 @@ def command(
 ) -> None:
     """Make the weights of MODEL 1 to 8 bits wide and write an ONNX file that is really that small.
 
-    Needs no training and no labels. Without -o the file is named after MODEL: model.w2.onnx.
+    Needs no training and no labels. Without -o the file is named after MODEL: model.w2.onnx, or model.w4a8.onnx with
+    --activation-bits 8. Which words go together: docs/combinations.md.
     """
     ui = Ui(json=json, quiet=quiet)
     given = settings(flags)
@@ -89,18 +154,25 @@ def command(
         _check_outputs(given, save_plan, save_compressed, inputs)
 
     from qcompress_exporters.onnx_file import build
-    from qcompress_exporters.targets import DEFAULT_TARGET
+    from qcompress_exporters.targets import DEFAULT_TARGET, Target
 
-    def output_for(widths: Collection[int]) -> Path:
-        path = given.output or _default_output(source, widths)
+    target = Target.parse(given.target or DEFAULT_TARGET).text  # refused before the long work begins
+
+    def output_for(resolved: ResolvedPlan, compute: "Compute") -> Path:
+        path = given.output or _default_output(source, resolved, compute)
         if not dry_run:
             check_writable(path, force=given.force, inputs=inputs)
         return path
 
-    small, resolved, output = _compressed(source, given, flags, ui, output_for)
-    built = build(small, target=given.target or DEFAULT_TARGET, float_leftovers=float_leftovers)
+    if isinstance(source, CompressedSource):
+        small, resolved, output = _loaded(source, flags, output_for)
+    else:
+        small, resolved, output = _compressed(source, given, flags, ui, output_for)
+    format = (flags["format"] or QDQ) if small.compute == "int8" else None
+    built = build(small, target=target, format=format, float_leftovers=float_leftovers)
     parity = _decodes(built.data)
     report = built.report
+    computed = ComputeReport.of(small, report, resolved, format)
     if not dry_run:
         report = built.write(output, force=given.force, inputs=inputs)
         ui.wrote(output)
@@ -111,13 +183,14 @@ def command(
             write_whole(save_plan, small.plan.to_toml().encode())
             ui.wrote(save_plan)
 
-    ui.emit(_as_dict(source, report, resolved, parity))
-    if dry_run and resolved is not None:
+    is_plan_of_model = not isinstance(source, CompressedSource)
+    ui.emit(_as_dict(source, report, resolved if is_plan_of_model else None, parity, computed))
+    if dry_run and is_plan_of_model:
         ui.show(_plan_table(resolved))
     if explain:
-        ui.show(_explanation(report))
+        ui.show(_explanation(report), *computed.tables())
     ui.show(_size_table(report))
-    ui.show(*_words(report, parity, output, dry_run))
+    ui.show(*_words(report, parity, computed, output, dry_run))
     for note in report.notes:
         if note not in small.program.notes:
             ui.note(note)
@@ -127,37 +200,114 @@ def command(
             click.get_current_context().exit(CHECK_FAILED)
 
 
-def _compressed(
-    source: Source, given: Settings, flags: dict[str, Any], ui: Ui, output_for: Callable[[Collection[int]], Path]
-) -> "tuple[CompressedModel, ResolvedPlan | None, Path]":
-    """The compressed model that MODEL is, or that the plan makes of it; its plan; where the file goes.
+OutputFor = Callable[[ResolvedPlan, "Compute"], Path]
+Compressed = tuple["CompressedModel", ResolvedPlan, Path]
 
-    The output is settled before the long work begins.
+
+def _loaded(source: CompressedSource, flags: dict[str, Any], output_for: OutputFor) -> Compressed:
+    """The compressed model that MODEL is, the plan that made it, and where the file goes."""
+    said = [f for f in _NOT_FOR_COMPRESSED if flags.get(f)]
+    if said:
+        raise ConfigError(
+            f"{source.label} is compressed already: {_flag(said[0])} must be left out, or name the original model."
+        )
+    from qcompress.plan import resolve
+    from qcompress.posthoc.compress import program_tensors
+
+    small = source.model()
+    combinations.check_file(small.compute, flags["format"], flags["memory"])
+    resolved = resolve(small.plan, program_tensors(small.program))
+    return small, resolved, output_for(resolved, small.compute)
+
+
+def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, output_for: OutputFor) -> Compressed:
+    """What the plan makes of MODEL, the plan as resolved, and where the file goes.
+
+    Words that do not go together are refused, and the output is settled, before the long work begins.
     """
-    from qcompress.posthoc.compress import compress_program, resolved_plan
-    from qcompress.sources.compressed_folder import CompressedSource
+    plan = _plan(given, flags)
 
-    if isinstance(source, CompressedSource):
-        said = [f for f in _NOT_FOR_COMPRESSED if flags.get(f)]
-        if said:
-            raise ConfigError(
-                f"{source.label} is compressed already: --{said[0].replace('_', '-')} must be left out, or name the "
-                "original model."
-            )
-        small = source.model()
-        return small, None, output_for({a.bits for a in small.artifacts.values() if isinstance(a, PalettizedWeight)})
-    plan = load_plan(given.plan) if given.plan else Plan()
-    plan = plan.with_flags(bits=given.bits, rows_per_lut=flags["rows_per_lut"])
+    from qcompress.posthoc.compress import compress_program, resolved_compute, resolved_plan
+
     program = open_program(source, given, ui)
     resolved = resolved_plan(program, plan)
-    output = output_for({tensor.bits for tensor in resolved.compressed})
+    compute = resolved_compute(resolved, flags["compute"])
+    combinations.check_file(compute, flags["format"], flags["memory"])
+    _check_grid_flags(flags, compute)
+    output = output_for(resolved, compute)
     small = compress_program(
         program,
         plan,
+        calibration=_calibration(given, ui) if compute == "int8" else None,
+        compute=compute,
+        calibration_method=flags["calibration_method"] or "mse",
+        percentile=flags["percentile"] or 99.99,
+        placement=flags["placement"] or "deploy",
+        reduce_range=flags["reduce_range"],
         source_digest=source.sha256[:11],
+        device=device(given),
         track=lambda names: ui.track(names, "compressing", total=len(program.state())),
+        track_batches=lambda batches: ui.track(batches, "calibrating"),
     )
     return small, resolved, output
+
+
+def _plan(given: Settings, flags: dict[str, Any]) -> Plan:
+    """The plan; where it says the same of every weight, what does not go together is refused before MODEL is traced."""
+    plan = load_plan(given.plan) if given.plan else Plan()
+    plan = plan.with_flags(
+        bits=given.bits,
+        rows_per_lut=flags["rows_per_lut"],
+        scheme=flags["scheme"],
+        activation_bits=flags["activation_bits"],
+    )
+    if not (plan.kind or plan.name):
+        default = plan.default
+        compute = combinations.check(
+            compute=flags["compute"],
+            format=flags["format"],
+            memory=flags["memory"],
+            scheme=default.scheme,
+            bits=default.bits,
+            activation_bits=default.activation_bits,
+            rows_per_lut=None if default.rows_per_lut == "auto" else default.rows_per_lut,
+            origins={field: plan.where(("default", field)) for field in default.given()},
+        )
+        combinations.check_calibration(compute, given.calibration is not None)
+        _check_grid_flags(flags, compute)
+    return plan
+
+
+def _check_grid_flags(flags: dict[str, Any], compute: "Compute") -> None:
+    """Flags that would change nothing are a mistake."""
+    for name in _FOR_GRIDS:
+        if flags[name] is not None and compute != "int8":
+            raise ConfigError(
+                f"{_flag(name)} is about the grids of activations, and compute {compute} stores none: leave it out, or "
+                "give --activation-bits."
+            )
+    if flags["percentile"] is not None and flags["calibration_method"] != "percentile":
+        raise ConfigError("--percentile is about --calibration-method percentile: give both, or leave it out.")
+    if flags["reduce_range"] and compute == "float":
+        raise ConfigError(
+            "--reduce-range is about sums of integers, and compute float has none: leave it out, or give "
+            "--activation-bits or --compute dynamic8."
+        )
+
+
+def _calibration(given: Settings, ui: Ui) -> "Dataset | None":
+    from qcompress.data import load_data
+
+    if given.calibration is None:
+        return None
+    data = load_data(given.calibration, transform=given.transform, what="--calibration")
+    for note in data.notes:
+        ui.note(note)
+    return data
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _input_files(source: Source, given: Settings) -> list[Path]:
@@ -170,21 +320,28 @@ def _input_files(source: Source, given: Settings) -> list[Path]:
 
 def _check_outputs(given: Settings, save_plan: Path | None, save_compressed: Path | None, inputs: list[Path]) -> None:
     """Refuse what cannot be written before the long work begins."""
-    files = [path for path in (given.output, save_plan) if path is not None]
-    for path in files:
-        check_writable(path, force=given.force, inputs=inputs)
+    named = (("-o", given.output), ("--save-plan", save_plan))
+    files = [path for _, path in named if path is not None]
+    for flag, path in named:
+        if path is not None:
+            check_writable(path, force=given.force, inputs=inputs, flag=flag)
     if save_compressed is not None:
         if save_compressed.exists():
             raise OutputError(f"{save_compressed} exists: name another folder, or remove it first.")
-        check_writable(save_compressed)
+        check_writable(save_compressed, flag="--save-compressed")
         files.append(save_compressed)
     if len({path.absolute() for path in files}) < len(files):
         raise ConfigError("-o, --save-plan and --save-compressed must name different files.")
 
 
-def _default_output(source: Source, widths: Collection[int]) -> Path:
+def _default_output(source: Source, resolved: ResolvedPlan, compute: "Compute") -> Path:
     stem = source.path.stem if source.path is not None else "model"
-    return Path(f"{stem}.w{next(iter(widths))}.onnx" if len(widths) == 1 else f"{stem}.mixed.onnx")
+    widths = {(t.bits, t.activation_bits) for t in resolved.compressed}
+    if len(widths) != 1:
+        return Path(f"{stem}.mixed.onnx")
+    bits, activation_bits = widths.pop()
+    activations = "d8" if compute == "dynamic8" else "" if activation_bits is None else f"a{activation_bits}"
+    return Path(f"{stem}.w{bits}{activations}.onnx")
 
 
 def _decodes(data: bytes) -> dict[str, Any] | None:
@@ -230,18 +387,22 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
 
 
-def _words(report: "ExportReport", parity: dict[str, Any] | None, output: Path, dry_run: bool) -> list[str]:
+def _words(
+    report: "ExportReport", parity: dict[str, Any] | None, computed: ComputeReport, output: Path, dry_run: bool
+) -> list[str]:
     weights = [t for t in report.tensors if t.artifact != "float"]
     widths = Counter(t.bits for t in weights)
     by_width = ", ".join(f"{n} at {bits} bits" for bits, n in sorted(widths.items()))
     lines = [f"{counted(len(weights), 'weight')} compressed" + (f" ({by_width})." if by_width else ".")]
     reasons: dict[str, list[Any]] = {}
     for tensor in report.left_in_float:
-        reasons.setdefault(tensor.why, []).append(tensor)
+        is_bias = tensor.encoding == "int32"
+        reasons.setdefault("biases as int32" if is_bias else f"left in float, {tensor.why}", []).append(tensor)
     for reason, tensors in reasons.items():
         names = ", ".join(printable(t.name) for t in tensors[:3]) + (" …" if len(tensors) > 3 else "")
         nbytes = sum(t.nbytes for t in tensors)
-        lines.append(f"left in float, {reason}: {counted(len(tensors), 'tensor')}, {format_size(nbytes)} ({names})")
+        lines.append(f"{reason}: {counted(len(tensors), 'tensor')}, {format_size(nbytes)} ({names})")
+    lines += computed.words()
     if parity is not None:
         decoded = counted(parity["tensors"], "tensor")
         lines.append(f"parity: onnxruntime {parity['onnxruntime']} decodes {decoded} bit for bit")
@@ -258,20 +419,28 @@ def _explanation(report: "ExportReport") -> Table:
 
 
 def _plan_table(resolved: ResolvedPlan) -> Table:
-    table = new_table("tensor", ["kind", "bits", "rows_per_lut", "set by"], left=["kind", "set by"])
+    fields = ["bits", "activation_bits", "scheme", "rows_per_lut"]
+    if all(t.activation_bits is None for t in resolved.compressed):
+        fields.remove("activation_bits")
+    table = new_table("tensor", ["kind", *fields, "set by"], left=["kind", "scheme", "set by"])
     for t in resolved.tensors:
         if t.kind not in WEIGHT_KINDS:
             continue
         if t.settings is None:
-            table.add_row(printable(t.name), t.kind, "float", "", t.reason or "")
+            table.add_row(printable(t.name), t.kind, "float", *[""] * (len(fields) - 1), t.reason or "")
         else:
-            origins = ", ".join(f"{f}: {where}" for f, where in t.origins.items() if f in ("bits", "rows_per_lut"))
-            table.add_row(printable(t.name), t.kind, str(t.bits), str(t.settings.rows_per_lut), origins)
+            said = t.settings.given()
+            origins = ", ".join(f"{f}: {where}" for f, where in t.origins.items() if f in fields)
+            table.add_row(printable(t.name), t.kind, *(str(said.get(f, "–")) for f in fields), origins)
     return table
 
 
 def _as_dict(
-    source: Source, report: "ExportReport", resolved: ResolvedPlan | None, parity: dict[str, Any] | None
+    source: Source,
+    report: "ExportReport",
+    resolved: ResolvedPlan | None,
+    parity: dict[str, Any] | None,
+    computed: ComputeReport,
 ) -> dict[str, Any]:
     size = report.size
     return {
@@ -289,6 +458,7 @@ def _as_dict(
         "ratio": size.ratio,
         "bits_per_weight": size.bits_per_weight,
         "parity": parity,
+        **computed.as_dict(),
         "tensors": [asdict(t) for t in report.tensors],
         "plan": None
         if resolved is None

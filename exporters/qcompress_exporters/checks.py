@@ -11,10 +11,11 @@ import onnx
 from qcompress.artifacts import FloatWeight
 from qcompress.errors import DataError, SourceError
 from qcompress.metrics import is_constant, spread
+from qcompress_exporters import metadata
 from qcompress_exporters.decode import decoded, digests, mismatches
 from qcompress_exporters.lower import lower
-from qcompress_exporters.marks import scale_name
-from qcompress_exporters.replay import Replay
+from qcompress_exporters.marks import bias_name, scale_name
+from qcompress_exporters.replay import Replay, wrong_grids
 from qcompress_exporters.sessions import WEIGHT_BIAS_QUANTIZATION, Mode, run, session
 from qcompress_exporters.trace import Trace
 
@@ -62,11 +63,16 @@ def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays |
     """
     expected, values = digests(model), decoded(model)
     shapes = graph.state_shapes()
-    scales = {scale_name(n) for n in shapes if n in values and values[n].dtype == np.int8}
-    strange = sorted(set(expected) ^ (set(shapes) | scales))
+    integer = [n for n in shapes if n in values and values[n].dtype == np.int8]
+    compute, sites = metadata.sites_from(metadata.entry_of(model, metadata.SITES) or '["float"]')
+    extra = {scale_name(n) for n in integer}
+    extra |= set(expected) & {bias_name(n, i) for n in integer for i in range(len(sites))}
+    strange = sorted(set(expected) ^ (set(shapes) | extra))
+    grids = wrong_grids(model, sites) if compute == "int8" else []
     misshapen = [n for n in shapes if n in values and values[n].shape != shapes[n]]
     wrong = mismatches(model, values)
-    detail = f"{len(expected)} tensors bit for bit"
+    counted = f" and {len(sites)} grids" if compute == "int8" else ""
+    detail = f"{len(expected)} tensors{counted} bit for bit"
     if strange:
         which = "the file alone" if strange[0] in expected else "the model alone"
         detail = f"{strange[0]} is in {which}: the file was not made from this model"
@@ -75,7 +81,9 @@ def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays |
         detail = f"{name} must have shape {list(shapes[name])}, the file has {list(values[name].shape)}"
     elif wrong:
         detail = f"{len(wrong)} of {len(expected)} tensors differ from what was compressed: {', '.join(wrong[:3])}"
-    ok = not (strange or misshapen or wrong)
+    elif grids:
+        detail = f"{len(grids)} of {len(sites)} grids differ from what was compressed: {', '.join(grids[:3])}"
+    ok = not (strange or misshapen or wrong or grids)
     check = Check(name="weights", session="exact", ok=ok, error=None, limit=0.0, detail=detail)
     return check, None if strange or misshapen else values
 

@@ -20,7 +20,7 @@ def write_layers(lowering: Lowering) -> list[LayerReport]:
     for name, uses in lowering.layers().items():
         weights = [lowering.int8(use) for use in uses]
         why = next((w for w in weights if isinstance(w, str)), "")
-        if not why and any(use.node.op_type not in ("Gemm", "MatMul") for use in uses):
+        if any(use.node.op_type not in ("Gemm", "MatMul") for use in uses):
             why = "quantized at run time are inputs of matrix products alone"
         if not why and not all(_mark(lowering, use) for use in uses):
             why = "its input is no float activation"

@@ -83,10 +83,10 @@ class GraphEditor:
         node.input[position] = value
         self._remember(node)
 
-    def set_output(self, node: onnx.NodeProto, value: str) -> None:
-        """Let a node's first output have another name."""
-        self._gives.pop(node.output[0], None)
-        node.output[0] = value
+    def set_output(self, node: onnx.NodeProto, value: str, position: int = 0) -> None:
+        """Let an output of a node have another name."""
+        self._gives.pop(node.output[position], None)
+        node.output[position] = value
         self._gives[value] = node
 
     def replace(self, old: str, new: str) -> None:

@@ -16,9 +16,9 @@ from qcompress_exporters.edit import GraphEditor, values_taken
 from qcompress_exporters.encodings.base import GraphWriter
 from qcompress_exporters.encodings.palette import choose, write_palette
 from qcompress_exporters.encodings.uniform import write_uniform
-from qcompress_exporters.marks import IntegerLayer, Layer, LayerReport, Lowering, code_name, scale_name
+from qcompress_exporters.marks import IntegerLayer, Layer, LayerReport, Lowering, bias_name, code_name, scale_name
 from qcompress_exporters.names import ShortNames
-from qcompress_exporters.trace import Trace
+from qcompress_exporters.trace import DOMAIN, Trace
 
 _WIDEN: Final = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
@@ -170,6 +170,7 @@ def _begin(
     model = trace.at_opset(opset, marked=True)
     fixed = {code_name(i) for i in range(trace.marks)} | {scale_name(name) for name in trace.state_names}
     fixed |= {text.format(i) for text in (dynamic.SCALE, dynamic.ZERO_POINT) for i in range(trace.marks)}
+    fixed |= {bias_name(name, i) for name in trace.state_names for i in range(trace.marks)}
     names = ShortNames({*_names_in(model.graph), *fixed})
     return Lowering(GraphEditor(model.graph, names), GraphWriter(names), artifacts, grids, opset), model
 
@@ -177,6 +178,8 @@ def _begin(
 def _finish(model: onnx.ModelProto, lowering: Lowering, trace: Trace, layers: list[LayerReport]) -> Lowered:
     """Write the tensors that no integer layer took, and put the graph together."""
     graph, writer = model.graph, lowering.writer
+    for marks in [o for o in model.opset_import if o.domain == DOMAIN]:  # none is left
+        model.opset_import.remove(marks)
     for name in trace.state_names:
         if name not in lowering.encodings:
             lowering.encodings[name] = write_artifact(writer, lowering.artifacts[name], name, lowering.opset)
@@ -185,6 +188,7 @@ def _finish(model: onnx.ModelProto, lowering: Lowering, trace: Trace, layers: li
     inputs = [v for v in graph.input if v.name not in is_open]
     nodes = lowering.graph.finish(writer.nodes)
     used = {name for node in nodes for name in values_taken(node)} | {v.name for v in graph.output}
+    used |= set(trace.state_names)  # a bias that every layer has in integers of its own
     initializers = [t for t in (*graph.initializer, *writer.initializers) if t.name in used]
     del graph.input[:], graph.node[:], graph.initializer[:]
     graph.input.extend(inputs)

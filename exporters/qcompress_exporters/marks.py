@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float32]
 
 _CLAMPS: Final = ("Relu", "Clip")
 _RESHAPES: Final = ("Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity")
-_MOVES: Final = (*_RESHAPES, "Transpose", "Slice", "MaxPool", "Expand")
+_MOVES: Final = (*_RESHAPES, "Transpose", "Slice", "MaxPool", "Expand", "Split", "Gather", "DepthToSpace", "Resize")
 _LAYERS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _INT32: Final = 2**31 - 1
 _LOWEST: Final = float(np.finfo(np.float32).min)
@@ -68,6 +68,11 @@ class Quantized:
         """The code that dequantizes to 0, before a free offset is added."""
         z = self.grid.zero_point
         return z if z is not None else _unsigned(self.grid)
+
+    @property
+    def offset(self) -> Floats:
+        """The free offset; 0 for a grid with a zero point."""
+        return np.zeros((), np.float32) if self.grid.zero_point is not None else self.grid.offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +148,7 @@ class Lowering:
     _written: dict[tuple[str, bytes], str] = field(default_factory=dict)
     _named: set[int] = field(default_factory=set)
     _transposed: dict[str, str] = field(default_factory=dict)
+    _biases: set[str] = field(default_factory=set)
 
     # --- activations
 
@@ -252,19 +258,23 @@ class Lowering:
         for user in self.graph.users(value):
             if not self._moves_codes(user, value, source):
                 continue
-            output = user.output[0]
             if user.op_type == "Pad":
                 self.graph.set_input(user, 2, self._code(source.zero_point))
             self.graph.set_input(user, 0, source.codes)
-            codes = self.graph.new_name()
-            self.graph.set_output(user, codes)
-            self._dequantize(Quantized(codes, source.index, source.grid), output)
-            self._push_down(output)
+            for position, output in enumerate(list(user.output)):
+                codes = self.graph.new_name()
+                self.graph.set_output(user, codes, position)
+                self._dequantize(Quantized(codes, source.index, source.grid), output)
+                self._push_down(output)
         self.graph.drop_unused(value)
 
     def _moves_codes(self, node: onnx.NodeProto, value: str, source: Quantized) -> bool:
-        if node.domain or list(node.input).count(value) != 1 or node.input[0] != value or len(node.output) != 1:
+        if node.domain or list(node.input).count(value) != 1 or node.input[0] != value:
             return False
+        if (len(node.output) != 1 and node.op_type != "Split") or "" in node.output:
+            return False
+        if node.op_type == "Resize":
+            return bool(attribute(node, "mode", b"nearest") == b"nearest")
         if node.op_type == "Pad":
             fill = self.graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
             given = len(node.input) > 2 and bool(node.input[2])
@@ -315,8 +325,8 @@ class Lowering:
                 return "its bias is no vector of the model's"
             bias = artifact_of_bias.dequantize().astype(np.float64)
         if source.grid.zero_point is None:
-            if node.op_type == "MatMul" or attribute(node, "pads", [0]).count(0) < len(attribute(node, "pads", [0])):
-                return "its input has a free offset, which only unpadded layers with a bias can take up"
+            if any(attribute(node, "pads", [])) or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+                return "its input has a free offset, which only unpadded layers can take up"
             bias = _folded(bias, source.grid, weight)
         found = IntegerLayer(layer, source, weight, bias, bias_name)
         if bias is not None and np.abs(bias / bias_scale(found)).max(initial=0) > _INT32:
@@ -426,11 +436,19 @@ class Lowering:
         return self._transposed[name], scale
 
     def write_bias(self, layer: IntegerLayer, values: npt.NDArray[Any]) -> str:
-        """A layer's bias as it is computed with; by its qualified name where it has one that is not taken yet."""
+        """A layer's bias as it is computed with.
+
+        By its qualified name where this layer alone takes it; else, like an offset that was folded into no bias, by
+        that of the weight and the site: `bias_name`.
+        """
         name = layer.bias_name
-        if not name or name in self.encodings:
-            return self.writer.tensor(values)
-        self.encodings[name] = str(values.dtype)
+        if name and len(self.graph.users(name)) == 1 and name not in self.graph.outputs:
+            self.encodings[name] = str(values.dtype)
+        else:
+            name = bias_name(layer.weight.name, layer.source.index)
+            if name in self._biases:
+                return name
+            self._biases.add(name)
         self.writer.tensor(values, name)
         self.sign(name, values)
         return name
@@ -456,6 +474,15 @@ def scale_name(weight: str) -> str:
     'fc.weight_scale'
     """
     return f"{weight}_scale"
+
+
+def bias_name(weight: str, site: int) -> str:
+    """What a bias is called that a weight's layer does not have to itself, behind the input at a site.
+
+    >>> bias_name("fc.weight", 3)
+    'fc.weight_bias3'
+    """
+    return f"{weight}_bias{site}"
 
 
 def bias_scale(layer: IntegerLayer) -> Floats:

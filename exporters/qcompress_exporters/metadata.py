@@ -17,6 +17,7 @@ ORIGINAL_BYTES: Final = "qcompress.original_bytes"
 PLAN: Final = "qcompress.plan"
 SOURCE: Final = "qcompress.source"
 SITES: Final = "qcompress.sites"
+GRIDS: Final = "qcompress.grids"
 VALIDATION: Final = "qcompress.validation"
 
 VALIDATION_FORMAT: Final = 1
@@ -119,6 +120,35 @@ def sites_from(text: str) -> tuple[str, list[tuple[str, int]]]:
     except (ValueError, LookupError, TypeError, RecursionError):
         raise SourceError(f"The file's metadata {SITES} is damaged: export it again.") from None
     return str(compute), sites
+
+
+def grids_text(entries: Iterable[tuple[int, str]]) -> str:
+    """Bits and digest of each site's grid, as a file's metadata says them.
+
+    >>> grids_text([(8, "hl831PiDsz5"), (4, "J6L4CB6Zs0X")])
+    '8hl831PiDsz5 4J6L4CB6Zs0X'
+    """
+    return " ".join(f"{bits}{digest}" for bits, digest in entries)
+
+
+def grids_from(text: str) -> list[tuple[int, str]]:
+    """The inverse of `grids_text`.
+
+    Raises:
+        SourceError: it was not written by that.
+
+    >>> grids_from("8hl831PiDsz5 4J6L4CB6Zs0X")
+    [(8, 'hl831PiDsz5'), (4, 'J6L4CB6Zs0X')]
+    """
+    entries = text.split()
+    if not all(entry[0] in "12345678" for entry in entries):
+        raise SourceError(f"The file's metadata {GRIDS} is damaged: export it again.")
+    return [(int(entry[0]), entry[1:]) for entry in entries]
+
+
+def entry_of(model: onnx.ModelProto, key: str) -> str | None:
+    """One entry of a model's metadata."""
+    return next((entry.value for entry in model.metadata_props if entry.key == key), None)
 
 
 def read(path: Path) -> CompressedFile:

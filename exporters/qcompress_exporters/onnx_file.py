@@ -16,17 +16,19 @@ from qcompress.artifacts import (
     bits_per_weight,
     integer_values,
 )
+from qcompress.combinations import QDQ, check_file
 from qcompress.compressed import CompressedModel
 from qcompress.errors import ConfigError
 from qcompress.files import check_writable, write_whole
 from qcompress.sites import layer_input_sites, mark
 from qcompress.size import SizeReport, ideal_nbytes
 from qcompress_exporters import metadata
+from qcompress_exporters.digests import grid_digest
 from qcompress_exporters.encodings.native import Native
 from qcompress_exporters.encodings.palette import ENCODINGS, choose
 from qcompress_exporters.encodings.words import Words
 from qcompress_exporters.lower import FORMATS, Lowered, lower, lower_dynamic, lower_integer
-from qcompress_exporters.marks import LayerReport
+from qcompress_exporters.marks import LayerReport, Quantized
 from qcompress_exporters.targets import BASE_OPSET, DEFAULT_TARGET, Target
 from qcompress_exporters.trace import Trace, trace
 
@@ -127,7 +129,7 @@ def export(
     path: str | Path,
     *,
     target: str = DEFAULT_TARGET,
-    format: str = "qdq",
+    format: str | None = None,
     float_leftovers: Leftovers = "float32",
     force: bool = False,
 ) -> ExportReport:
@@ -137,14 +139,14 @@ def export(
         model: from `qcompress.compress`, or loaded from a folder.
         path: the file to write.
         target: the oldest onnxruntime that must run it.
-        format: how int8 compute is written: `qdq` (quantize and dequantize around float operators, which the runtime
-            fuses) or `integer` (QLinearConv, QLinearMatMul, MatMulInteger).
+        format: how int8 compute is written: `qdq` (the default: quantize and dequantize around float operators, which
+            the runtime fuses) or `integer` (QLinearConv, QLinearMatMul, MatMulInteger); None for other compute.
         float_leftovers: type on disk of what stays float.
         force: replace an existing file.
 
     Raises:
         OutputError: the file exists or cannot be written.
-        ConfigError: a target that there is not.
+        ConfigError: a target or format that there is not, or a format where compute is not int8.
         SourceError: the graph cannot be written as ONNX.
     """
     path = Path(path)
@@ -156,13 +158,12 @@ def build(
     model: CompressedModel,
     *,
     target: str = DEFAULT_TARGET,
-    format: str = "qdq",
+    format: str | None = None,
     float_leftovers: Leftovers = "float32",
 ) -> Built:
     """The same file in memory, nothing written; see `export`."""
     runtime = Target.parse(target)
-    if format not in FORMATS:
-        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    check_file(model.compute, format)
     sites = sites_of(model)
     graph = trace(mark(model.program, sites))
     artifacts = {name: model.artifacts[name] for name in graph.state_names}
@@ -171,7 +172,7 @@ def build(
     elif float_leftovers != "float32":
         raise ConfigError(f"float_leftovers must be float32 or float16, got {float_leftovers!r}.")
     original = float_file(graph, model.program.state())
-    lowered, opset, found = _at_best_opset(_lowering(model, graph, artifacts, format), artifacts, runtime)
+    lowered, opset, found = _at_best_opset(_lowering(model, graph, artifacts, format or QDQ), artifacts, runtime)
     data = lowered.serialize(
         {
             metadata.VERSION: package_metadata.version("qcompress"),
@@ -180,6 +181,7 @@ def build(
             metadata.PLAN: model.plan_digest,
             metadata.SOURCE: model.source_digest,
             **({metadata.SITES: metadata.sites_text(model.compute, sites)} if sites else {}),
+            **({metadata.GRIDS: metadata.grids_text(_grid_digests(model))} if model.compute == "int8" else {}),
         }
     )
     count = sum(int(np.prod(a.shape)) for a in artifacts.values())
@@ -206,6 +208,11 @@ def sites_of(model: CompressedModel) -> list[tuple[str, int]]:
         integer = [name for name, artifact in model.artifacts.items() if integer_values(artifact) is not None]
         return [site.key for site in layer_input_sites(model.program, integer)]
     return []
+
+
+def _grid_digests(model: CompressedModel) -> list[tuple[int, str]]:
+    stored = [(grid, Quantized("", 0, grid)) for grid in model.activations.values()]
+    return [(g.bits, grid_digest(g.site, g.scale, q.zero_point, q.offset, g.bits)) for g, q in stored]
 
 
 Lower = Callable[[int], Lowered]

@@ -24,6 +24,11 @@ def write_layer(lowering: Lowering, layer: IntegerLayer) -> None:
     graph.drop_unused(old)
     if layer.bias is None:
         return
+    if node.op_type == "MatMul":  # a folded offset: it has no place for it
+        output, product = node.output[0], graph.new_name()
+        graph.set_output(node, product)
+        graph.add("Add", [product, lowering.write_bias(layer, layer.bias.astype(np.float32))], output)
+        return
     scales = bias_scale(layer)
     rounded = np.rint(layer.bias / scales.astype(np.float64)).astype(np.int32)
     bias = lowering.write_bias(layer, rounded)

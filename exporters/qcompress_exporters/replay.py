@@ -4,22 +4,24 @@ The file's activations are read as onnxruntime computes them (its codes are aske
 with what torch computes from the codes before it. So a difference shows where it arises, and nowhere else.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
-from qcompress.artifacts import spread
+from qcompress.artifacts import along_axis, spread
 from qcompress.errors import SourceError
 from qcompress.layers import bias_of, layers, weight_layers
-from qcompress.program import FloatProgram, state_nodes
-from qcompress.sites import MarkedRunner, input_sites, output_layers
+from qcompress.program import FloatProgram, copy_graph, rebuild, state_nodes
+from qcompress.sites import MarkedRunner, Visit, input_sites, output_layers, site_op
+from qcompress_exporters import metadata
+from qcompress_exporters.digests import grid_digest
 from qcompress_exporters.dynamic import SCALE, ZERO_POINT
 from qcompress_exporters.edit import GraphEditor
-from qcompress_exporters.marks import code_name, scale_name
+from qcompress_exporters.marks import bias_name, code_name, scale_name
 from qcompress_exporters.names import ShortNames
 from qcompress_exporters.sessions import Mode, run, session
 
@@ -36,27 +38,41 @@ class FileGrid:
     Args:
         scale: float32.
         zero_point: its code of 0.
-        low: smallest code that it lets pass.
-        high: largest code.
-        before: what is taken off the value in front of the quantizer: a free offset.
-        after: what is added to the dequantized value: the same, unless a layer's bias took it up.
+        low: smallest code that its Clip lets pass.
+        high: largest such code.
+        bits: width of a code, by the file's metadata; the Clip may leave fewer codes than it has.
+        offset: a free offset, which is taken off in front of the quantizer.
+        folded: whether the layers behind it have the offset in their biases.
     """
 
     scale: Floats
     zero_point: int
     low: int
     high: int
-    before: Floats
-    after: Floats
+    bits: int
+    offset: Floats
+    folded: bool
 
     def quantize(self, x: Floats) -> npt.NDArray[np.uint8]:
         """Codes of a value."""
-        codes = np.rint((x - self.before) / self.scale) + np.float32(self.zero_point)
-        return np.asarray(np.clip(codes, self.low, self.high), np.uint8)
+        codes = np.rint((x - self.offset) / self.scale) + np.float32(self.zero_point)
+        return np.asarray(np.clip(codes, 0, (1 << self.bits) - 1), np.uint8)
 
     def dequantize(self, codes: npt.NDArray[np.uint8]) -> Floats:
-        """What a layer takes for some codes."""
-        return np.asarray((codes.astype(np.float32) - np.float32(self.zero_point)) * self.scale + self.after)
+        """What codes stand for."""
+        return np.asarray((codes.astype(np.float32) - np.float32(self.zero_point)) * self.scale + self.offset)
+
+
+def wrong_grids(model: onnx.ModelProto, sites: Sequence[tuple[str, int]]) -> list[str]:
+    """The sites whose grid is not what export took the digest of; see `file_grids`."""
+    stored = metadata.grids_from(metadata.entry_of(model, metadata.GRIDS) or "")
+    if len(stored) != len(sites):
+        raise SourceError("The file carries no digests of its activations' grids: export it again.")
+    return [
+        f"{site[0]}"
+        for site, grid, (_, wanted) in zip(sites, file_grids(model, len(sites)), stored, strict=True)
+        if grid_digest(site, grid.scale, grid.zero_point, grid.offset, grid.bits) != wanted
+    ]
 
 
 def file_grids(model: onnx.ModelProto, count: int) -> list[FileGrid]:
@@ -70,10 +86,13 @@ def file_grids(model: onnx.ModelProto, count: int) -> list[FileGrid]:
         SourceError: a site is missing, or not written as we write it.
     """
     graph = GraphEditor(model.graph, ShortNames([]))
-    return [_file_grid(graph, code_name(i)) for i in range(count)]
+    stored = metadata.grids_from(metadata.entry_of(model, metadata.GRIDS) or "")
+    if len(stored) != count:
+        raise SourceError("The file's metadata does not say what its grids are: export it again.")
+    return [_file_grid(graph, code_name(i), bits) for i, (bits, _) in enumerate(stored)]
 
 
-def _file_grid(graph: GraphEditor, name: str) -> FileGrid:
+def _file_grid(graph: GraphEditor, name: str, bits: int) -> FileGrid:
     node, ends = graph.producer(name), [0, 255]
     if node is not None and node.op_type == "Clip":
         for position, end in enumerate(node.input[1:]):
@@ -85,14 +104,13 @@ def _file_grid(graph: GraphEditor, name: str) -> FileGrid:
     position = _REQUANTIZERS[node.op_type]
     scale, zero = (_constant(graph, value) for value in node.input[position : position + 2])
     source = graph.producer(node.input[0])
-    nothing = np.zeros((), np.float32)
-    before = after = nothing
+    offset, folded = np.zeros((), np.float32), False
     if node.op_type == "QuantizeLinear" and source is not None and source.op_type == "Sub":
         constant = graph.constant(source.input[1])
         if constant is not None and constant.ndim == 0:
-            before = np.asarray(constant, np.float32)
-            after = before if _is_added_back(graph, name, before) else nothing
-    return FileGrid(np.asarray(scale, np.float32), int(zero), ends[0], ends[1], before, after)
+            offset = np.asarray(constant, np.float32)
+            folded = not _is_added_back(graph, name, offset)
+    return FileGrid(np.asarray(scale, np.float32), int(zero), ends[0], ends[1], bits, offset, folded)
 
 
 def _is_added_back(graph: GraphEditor, codes: str, offset: Floats) -> bool:
@@ -116,8 +134,24 @@ def _constant(graph: GraphEditor, name: str) -> Any:
     return value
 
 
-def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]], grids: list[FileGrid]) -> Arrays:
+@dataclass(frozen=True, slots=True)
+class Reference:
     """The float tensors that a file's decoded ones stand for.
+
+    Args:
+        state: by qualified name.
+        added: float32 [O] that is added to what a layer's node gives, by that node: the rest of a bias that it has in
+            integers of its own (see `marks.bias_name`).
+    """
+
+    state: Arrays
+    added: Arrays
+
+
+def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]], grids: list[FileGrid]) -> Reference:
+    """The float tensors that a file's decoded ones stand for.
+
+    Activations have their offsets in the reference, so that folded ones come off the biases again.
 
     Args:
         marked: the program, marked where the file quantizes.
@@ -131,14 +165,47 @@ def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]]
             scales[name] = values[scale_name(name)]
             axis = layer.axis if scales[name].ndim else None
             state[name] = state[name].astype(np.float32) * spread(scales[name], state[name].shape, axis)
+    added: Arrays = {}
     inputs, names = input_sites(marked), state_nodes(marked.exported)
+    seen = set[str]()
     for layer in layers(marked):
-        bias = bias_of(layer.node)
-        name = names.get(bias, "") if bias is not None else ""
-        if name in state and state[name].dtype == np.int32:
-            step = grids[inputs[layer.weight]].scale * scales[layer.weight]
-            state[name] = (state[name] * step.astype(np.float64)).astype(np.float32)
-    return state
+        use = layer.node.name if layer.weight in seen else layer.weight
+        seen.add(layer.weight)
+        if not grids or use not in inputs or layer.weight not in scales:
+            continue
+        site, bias = inputs[use], bias_of(layer.node)
+        own = names.get(bias, "") if bias is not None else ""
+        name = bias_name(layer.weight, site)
+        if name not in values:
+            name = own
+        if name not in values:
+            continue
+        total = values[name].astype(np.float64)
+        if values[name].dtype == np.int32:
+            total = total * (grids[site].scale * scales[layer.weight]).astype(np.float64)
+        if grids[site].folded:
+            others = tuple(i for i in range(values[layer.weight].ndim) if i != layer.axis)
+            codes_O = values[layer.weight].sum(axis=others, dtype=np.int64)
+            total = total - float(grids[site].offset) * scales[layer.weight].astype(np.float64) * codes_O
+        if name == own:
+            state[own] = total.astype(np.float32)
+        else:
+            added[layer.node.name] = (total - (state[own] if own else 0.0)).astype(np.float32)
+    return Reference(state, added)
+
+
+def _with_sites_behind(program: FloatProgram, nodes: Iterable[str], first: int) -> FloatProgram:
+    """The program with a mark behind each of some nodes, numbered from `first` on."""
+    module = copy_graph(program.exported)
+    by_name = {node.name: node for node in module.graph.nodes}
+    for index, name in enumerate(nodes, first):
+        node = by_name[name]
+        with module.graph.inserting_after(node):
+            mark = module.graph.call_function(site_op, (node, index))
+        mark.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(mark, delete_user_cb=lambda user, mark=mark: user is not mark)
+    module.recompile()
+    return replace(program, exported=rebuild(program.exported, module=module))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +250,7 @@ def replay(
     marked: FloatProgram,
     model: onnx.ModelProto,
     sites: list[tuple[str, int]],
-    state: Mapping[str, npt.NDArray[Any]],
+    wanted_state: Reference,
     grids: list[FileGrid],
     batches: Iterable[Arrays],
     mode: Mode,
@@ -194,7 +261,7 @@ def replay(
         marked: the original, marked at `sites`.
         model: the file.
         sites: keys, in the order of their marks.
-        state: from `reference_state`.
+        wanted_state: from `reference_state`.
         grids: from `file_grids`; empty where the file finds scales at run time.
         batches: inputs by the graph's names.
         mode: of the session.
@@ -205,7 +272,20 @@ def replay(
     outputs = [v.name for v in model.graph.output]
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
     active = session(watched.SerializeToString(), mode)
-    reference, float_runner = MarkedRunner(marked.with_state(state)), MarkedRunner(marked)
+    added, layer_of = list(wanted_state.added.values()), {layer.node.name: layer for layer in layers(marked)}
+    kinds = [layer_of[node].kind for node in wanted_state.added]
+    reference = MarkedRunner(_with_sites_behind(marked.with_state(wanted_state.state), wanted_state.added, len(sites)))
+    float_runner = MarkedRunner(marked)
+
+    def visitor(compare: Visit) -> Visit:
+        def visit(index: int, value: Floats, first: bool) -> Floats:
+            if index < len(sites):
+                return compare(index, value, first)
+            vector, kind = added[index - len(sites)], kinds[index - len(sites)]
+            return np.asarray(value + (vector if kind == "linear" else along_axis(vector, value.ndim, 1)))
+
+        return visit
+
     tally = np.zeros((len(sites), 5))
     wanted, got, order = [], [], []
     for batch in batches:
@@ -213,7 +293,7 @@ def replay(
         seen: dict[int, Floats] = {}
         float_runner(batch, _keep(seen))
         order = list(seen)
-        wanted.append(reference(batch, _compare(values, grids, seen, tally)))
+        wanted.append(reference(batch, visitor(_compare(values, grids, seen, tally))))
         got.append({name: values[name] for name in outputs})
     behind = output_layers(marked)
     differences = tuple(
@@ -253,9 +333,7 @@ def _compare(
             tally[index, 2] = max(tally[index, 2], difference.max(initial=0))
             codes = theirs
         if not grids:
-            grid = FileGrid(
-                values[SCALE.format(index)], int(values[ZERO_POINT.format(index)]), 0, 255, grid.before, grid.after
-            )
+            grid = replace(grid, scale=values[SCALE.format(index)], zero_point=int(values[ZERO_POINT.format(index)]))
         result, float_value = grid.dequantize(codes), originals[index].astype(np.float64)
         tally[index, 3:] += np.square(float_value).sum(), np.square(float_value - result).sum()
         return result
@@ -266,10 +344,9 @@ def _compare(
 def _dynamic_grid(value: Floats) -> FileGrid:
     """What DynamicQuantizeLinear takes for a value, as ONNX defines it."""
     low, high = min(np.float32(0), value.min()), max(np.float32(0), value.max())
-    nothing = np.zeros((), np.float32)
     scale = np.float32((high - low) / np.float32(255)) or np.float32(1)
     zero = int(np.clip(np.rint(-low / scale), 0, 255))
-    return FileGrid(np.asarray(scale), zero, 0, 255, nothing, nothing)
+    return FileGrid(np.asarray(scale), zero, 0, 255, 8, np.zeros((), np.float32), False)
 
 
 def _code_outputs(model: onnx.ModelProto, count: int, *, dynamic: bool) -> list[str]:

@@ -131,9 +131,19 @@ def trace(program: FloatProgram) -> Trace:
 
 def _drop_marks(graph: ir.Graph) -> None:
     for node in list(graph):
-        if node.domain == DOMAIN:
-            node.outputs[0].replace_all_uses_with(_input(node, 0), replace_graph_outputs=True)
-            graph.remove(node, safe=True)
+        if node.domain != DOMAIN:
+            continue
+        value, marked = _input(node, 0), node.outputs[0]
+        if marked.is_graph_output():
+            name = marked.name
+            if value.is_graph_input() or value.is_graph_output():  # it has a name to keep
+                identity = ir.Node("", "Identity", [value])
+                _replace(graph, node, [identity])
+                identity.outputs[0].name = name
+                continue
+            value.name = name
+        marked.replace_all_uses_with(value, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
 
 
 def _pool_means(graph: ir.Graph) -> None:

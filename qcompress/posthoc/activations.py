@@ -1,6 +1,6 @@
 """Activation grids without training: run the compressed program over calibration batches and watch its sites."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from qcompress.data import Dataset
 from qcompress.errors import DataError
 from qcompress.posthoc import calibration
 from qcompress.program import FloatProgram
-from qcompress.sites import MarkedRunner, Site, mark
+from qcompress.sites import MarkedRunner, Site, input_sites, mark
 
 BATCH = 32
 
@@ -66,13 +66,56 @@ def calibrate(
             observers[index].observe(value)
         return value
 
-    size = program.fixed_batch or BATCH
-    if data.samples < size and program.fixed_batch is not None:
-        raise DataError(f"The model takes batches of {size} alone, {data.name} has {data.samples} samples: give more.")
-    usable = data if program.fixed_batch is None else data.head(data.samples - data.samples % size)
+    size, usable = program.fixed_batch or BATCH, whole_batches(program, data)
     for _, batch in zip(track(range(-(-usable.samples // size))), usable.batches(size), strict=True):
         runner(batch.inputs, observe)
     return [_calibrated(site, seen, method, percentile) for site, seen in zip(sites, observers, strict=True)]
+
+
+def whole_batches(program: FloatProgram, data: Dataset) -> Dataset:
+    """What of some data a program can run on: all of it, or whole batches where it takes one size alone.
+
+    Raises:
+        DataError: fewer samples than one batch, or samples that do not fit.
+    """
+    size = program.fixed_batch
+    if size is not None and data.samples < size:
+        raise DataError(f"The model takes batches of {size} alone, {data.name} has {data.samples} samples: give more.")
+    usable = data if size is None else data.head(data.samples - data.samples % size)
+    program.bind(next(usable.batches(size or 1)).inputs)
+    return usable
+
+
+def constant_inputs(data: Dataset) -> Iterator[str]:
+    """A note for each input that says the same in every sample: its grid is legal, and fits nothing else.
+
+    >>> list(constant_inputs(Dataset(inputs={"x": np.zeros((3, 2), np.float32)}, name="zeros.npz")))
+    ['calibration data zeros.npz: input x is the same in all 3 samples, and its grids fit nothing else']
+    """
+    for name, values in data.inputs.items():
+        if (values == values[:1]).all() and (data.samples > 1 or (values == values.flat[0]).all()):
+            many = f"all {data.samples} samples" if data.samples > 1 else "the one sample at every place"
+            yield f"calibration data {data.name}: input {name} is the same in {many}, and its grids fit nothing else"
+
+
+def widened(
+    program: FloatProgram, grids: Sequence[ActivationGrid], activation_bits: Mapping[str, int]
+) -> list[ActivationGrid]:
+    """The grids that have more bits than was asked for the layers that take them, or for any where none does.
+
+    Args:
+        program: BatchNorm folded.
+        grids: all of them.
+        activation_bits: what was asked for, by the layer's weight.
+    """
+    if not activation_bits:
+        return []
+    asked: dict[int, int] = {}
+    for name, index in input_sites(mark(program, [grid.site for grid in grids])).items():
+        if name in activation_bits:
+            asked[index] = max(asked.get(index, 0), activation_bits[name])
+    most = max(activation_bits.values())
+    return [grid for index, grid in enumerate(grids) if grid.bits > asked.get(index, most)]
 
 
 def _calibrated(site: Site, seen: calibration.Observer, method: str, percentile: float) -> Calibrated:

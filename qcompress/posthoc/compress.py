@@ -10,7 +10,7 @@ import torch
 
 from qcompress.artifacts import ActivationGrid, Artifact, FloatWeight, PalettizedWeight, integer_values
 from qcompress.batchnorm import fold_batchnorm
-from qcompress.combinations import settled_compute
+from qcompress.combinations import check_calibration, settled_compute
 from qcompress.compressed import CompressedModel, Compute
 from qcompress.data import Dataset, as_dataset
 from qcompress.errors import ConfigError, SourceError
@@ -18,7 +18,7 @@ from qcompress.layers import bias_of, weight_layers
 from qcompress.palettes.integer import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.plan import Plan, ResolvedPlan, TensorPlan, resolve
-from qcompress.posthoc.activations import calibrate
+from qcompress.posthoc.activations import calibrate, constant_inputs, whole_batches
 from qcompress.program import FloatProgram, state_nodes
 from qcompress.sites import Placement, activation_sites, input_sites, mark
 from qcompress.sources.base import LazyArray, ProgramOptions, SourceTensor
@@ -125,11 +125,9 @@ def compress_program(
     check_finite(program)
     resolved = resolve(plan, program_tensors(program))
     compute = resolved_compute(resolved, compute)
-    if compute == "int8" and calibration is None:
-        raise ConfigError(
-            "activation_bits must have calibration data to find the activations' grids: give --calibration X.npz "
-            "(calibration=… in Python), or use compute dynamic8, which needs none."
-        )
+    check_calibration(compute, calibration is not None)
+    if compute == "int8" and calibration is not None:
+        whole_batches(program, calibration)
     folded = fold_batchnorm(program)
     check_finite(folded)
     _check_same_function(program, folded)
@@ -168,6 +166,7 @@ def compress_program(
         artifacts=artifacts | wider,
         activations={c.grid.site: c.grid for c in found},
         saturation={c.grid.site: c.saturation for c in found},
+        notes=(*small.notes, *constant_inputs(calibration)),
     )
 
 

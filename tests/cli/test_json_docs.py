@@ -88,12 +88,24 @@ def model(folder, monkeypatch):
 def test_export_and_validate(qcompress, model):
     result = qcompress("export", model, "--bits", "2", "--rows-per-lut", "4", "--json")
     assert result.exit_code == 0
-    assert check("export", result.stdout) == {"notes[]"}
+    integer = ("layers[]", "activations[]", "plan[].settings.activation_bits")  # of integer compute
+    assert {k for k in check("export", result.stdout) if not k.startswith(integer)} == {"notes[]"}
     assert json.loads(result.stdout)["file"] == "model.w2.onnx"
     result = qcompress("validate", model, "model.w2.onnx", "--data", "test.npz", "--json")
     assert result.exit_code == 0
     assert {k for k in check("validate", result.stdout) if not k.startswith("timing.")} == {"notes[]"}
     assert Path("model.w2.onnx.validation.json").read_text() == result.stdout
+
+
+def test_export_for_integer_compute(qcompress, model):
+    flags = ("--bits", "4", "--activation-bits", "4", "--calibration", "test.npz")
+    result = qcompress("export", model, *flags, "--json")
+    assert result.exit_code == 0
+    assert check("export", result.stdout) <= {"notes[]"}
+    document = json.loads(result.stdout)
+    assert (document["compute"], document["format"]) == ("int8", "qdq")
+    assert {layer["compute"] for layer in document["layers"]} == {"int8"}
+    assert document["file"] == "model.w4a4.onnx"
 
 
 def test_what_may_be_null(qcompress, model):
@@ -105,7 +117,7 @@ def test_what_may_be_null(qcompress, model):
     result = qcompress("export", "small", "--dry-run", "--json")
     missing = check("export", result.stdout)
     assert {"plan[]", "plan[].name", "plan[].settings"} <= missing
-    assert all(key.startswith(("plan", "notes")) for key in missing)
+    assert all(key.startswith(("plan", "notes", "layers[]", "activations[]")) for key in missing)
     document = json.loads(result.stdout)
     assert (document["file"], document["plan"]) == (None, None)
 

@@ -94,7 +94,7 @@ def test_a_good_file_and_the_gate(qcompress, refused, files):
 @pytest.mark.usefixtures("traced_once")
 def test_measurements_within_the_file(qcompress, files):
     before = metadata.read(files / FILE)
-    args = ("validate", "model.pt", FILE, "--data", "test.npz:x,y", "--write")
+    args = ("validate", "model.pt", FILE, "--data", "test.npz:x,y", "--write", "--no-timing")
     result = qcompress(*args, "--json")
     assert result.exit_code == 0
     after = metadata.read(files / FILE)
