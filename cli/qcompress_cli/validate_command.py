@@ -160,7 +160,7 @@ def _layer_table(layers: "Sequence[LayerNoise]") -> Table:
     change = [None if a is None or b is None else b - a for a, b in pairwise([None, *sqnr])]
     lowest = sorted(range(len(layers)), key=lambda i: _or(sqnr[i], math.inf))[:_SHOWN]
     fell = sorted(range(len(layers)), key=lambda i: _or(change[i], 0.0))[:_SHOWN]
-    for i in sorted({*lowest, *fell}):
+    for i in sorted({*lowest, *fell}) if len(layers) > 2 * _SHOWN else range(len(layers)):
         noise, by = sqnr[i], change[i]
         table.add_row(
             printable(layers[i].layer),

@@ -14,7 +14,7 @@ from qcompress.metrics import is_constant, spread
 from qcompress_exporters import metadata
 from qcompress_exporters.decode import decoded, digests, mismatches
 from qcompress_exporters.lower import lower
-from qcompress_exporters.marks import bias_name, scale_name
+from qcompress_exporters.marks import bias_name, offset_name, scale_name
 from qcompress_exporters.replay import Replay, wrong_grids
 from qcompress_exporters.sessions import WEIGHT_BIAS_QUANTIZATION, Mode, run, session
 from qcompress_exporters.trace import Trace
@@ -66,7 +66,9 @@ def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays |
     integer = [n for n in shapes if n in values and values[n].dtype == np.int8]
     compute, sites = metadata.sites_from(metadata.entry_of(model, metadata.SITES) or '["float"]')
     extra = {scale_name(n) for n in integer}
-    extra |= set(expected) & {bias_name(n, i) for n in integer for i in range(len(sites))}
+    extra |= set(expected) & {
+        text(n, i) for text in (bias_name, offset_name) for n in integer for i in range(len(sites))
+    }
     strange = sorted(set(expected) ^ (set(shapes) | extra))
     grids = wrong_grids(model, sites) if compute == "int8" else []
     misshapen = [n for n in shapes if n in values and values[n].shape != shapes[n]]

@@ -16,7 +16,16 @@ from qcompress_exporters.edit import GraphEditor, values_taken
 from qcompress_exporters.encodings.base import GraphWriter
 from qcompress_exporters.encodings.palette import choose, write_palette
 from qcompress_exporters.encodings.uniform import write_uniform
-from qcompress_exporters.marks import IntegerLayer, Layer, LayerReport, Lowering, bias_name, code_name, scale_name
+from qcompress_exporters.marks import (
+    IntegerLayer,
+    Layer,
+    LayerReport,
+    Lowering,
+    bias_name,
+    code_name,
+    offset_name,
+    scale_name,
+)
 from qcompress_exporters.names import ShortNames
 from qcompress_exporters.trace import DOMAIN, Trace
 
@@ -170,7 +179,7 @@ def _begin(
     model = trace.at_opset(opset, marked=True)
     fixed = {code_name(i) for i in range(trace.marks)} | {scale_name(name) for name in trace.state_names}
     fixed |= {text.format(i) for text in (dynamic.SCALE, dynamic.ZERO_POINT) for i in range(trace.marks)}
-    fixed |= {bias_name(name, i) for name in trace.state_names for i in range(trace.marks)}
+    fixed |= {text(n, i) for text in (bias_name, offset_name) for n in trace.state_names for i in range(trace.marks)}
     names = ShortNames({*_names_in(model.graph), *fixed})
     return Lowering(GraphEditor(model.graph, names), GraphWriter(names), artifacts, grids, opset), model
 

@@ -438,14 +438,15 @@ class Lowering:
     def write_bias(self, layer: IntegerLayer, values: npt.NDArray[Any]) -> str:
         """A layer's bias as it is computed with.
 
-        By its qualified name where this layer alone takes it; else, like an offset that was folded into no bias, by
-        that of the weight and the site: `bias_name`.
+        By its qualified name where this layer alone takes it; else by that of the weight and the site: `bias_name`,
+        or `offset_name` for an offset that is added behind a product.
         """
         name = layer.bias_name
         if name and len(self.graph.users(name)) == 1 and name not in self.graph.outputs:
             self.encodings[name] = str(values.dtype)
         else:
-            name = bias_name(layer.weight.name, layer.source.index)
+            alone = layer.layer.node.op_type == "MatMul"  # the bias is added behind it
+            name = (offset_name if alone else bias_name)(layer.weight.name, layer.source.index)
             if name in self._biases:
                 return name
             self._biases.add(name)
@@ -483,6 +484,15 @@ def bias_name(weight: str, site: int) -> str:
     'fc.weight_bias3'
     """
     return f"{weight}_bias{site}"
+
+
+def offset_name(weight: str, site: int) -> str:
+    """What the share of a free offset in a product is called, where it is added by itself.
+
+    >>> offset_name("fc.weight", 3)
+    'fc.weight_offset3'
+    """
+    return f"{weight}_offset{site}"
 
 
 def bias_scale(layer: IntegerLayer) -> Floats:

@@ -21,7 +21,7 @@ from qcompress_exporters import metadata
 from qcompress_exporters.digests import grid_digest
 from qcompress_exporters.dynamic import SCALE, ZERO_POINT
 from qcompress_exporters.edit import GraphEditor
-from qcompress_exporters.marks import bias_name, code_name, scale_name
+from qcompress_exporters.marks import bias_name, code_name, offset_name, scale_name
 from qcompress_exporters.names import ShortNames
 from qcompress_exporters.sessions import Mode, run, session
 
@@ -175,22 +175,22 @@ def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]]
             continue
         site, bias = inputs[use], bias_of(layer.node)
         own = names.get(bias, "") if bias is not None else ""
-        name = bias_name(layer.weight, site)
-        if name not in values:
-            name = own
-        if name not in values:
-            continue
-        total = values[name].astype(np.float64)
-        if values[name].dtype == np.int32:
-            total = total * (grids[site].scale * scales[layer.weight]).astype(np.float64)
+        folded_O = np.zeros(1)
         if grids[site].folded:
             others = tuple(i for i in range(values[layer.weight].ndim) if i != layer.axis)
             codes_O = values[layer.weight].sum(axis=others, dtype=np.int64)
-            total = total - float(grids[site].offset) * scales[layer.weight].astype(np.float64) * codes_O
-        if name == own:
-            state[own] = total.astype(np.float32)
-        else:
-            added[layer.node.name] = (total - (state[own] if own else 0.0)).astype(np.float32)
+            folded_O = float(grids[site].offset) * scales[layer.weight].astype(np.float64) * codes_O
+        written = bias_name(layer.weight, site)
+        if (alone := offset_name(layer.weight, site)) in values:
+            added[layer.node.name] = (values[alone] - folded_O).astype(np.float32)
+        elif written in values or own:
+            bias_O = values[written if written in values else own]
+            step_O = (grids[site].scale * scales[layer.weight]).astype(np.float64) if bias_O.dtype == np.int32 else 1.0
+            total_O = bias_O * step_O - folded_O
+            if written in values:
+                added[layer.node.name] = (total_O - (state[own] if own else 0.0)).astype(np.float32)
+            else:
+                state[own] = total_O.astype(np.float32)
     return Reference(state, added)
 
 

@@ -194,6 +194,7 @@ def test_rows_per_lut_explanation_and_float16_leftovers(qcompress, exported, mod
 @pytest.mark.usefixtures("traced_once")
 def test_a_saved_model_exports_to_the_same_bytes(qcompress, exported, refused, nothing_new, model, folder):
     exported("model.pt", "--bits", "3", "--save-compressed", "small")
+    (folder / "locked").mkdir(0o555)
     assert sorted(p.name for p in (folder / "small").iterdir()) == [
         "plan.toml", "program.pt2", "report.json", "weights.safetensors",
     ]  # fmt: skip
@@ -214,6 +215,123 @@ def test_a_saved_model_exports_to_the_same_bytes(qcompress, exported, refused, n
     assert message == "small exists: name another folder, or remove it first.\n"
     message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2", "--save-compressed", "no/such"))
     assert "the folder no does not exist" in message
+    for flag in ("--save-plan", "--save-compressed"):
+        message = nothing_new(lambda f=flag: refused("export", "model.pt", "--bits", "2", f, "locked/x"))
+        assert message.endswith(f"is read-only. Name another place with {flag}.\n")
+
+
+INTEGER = ("--bits", "4", "--activation-bits", "4", "--calibration", "test.npz")
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_integer_compute_through_the_command_line(qcompress, exported, nothing_new, model, folder):
+    dry = nothing_new(lambda: exported("model.pt", *INTEGER, "--dry-run"))
+    result = qcompress("export", "model.pt", *INTEGER, "--explain", "--save-compressed", "small")
+    assert (result.exit_code, result.stderr) == (0, "")
+    data = (folder / "model.w4a4.onnx").read_bytes()
+    assert len(data) == dry["bytes"]["file"]
+    assert re.search(
+        r"^4 of 4 layers compute in int8 \(format qdq\), \d activations? at 4 bits and ", result.stdout, re.M
+    )
+    wide = sum(a["widened"] for a in dry["activations"])
+    assert wide == sum(a["bits"] == 8 for a in dry["activations"]) > 0
+    assert f"{wide} activations at 8 bits though fewer were asked for: sums, pooling, " in result.stdout
+    assert re.search(r"^activation +bits +scale +zero +clipped %", result.stdout, re.M)
+    assert re.search(r"^x +4 +0\.\d+ +\d+ +\d", result.stdout, re.M)
+    assert "biases as int32: 4 tensors" in result.stdout
+
+    again = exported("small", "-o", "again.onnx")
+    assert (folder / "again.onnx").read_bytes() == data
+    assert [a["saturation"] for a in again["activations"]] == [None] * len(dry["activations"])
+    assert again["activations"] == [a | {"saturation": None} for a in dry["activations"]]
+    operators = exported("small", "--format", "integer")
+    assert (operators["format"], operators["file"]) == ("integer", "small.w4a4.onnx")
+    assert "QLinearConv" in {n.op_type for n in graph_of("small.w4a4.onnx").node}
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_names_and_reports_of_other_ways_to_compute(qcompress, exported, model, folder):
+    result = qcompress("export", "model.pt", "--bits", "2", "--compute", "dynamic8")
+    assert result.exit_code == 0
+    assert "written: model.w2d8.onnx" in result.stdout
+    assert "1 of 4 layers compute in int8, their inputs quantized at run time (dynamic8)." in result.stdout
+    why = "quantized at run time are inputs of matrix products alone"
+    assert f"computed in float, {why}: 3 layers (stem.weight, left.weight, right.weight)" in result.stdout
+    (folder / "plan.toml").write_text("version = 1\n[default]\nbits = 4\n[kind.last]\nactivation_bits = 8\n")
+    mixed = exported("model.pt", "--plan", "plan.toml", "--scheme", "uniform", "--calibration", "test.npz")
+    assert (mixed["file"], mixed["compute"]) == ("model.mixed.onnx", "int8")
+    assert {t["artifact"] for t in mixed["tensors"]} == {"uniform", "float"}
+    assert {layer["weight"]: layer["compute"] for layer in mixed["layers"]}["head.weight"] == "int8"
+    assert [a["widened"] for a in mixed["activations"]] == [False] * len(mixed["activations"])
+
+
+@pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--activation-bits", "8"], "activation_bits must have calibration data to find the activations' grids: "),
+        (["--compute", "int8"], "compute int8 must have activation_bits for some layer: give --activation-bits 8.\n"),
+        (["--memory", "packed"], "memory packed, weights that stay packed at run time, comes later: say memory "),
+        (["--format", "qdq"], "format qdq is a way to write compute int8, and this is compute float: leave format out"),
+        (["--placement", "paper"], "--placement is about the grids of activations, and compute float stores none"),
+        (["--reduce-range"], "--reduce-range is about sums of integers, and compute float has none: leave it out"),
+        (["--percentile", "99"], "--percentile is about the grids of activations, and compute float stores none"),
+        (["--activation-bits", "8", "--calibration", "test.npz", "--percentile", "99"],
+         "--percentile is about --calibration-method percentile: give both, or leave it out.\n"),
+        (["--activation-bits", "8", "--calibration", "wrong.npz"], "Input x must have shape [any, 3, 8, 8], got "),
+        (["--activation-bits", "8", "--calibration", "wrong.npz", "--data", "test.npz"],
+         "Input x must have shape [any, 3, 8, 8], got [1, 3, 9, 9]"),
+        (["--activation-bits", "8", "--calibration", "nan.npz"], "--calibration nan.npz: "),
+        (["--activation-bits", "8", "--calibration", "none.npz"], "--calibration none.npz: "),
+        (["--activation-bits", "8", "--calibration", "missing.npz"], "--calibration missing.npz: "),
+    ],
+)  # fmt: skip
+def test_integer_compute_refused(refused, nothing_new, model, args, message):
+    np.savez("wrong.npz", x=np.zeros((4, 3, 9, 9), np.float32))
+    np.savez("nan.npz", x=np.full((4, 3, 8, 8), np.nan, np.float32))
+    np.savez("none.npz", x=np.zeros((0, 3, 8, 8), np.float32))
+    assert message in nothing_new(lambda: refused("export", "model.pt", "--bits", "4", *args))
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_what_is_settled_in_a_compressed_folder(refused, nothing_new, exported, model):
+    exported("model.pt", "--bits", "4", "--save-compressed", "small")
+    for args in (
+        ("--scheme", "uniform"), ("--activation-bits", "8"), ("--compute", "dynamic8"), ("--calibration", "test.npz"),
+        ("--calibration-method", "minmax"), ("--percentile", "99"), ("--placement", "paper"), ("--reduce-range",),
+    ):  # fmt: skip
+        message = nothing_new(lambda a=args: refused("export", "small", *a))
+        assert message.startswith(f"small is compressed already: {args[0]} must be left out, or name the original")
+    message = nothing_new(lambda: refused("export", "small", "--format", "integer"))
+    assert message.startswith("format integer is a way to write compute int8, and this is compute float")
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_a_constant_calibration_is_legal_and_told(qcompress, folder, model):
+    np.savez("zeros.npz", x=np.zeros((3, 3, 8, 8), np.float32))
+    result = qcompress("export", "model.pt", "--bits", "4", "--activation-bits", "8", "--calibration", "zeros.npz")
+    assert result.exit_code == 0, result.output
+    note = "calibration data zeros.npz: input x is the same in all 3 samples, and its grids fit nothing else\n"
+    assert result.stderr == note
+
+
+class Fixed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.fc(x.reshape(4, 12))
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_fewer_calibration_samples_than_a_fixed_batch(qcompress, nothing_new, folder):
+    torch.export.save(torch.export.export(Fixed().eval(), (torch.zeros(4, 12),)), "fixed.pt2")
+    np.savez("few.npz", x=np.ones((3, 12), np.float32))
+    args = ("export", "fixed.pt2", "--bits", "4", "--activation-bits", "8", "--calibration", "few.npz")
+    result = nothing_new(lambda: qcompress(*args))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.endswith("error: The model takes batches of 4 alone, few.npz has 3 samples: give more.\n")
 
 
 @pytest.mark.parametrize("through", ["itself", "symlink", "hard link"])
@@ -375,7 +493,7 @@ def test_dicts_in_and_out_and_a_dynamic_axis(qcompress, exported, words, folder)
     # validate takes names and axes from the file: sentences of 9 words, where the example had 6.
     random = np.random.default_rng(0)
     np.savez("test.npz", ids=random.integers(0, 50, (7, 9)), mask=np.ones((7, 9), np.float32))
-    result = qcompress("validate", *args, report["file"], "--data", "test.npz", "--json")
+    result = qcompress("validate", *args, report["file"], "--data", "test.npz", "--no-timing", "--json")
     assert result.exit_code == 0, result.output
     assert set(json.loads(result.stdout)["outputs"]) == {"logits", "score"}
 

@@ -1,6 +1,7 @@
 """`validate` through the command line, and what gate makes of its measurements."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -73,6 +74,13 @@ def test_a_good_file_and_the_gate(qcompress, refused, files):
     assert "on the same 60 samples" in result.stdout
     assert "onnxruntime's optimised graph holds the same operators as the float file's" in result.stdout
     assert "note:" not in result.stdout
+    assert re.search(r"^layer, the noisiest +SQNR dB +change", result.stdout, re.M)
+    assert re.search(r"^stem\.weight +\d+\.\d +$", result.stdout, re.M)
+    assert re.search(
+        r"^speed: \d\.\d\d x the float file's \(.+ one thread; the float file against itself", result.stdout, re.M
+    )
+    assert re.search(r"^loading: .+ ms, the float file .+ ms$", result.stdout, re.M)
+    assert "CPU" not in result.stdout  # of no concern to float compute
     assert result.stderr == f"measurements written to {FILE}.validation.json\n"
 
     document = json.loads((files / f"{FILE}.validation.json").read_text())
@@ -142,7 +150,7 @@ def other_operator(graph):
 )  # fmt: skip
 def test_a_corrupted_file_exits_1(qcompress, refused, files, edit, failed):
     damage(files / FILE, edit)
-    result = qcompress("validate", "model.pt", FILE, "--data", "test.npz")
+    result = qcompress("validate", "model.pt", FILE, "--data", "test.npz", "--no-timing")
     assert result.exit_code == 1
     assert "FAIL" in result.stdout
     assert result.stderr.endswith(f"FAILED: {failed}\n")
@@ -152,7 +160,7 @@ def test_a_corrupted_file_exits_1(qcompress, refused, files, edit, failed):
 @pytest.mark.usefixtures("traced_once")
 def test_a_model_that_the_file_was_not_made_from(qcompress, files):
     (files / "model.pt").write_bytes(small_models.pt2(seed=1))
-    result = qcompress("validate", "model.pt", FILE, "--data", "test.npz", "--json")
+    result = qcompress("validate", "model.pt", FILE, "--data", "test.npz", "--no-timing", "--json")
     document = json.loads(result.stdout)
     assert (result.exit_code, document["same_source"]) == (0, False)
     assert document["notes"][0].startswith(f"{FILE} was not exported from this model file (it was from one with ")
@@ -209,7 +217,7 @@ def test_a_config_names_model_data_and_metric(qcompress, files):
         'model = "model.pt"\ndata = "test.npz"\nmetric = "metrics:loss"\nlower_is_better = true\n'
         'transform = "metrics.py:halved"\n'
     )
-    result = qcompress("validate", FILE, "--json")
+    result = qcompress("validate", FILE, "--no-timing", "--json")
     assert result.exit_code == 0, result.output
     metric = json.loads(result.stdout)["metric"]
     assert (metric["name"], metric["lower_is_better"]) == ("metrics:loss", True)

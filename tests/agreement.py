@@ -1,0 +1,135 @@
+"""What tests of integer compute on whole nets do: compress, write, and compare with torch as `validate` does."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from qcompress.compressed import CompressedModel
+from qcompress.metrics import is_constant
+from qcompress.program import FloatProgram
+from qcompress.sites import MarkedRunner, mark
+from qcompress_exporters import onnx_file
+from qcompress_exporters.checks import OUTPUT_TOLERANCE, Check, check_codes, check_exporter, check_weights
+from qcompress_exporters.marks import LayerReport
+from qcompress_exporters.onnx_file import Built, build, float_file, sites_of
+from qcompress_exporters.replay import file_grids, reference_state, replay
+from qcompress_exporters.sessions import Mode, run, session
+from qcompress_exporters.trace import Trace, trace
+
+Arrays = dict[str, npt.NDArray[Any]]
+MODES: tuple[Mode, ...] = ("exact", "deployed")
+FORMATS = ("qdq", "integer")
+
+
+@dataclass
+class Agreement:
+    """A compressed model, written in any format and compared with torch on some inputs; traced once for all of it.
+
+    Args:
+        small: for int8 compute.
+        inputs: by name; one batch.
+    """
+
+    small: CompressedModel
+    inputs: Mapping[str, npt.NDArray[Any]]
+    built: dict[str, Built] = field(default_factory=dict)
+
+    @cached_property
+    def marked(self) -> FloatProgram:
+        return mark(self.small.program, sites_of(self.small))
+
+    @cached_property
+    def graph(self) -> Trace:
+        return trace(self.marked)
+
+    @cached_property
+    def feeds(self) -> Arrays:
+        return dict(zip(self.small.program.input_names, self.small.program.bind(self.inputs), strict=True))
+
+    def file(self, format: str) -> Built:
+        if format not in self.built:
+            with mock.patch.object(onnx_file, "trace", return_value=self.graph):
+                self.built[format] = build(self.small, format=format)
+        return self.built[format]
+
+    def model(self, format: str) -> onnx.ModelProto:
+        return onnx.load_from_string(self.file(format).data)
+
+    def layers(self, format: str = "qdq") -> dict[str, LayerReport]:
+        return {layer.weight: layer for layer in self.file(format).report.layers}
+
+    def ops(self, format: str = "qdq") -> set[str]:
+        return {node.op_type for node in self.model(format).graph.node}
+
+    def failures(self, format: str) -> list[str]:
+        """What does not agree; nothing, if all is well."""
+        return list(self._failures(format))
+
+    def _failures(self, format: str) -> Iterator[str]:
+        model = self.model(format)
+        onnx.checker.check_model(model, full_check=True)
+        weights, values = check_weights(self.graph, model)
+        yield from _said(weights)
+        if values is None:
+            return
+        grids = file_grids(model, len(self.small.activations))
+        for grid, wanted in zip(grids, self.small.activations.values(), strict=True):
+            same = grid.scale == wanted.scale and 0 <= grid.low <= grid.high <= wanted.levels
+            if not same or (wanted.zero_point is not None and grid.zero_point != wanted.zero_point):
+                yield f"{format}: the grid of {wanted.site} is {grid}, not {wanted}"
+        state = reference_state(self.marked, values, grids)
+        for mode in MODES:
+            found = replay(self.marked, model, sites_of(self.small), state, grids, [self.feeds], mode)
+            yield from _said(check_codes(found, mode, len(next(iter(self.feeds.values())))), format)
+            plain = run(session(self.file(format).data, mode), self.feeds)
+            for name, got in plain.items():
+                if (error := _error(found.got[name], got)) > OUTPUT_TOLERANCE:
+                    yield f"{format} {mode}: {name} is off by {error:.1e} without the codes as outputs"
+
+    def distance(self, format: str) -> float:
+        """The file from a torch program that quantizes by the artifacts' grids itself, no code shared.
+
+        Returns:
+            Root mean square of the difference over that of the outputs' noise; each difference of a code runs through
+            the rest of the net, so that this is small, and not 0.
+        """
+        small, grids = self.small, list(self.small.activations.values())
+        weights = {name: artifact.dequantize() for name, artifact in small.artifacts.items()}
+        marked = self.marked.with_state(weights)
+
+        def quantize(index: int, value: npt.NDArray[np.float32], first: bool) -> npt.NDArray[np.float32]:
+            return grids[index].dequantize(grids[index].quantize(value)) if first else value
+
+        wanted, original = MarkedRunner(marked)(self.feeds, quantize), small.program.run(self.feeds)
+        got = run(session(self.file(format).data, "deployed"), self.feeds)
+        off = sum(float(np.square(got[n].astype(np.float64) - wanted[n]).sum()) for n in wanted)
+        noise = sum(float(np.square(original[n].astype(np.float64) - wanted[n]).sum()) for n in wanted)
+        return float(np.sqrt(off / max(noise, 1e-12)))
+
+    def exporter(self) -> list[str]:
+        """What the float file has of torch's outputs that is not so."""
+        program = self.small.program
+        wanted = {n: np.atleast_1d(v) for n, v in program.run(self.feeds).items()}
+        original = float_file(self.graph, program.state())
+        checks = [check_exporter(original, wanted, [self.feeds], mode) for mode in MODES]
+        return [text for check in checks if "constant on this data" not in check.detail for text in _said(check)]
+
+
+def _said(check: Check, format: str = "") -> Iterator[str]:
+    if not check.ok:
+        text = f"{format} {check.name} {check.session}: {check.detail} (error {check.error}, limit {check.limit})"
+        yield text.strip()
+
+
+def _error(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float:
+    if wanted.shape != got.shape or not np.isfinite(got).all():
+        return float("inf")
+    if is_constant(wanted):
+        return float(np.abs(wanted - got).max() / max(float(np.abs(wanted).max()), 1e-6))
+    return float(np.abs(wanted.astype(np.float64) - got).max() / max(float(wanted.std()), 1e-12))
