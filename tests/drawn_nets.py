@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from nets import randomized
 
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear)
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "inplace relu": lambda: nn.ReLU(inplace=True),
@@ -110,6 +111,16 @@ class _Builder:
     def images(self) -> list[int]:
         """Values that still have all axes, the newest first."""
         return [i for i in reversed(range(len(self.values))) if len(self.of(i)) == len(self.shape)]
+
+    def before(self, i: int) -> set[int]:
+        """A value's position, and those of all that it is made from; the input is none."""
+        found: set[int] = set()
+        stack = [i]
+        while stack:
+            if (at := stack.pop()) and at not in found:
+                found.add(at)
+                stack += self.steps[at - 1].takes
+        return found
 
     def any_image(self) -> int:
         images = self.images()
@@ -366,6 +377,8 @@ def draw_net(seed: int, depth: int) -> Net:
         else:
             _mlp(builder)
         outputs = [len(builder.steps)]
+        if not any(isinstance(builder.steps[i - 1].function, LAYERS) for i in builder.before(outputs[0])):
+            outputs.append(1)  # a net without a layer would show nothing
         if generator.random() < 0.3:
             outputs.append(generator.randrange(1, len(builder.steps) + 1))
         module = randomized(Drawn(builder.steps, list(dict.fromkeys(outputs))), seed)

@@ -139,14 +139,16 @@ def lower_integer(
     shared = {name for name, uses in layers.items() if len(uses) > 1}
     nodes = {id(use.node): use for uses in layers.values() for use in uses}
 
+    alone = {key: lowering.integer_layer(use) for key, use in nodes.items()}
+
     def takes_offset(user: onnx.NodeProto) -> bool:
         use = nodes.get(id(user))
-        return use is not None and use.weight not in shared and isinstance(lowering.integer_layer(use), IntegerLayer)
+        return use is not None and use.weight not in shared and isinstance(alone[id(user)], IntegerLayer)
 
     added = lowering.add_offsets(takes_offset)
     reports = []
     for name, uses in layers.items():
-        found = [lowering.integer_layer(use) for use in uses]
+        found = [_unless_added(alone[id(use.node)], lowering.integer_layer(use)) for use in uses]
         why = next((f for f in found if isinstance(f, str)), "")
         offset = _offset_of(uses[0], found[0], added)
         reports.append(LayerReport(name, "float" if why else "int8", why, offset))
@@ -163,6 +165,13 @@ def lower_dynamic(trace: Trace, artifacts: Mapping[str, Artifact], opset: int) -
     lowering, model = _begin(trace, artifacts, opset, ())
     reports = dynamic.write_layers(lowering)
     return _finish(model, lowering, trace, reports)
+
+
+def _unless_added(alone: IntegerLayer | str, found: IntegerLayer | str) -> IntegerLayer | str:
+    """A layer, or why it cannot be one: for itself alone, or for what else takes its input."""
+    if isinstance(alone, str):
+        return alone
+    return "something else takes its input's free offset" if isinstance(found, str) else found
 
 
 def _offset_of(use: Layer, found: IntegerLayer | str, added: Container[str]) -> str:

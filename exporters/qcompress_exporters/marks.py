@@ -14,7 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from qcompress.artifacts import ActivationGrid, Artifact, FloatWeight, integer_values
+from qcompress.artifacts import (
+    ActivationGrid,
+    Artifact,
+    FloatWeight,
+    IntegerWeight,
+    PalettizedWeight,
+    integer_values,
+)
 from qcompress_exporters.digests import tensor_digest
 from qcompress_exporters.edit import GraphEditor, attribute
 from qcompress_exporters.encodings.base import GraphWriter
@@ -28,6 +35,10 @@ _RESHAPES: Final = ("Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 _MOVES: Final = (*_RESHAPES, "Transpose", "Slice", "MaxPool", "Expand", "Split", "Gather", "DepthToSpace", "Resize")
 _LAYERS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _INT32: Final = 2**31 - 1
+_NO_INTEGERS: Final[Mapping[type[Artifact], str]] = {
+    PalettizedWeight: "its palette is not on an int8 grid",
+    IntegerWeight: "its grid has blocks, a zero point, or codes above 127",
+}
 _LOWEST: Final = float(np.finfo(np.float32).min)
 
 
@@ -148,7 +159,7 @@ class Lowering:
     _written: dict[tuple[str, bytes], str] = field(default_factory=dict)
     _named: set[int] = field(default_factory=set)
     _transposed: dict[str, str] = field(default_factory=dict)
-    _biases: set[str] = field(default_factory=set)
+    _biases: dict[str, str] = field(default_factory=dict)
 
     # --- activations
 
@@ -338,7 +349,7 @@ class Lowering:
         artifact = self.artifacts[layer.weight]
         values = integer_values(artifact)
         if values is None:
-            return artifact.reason if isinstance(artifact, FloatWeight) else "its palette is not on an int8 grid"
+            return artifact.reason if isinstance(artifact, FloatWeight) else _NO_INTEGERS[type(artifact)]
         codes, scale, scale_axis = values
         axis = self._output_axis(layer)
         if scale.ndim and scale_axis != axis:
@@ -438,21 +449,32 @@ class Lowering:
     def write_bias(self, layer: IntegerLayer, values: npt.NDArray[Any]) -> str:
         """A layer's bias as it is computed with.
 
-        By its qualified name where this layer alone takes it; else by that of the weight and the site: `bias_name`,
-        or `offset_name` for an offset that is added behind a product.
+        By its qualified name where no other site's layers take it; else by that of the weight and the site:
+        `bias_name`, or `offset_name` for an offset that is added behind a product.
         """
-        name = layer.bias_name
-        if name and len(self.graph.users(name)) == 1 and name not in self.graph.outputs:
+        alone = layer.layer.node.op_type == "MatMul"  # the bias is added behind it
+        apart = (offset_name if alone else bias_name)(layer.weight.name, layer.source.index)
+        if apart in self._biases:
+            return self._biases[apart]
+        own = layer.bias_name
+        if own and own not in self.graph.outputs and all(self._reads(u, layer) for u in self.graph.users(own)):
+            name = own
             self.encodings[name] = str(values.dtype)
         else:
-            alone = layer.layer.node.op_type == "MatMul"  # the bias is added behind it
-            name = (offset_name if alone else bias_name)(layer.weight.name, layer.source.index)
-            if name in self._biases:
-                return name
-            self._biases.add(name)
+            name = apart
+        self._biases[apart] = name
         self.writer.tensor(values, name)
         self.sign(name, values)
         return name
+
+    def _reads(self, node: onnx.NodeProto, layer: IntegerLayer) -> bool:
+        """Whether a node has the site and the weight of a layer."""
+        source = self.quantized.get(node.input[0])
+        return node is layer.layer.node or (
+            source is not None
+            and source.index == layer.source.index
+            and any(use.node is node for use in self.layers().get(layer.weight.name, []))
+        )
 
     def sign(self, name: str, values: npt.NDArray[Any]) -> None:
         """Let the tensor that was written last carry its digest."""

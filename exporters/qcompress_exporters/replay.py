@@ -166,6 +166,7 @@ def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]]
             axis = layer.axis if scales[name].ndim else None
             state[name] = state[name].astype(np.float32) * spread(scales[name], state[name].shape, axis)
     added: Arrays = {}
+    apart: list[tuple[str, str, npt.NDArray[np.float64]]] = []  # node, name of its bias, what it adds in all
     inputs, names = input_sites(marked), state_nodes(marked.exported)
     seen = set[str]()
     for layer in layers(marked):
@@ -188,9 +189,11 @@ def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]]
             step_O = (grids[site].scale * scales[layer.weight]).astype(np.float64) if bias_O.dtype == np.int32 else 1.0
             total_O = bias_O * step_O - folded_O
             if written in values:
-                added[layer.node.name] = (total_O - (state[own] if own else 0.0)).astype(np.float32)
+                apart.append((layer.node.name, own, total_O))
             else:
                 state[own] = total_O.astype(np.float32)
+    for node, own, total_O in apart:
+        added[node] = (total_O - (state[own] if own else 0.0)).astype(np.float32)
     return Reference(state, added)
 
 
