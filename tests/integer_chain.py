@@ -279,7 +279,9 @@ class Case:
             value = dequantized(g, got)
             if i < len(self.module.names):
                 name = self.module.names[i]
-                value = self.step(name, value, self.bias_error(name, g, reports[f"{name}.weight"], format))
+                behind = next(iter(self.grids()[i + 1 :]), None)
+                taken = 0.0 if behind is None or behind.zero_point is not None else float(behind.offset)
+                value = self.step(name, value, self.bias_error(name, g, taken, reports[f"{name}.weight"], format))
         error = np.abs(values["output"] - value).max() / value.std()
         if not error <= OUTPUT_OFF:
             found.append(f"output off by {error:.1e} of its spread")
@@ -298,14 +300,17 @@ class Case:
             y = y + torch.from_numpy(bias_error).reshape([-1] + [1] * (y.ndim - 2 if is_conv(layer) else 0))
         return (self.module.clamp(y) if name == "layer" else y).detach().numpy()
 
-    def bias_error(self, name: str, g: ActivationGrid, report: LayerReport, format: str) -> Doubles | None:
+    def bias_error(
+        self, name: str, g: ActivationGrid, taken: float, report: LayerReport, format: str
+    ) -> Doubles | None:
         """What rounding a bias to steps of s_x * s_w changes, where the kernel takes an int32 bias; else None.
 
-        Kernels take no other: this is the one thing in which they cannot follow the artifacts.
+        Kernels take no other: this is the one thing in which they cannot follow the artifacts. The bias has the free
+        offsets of the layer's input and, `taken`, of what quantizes its output.
         """
         layer, bias = getattr(self.module, name), self.model.artifacts.get(f"{name}.bias")
         folded = report.offset == "folded"
-        if report.compute != "int8" or (bias is None and not folded):
+        if report.compute != "int8" or (bias is None and not folded and not taken):
             return None
         if not is_conv(layer) and (format == "integer" or len(self.x.shape) > 2):
             return None
@@ -315,6 +320,7 @@ class Case:
         total = np.zeros(len(codes)) if bias is None else bias.dequantize().astype(np.float64)
         if folded:
             total = total + float(g.offset) * scale.astype(np.float64) * codes.reshape(len(codes), -1).sum(1, dtype=int)
+        total = total - taken
         steps = (g.scale * scale).astype(np.float64)
         error = np.rint(total / steps) * steps - total
         assert (np.abs(error) <= np.abs(steps) / 2 * (1 + 1e-9)).all()

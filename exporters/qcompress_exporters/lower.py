@@ -136,14 +136,13 @@ def lower_integer(
     lowering, model = _begin(trace, artifacts, opset, grids)
     lowering.quantize()
     layers = lowering.layers()
-    shared = {name for name, uses in layers.items() if len(uses) > 1}
     nodes = {id(use.node): use for uses in layers.values() for use in uses}
 
     alone = {key: lowering.integer_layer(use) for key, use in nodes.items()}
 
     def takes_offset(user: onnx.NodeProto) -> bool:
         use = nodes.get(id(user))
-        return use is not None and use.weight not in shared and isinstance(alone[id(user)], IntegerLayer)
+        return use is not None and use.alone and isinstance(alone[id(user)], IntegerLayer)
 
     added = lowering.add_offsets(takes_offset)
     reports = []
@@ -154,6 +153,7 @@ def lower_integer(
         reports.append(LayerReport(name, "float" if why else "int8", why, offset))
         for use, layer in zip(uses, found, strict=True):
             if isinstance(layer, IntegerLayer) and not why:
+                lowering.fold_behind(use)
                 write(lowering, layer)
             else:
                 lowering.shield(use)

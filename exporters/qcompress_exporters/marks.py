@@ -94,11 +94,13 @@ class Layer:
         node: the node.
         weight: qualified name.
         transpose: the Transpose between the weight and the node, if there is one.
+        alone: whether no other node uses the weight.
     """
 
     node: onnx.NodeProto
     weight: str
     transpose: onnx.NodeProto | None
+    alone: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ class IntegerLayer:
         layer: the node and its weight.
         source: its input.
         weight: its weight.
-        bias: float64 [O], a free offset of the input folded in; None: no bias.
+        bias: float64 [O], free offsets of the input and of what quantizes the output folded in; None: no bias.
         bias_name: the open tensor that the bias came from.
     """
 
@@ -159,6 +161,7 @@ class Lowering:
     _written: dict[tuple[str, bytes], str] = field(default_factory=dict)
     _named: set[int] = field(default_factory=set)
     _transposed: dict[str, str] = field(default_factory=dict)
+    _taken_off: dict[str, float] = field(default_factory=dict)
     _biases: dict[str, str] = field(default_factory=dict)
 
     # --- activations
@@ -178,9 +181,7 @@ class Lowering:
             self._push_down(value)
             return
         value, output = self._above_reshapes(value, output)
-        low, high = 0, grid.levels
-        if grid.zero_point is not None:
-            value, low, high = self._absorb_clamps(value, grid)
+        value, low, high = self._absorb_clamps(value, grid)
         key = value, repr((grid.scale.tobytes(), grid.offset.tobytes(), low, high, grid.signed)).encode()
         codes = self._written.get(key)
         if codes is None:
@@ -192,6 +193,7 @@ class Lowering:
         """uint8 codes of a value in [low, high], called `q<index>` where this is the site's first place."""
         if grid.zero_point is None:
             value = self.graph.add("Sub", [value, self._constant(grid.offset)])
+            self._taken_off[value] = float(grid.offset)
             zero = _unsigned(grid)
         else:
             zero = grid.zero_point
@@ -301,12 +303,12 @@ class Lowering:
         for name in self.artifacts:
             uses = [use for user in self.graph.users(name) for use in self._uses(user, name)]
             if uses and None not in uses:
-                found[name] = [use for use in uses if use is not None]
+                found[name] = [Layer(*use, alone=len(uses) == 1) for use in uses if use is not None]
         return found
 
-    def _uses(self, node: onnx.NodeProto, name: str) -> list[Layer | None]:
+    def _uses(self, node: onnx.NodeProto, name: str) -> list[tuple[onnx.NodeProto, str, onnx.NodeProto | None] | None]:
         if node.op_type in _LAYERS and not node.domain and len(node.input) > 1 and node.input[1] == name:
-            return [Layer(node, name, None)]
+            return [(node, name, None)]
         if node.op_type != "Transpose" or attribute(node, "perm", [1, 0]) != [1, 0]:
             return [None]
         users = self.graph.users(node.output[0])
@@ -314,7 +316,7 @@ class Lowering:
             u.op_type in ("Gemm", "MatMul") and u.input[1] == node.output[0] for u in users
         ):
             return [None]
-        return [Layer(u, name, node) for u in users]
+        return [(u, name, node) for u in users]
 
     def integer_layer(self, layer: Layer) -> IntegerLayer | str:
         """What a layer is in integers, or why it cannot be."""
@@ -326,7 +328,8 @@ class Lowering:
         weight = self.int8(layer)
         if isinstance(weight, str):
             return weight
-        if node.op_type == "Conv" and self.requantizer(node) is None:
+        taken_off = self.taken_off(layer)
+        if node.op_type == "Conv" and self.requantizer(node if taken_off is None else taken_off[0]) is None:
             return "its output is not quantized by itself"
         bias_name = node.input[2] if len(node.input) > 2 else ""
         bias = None
@@ -339,6 +342,8 @@ class Lowering:
             if any(attribute(node, "pads", [])) or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
                 return "its input has a free offset, which only unpadded layers can take up"
             bias = _folded(bias, source.grid, weight)
+        if taken_off is not None:
+            bias = (0.0 if bias is None else bias) - np.full(weight.codes.shape[weight.axis], taken_off[1])
         found = IntegerLayer(layer, source, weight, bias, bias_name)
         if bias is not None and np.abs(bias / bias_scale(found)).max(initial=0) > _INT32:
             return "its bias does not fit 32 bits at the scale of its products"
@@ -365,6 +370,21 @@ class Lowering:
         if layer.node.op_type == "Gemm":
             return int((attribute(layer.node, "transB", 0) == 0) != transposed)
         return 0 if transposed else 1
+
+    def taken_off(self, layer: Layer) -> tuple[onnx.NodeProto, float] | None:
+        """The Sub that alone takes what a layer gives, and a free offset that the layer's bias can take off instead."""
+        user = self.graph.only_user(layer.node.output[0])
+        if user is None or layer.node.op_type == "MatMul" or not layer.alone or self.requantizer(user) is None:
+            return None
+        offset = self._taken_off.get(user.output[0])
+        return None if offset is None else (user, offset)
+
+    def fold_behind(self, layer: Layer) -> None:
+        """Drop the Sub behind a layer whose bias has what it takes off."""
+        found = self.taken_off(layer)
+        if found is not None:
+            self.graph.replace(found[0].output[0], layer.node.output[0])
+            self.graph.remove(found[0])
 
     def requantizer(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
         """The QuantizeLinear that alone takes what a node gives."""

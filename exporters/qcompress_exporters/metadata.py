@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import onnx
 
@@ -122,28 +122,43 @@ def sites_from(text: str) -> tuple[str, list[tuple[str, int]]]:
     return str(compute), sites
 
 
-def grids_text(entries: Iterable[tuple[int, str]]) -> str:
-    """Bits and digest of each site's grid, as a file's metadata says them.
+class GridEntry(NamedTuple):
+    """What a file's metadata says of one site's grid.
 
-    >>> grids_text([(8, "hl831PiDsz5"), (4, "J6L4CB6Zs0X")])
-    '8hl831PiDsz5 4J6L4CB6Zs0X'
+    Args:
+        bits: width of a code.
+        digest: from `digests.grid_digest`.
+        offset: a free one, which may stand nowhere in the graph but in biases; 0 where there is none.
     """
-    return " ".join(f"{bits}{digest}" for bits, digest in entries)
+
+    bits: int
+    digest: str
+    offset: float = 0.0
 
 
-def grids_from(text: str) -> list[tuple[int, str]]:
+def grids_text(entries: Iterable[GridEntry]) -> str:
+    """The grids of all sites, as a file's metadata says them.
+
+    >>> grids_text([GridEntry(8, "hl831PiDsz5"), GridEntry(4, "J6L4CB6Zs0X", -0.25)])
+    '8hl831PiDsz5 4J6L4CB6Zs0X:-0.25'
+    """
+    return " ".join(f"{e.bits}{e.digest}" + (f":{e.offset!r}" if e.offset else "") for e in entries)
+
+
+def grids_from(text: str) -> list[GridEntry]:
     """The inverse of `grids_text`.
 
     Raises:
         SourceError: it was not written by that.
 
-    >>> grids_from("8hl831PiDsz5 4J6L4CB6Zs0X")
-    [(8, 'hl831PiDsz5'), (4, 'J6L4CB6Zs0X')]
+    >>> grids_from("8hl831PiDsz5 4J6L4CB6Zs0X:-0.25")[1]
+    GridEntry(bits=4, digest='J6L4CB6Zs0X', offset=-0.25)
     """
-    entries = text.split()
-    if not all(entry[0] in "12345678" for entry in entries):
-        raise SourceError(f"The file's metadata {GRIDS} is damaged: export it again.")
-    return [(int(entry[0]), entry[1:]) for entry in entries]
+    try:
+        parts = [(entry[0], *entry[1:].split(":")) for entry in text.split()]
+        return [GridEntry(int(bits), digest, *(float(offset) for offset in rest)) for bits, digest, *rest in parts]
+    except (ValueError, TypeError):
+        raise SourceError(f"The file's metadata {GRIDS} is damaged: export it again.") from None
 
 
 def entry_of(model: onnx.ModelProto, key: str) -> str | None:

@@ -181,7 +181,7 @@ def build(
             metadata.PLAN: model.plan_digest,
             metadata.SOURCE: model.source_digest,
             **({metadata.SITES: metadata.sites_text(model.compute, sites)} if sites else {}),
-            **({metadata.GRIDS: metadata.grids_text(_grid_digests(model))} if model.compute == "int8" else {}),
+            **({metadata.GRIDS: metadata.grids_text(_grid_entries(model))} if model.compute == "int8" else {}),
         }
     )
     count = sum(int(np.prod(a.shape)) for a in artifacts.values())
@@ -210,9 +210,12 @@ def sites_of(model: CompressedModel) -> list[tuple[str, int]]:
     return []
 
 
-def _grid_digests(model: CompressedModel) -> list[tuple[int, str]]:
+def _grid_entries(model: CompressedModel) -> list[metadata.GridEntry]:
     stored = [(grid, Quantized("", 0, grid)) for grid in model.activations.values()]
-    return [(g.bits, grid_digest(g.site, g.scale, q.zero_point, q.offset, g.bits)) for g, q in stored]
+    return [
+        metadata.GridEntry(g.bits, grid_digest(g.site, g.scale, q.zero_point, q.offset, g.bits), float(q.offset))
+        for g, q in stored
+    ]
 
 
 Lower = Callable[[int], Lowered]

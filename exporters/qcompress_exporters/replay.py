@@ -43,6 +43,7 @@ class FileGrid:
         bits: width of a code, by the file's metadata; the Clip may leave fewer codes than it has.
         offset: a free offset, which is taken off in front of the quantizer.
         folded: whether the layers behind it have the offset in their biases.
+        taken: whether the layer in front of it has the offset in its bias.
     """
 
     scale: Floats
@@ -52,6 +53,7 @@ class FileGrid:
     bits: int
     offset: Floats
     folded: bool
+    taken: bool = False
 
     def quantize(self, x: Floats) -> npt.NDArray[np.uint8]:
         """Codes of a value."""
@@ -70,8 +72,8 @@ def wrong_grids(model: onnx.ModelProto, sites: Sequence[tuple[str, int]]) -> lis
         raise SourceError("The file carries no digests of its activations' grids: export it again.")
     return [
         f"{site[0]}"
-        for site, grid, (_, wanted) in zip(sites, file_grids(model, len(sites)), stored, strict=True)
-        if grid_digest(site, grid.scale, grid.zero_point, grid.offset, grid.bits) != wanted
+        for site, grid, entry in zip(sites, file_grids(model, len(sites)), stored, strict=True)
+        if grid_digest(site, grid.scale, grid.zero_point, grid.offset, grid.bits) != entry.digest
     ]
 
 
@@ -89,10 +91,10 @@ def file_grids(model: onnx.ModelProto, count: int) -> list[FileGrid]:
     stored = metadata.grids_from(metadata.entry_of(model, metadata.GRIDS) or "")
     if len(stored) != count:
         raise SourceError("The file's metadata does not say what its grids are: export it again.")
-    return [_file_grid(graph, code_name(i), bits) for i, (bits, _) in enumerate(stored)]
+    return [_file_grid(graph, code_name(i), entry) for i, entry in enumerate(stored)]
 
 
-def _file_grid(graph: GraphEditor, name: str, bits: int) -> FileGrid:
+def _file_grid(graph: GraphEditor, name: str, entry: metadata.GridEntry) -> FileGrid:
     node, ends = graph.producer(name), [0, 255]
     if node is not None and node.op_type == "Clip":
         for position, end in enumerate(node.input[1:]):
@@ -104,13 +106,11 @@ def _file_grid(graph: GraphEditor, name: str, bits: int) -> FileGrid:
     position = _REQUANTIZERS[node.op_type]
     scale, zero = (_constant(graph, value) for value in node.input[position : position + 2])
     source = graph.producer(node.input[0])
-    offset, folded = np.zeros((), np.float32), False
-    if node.op_type == "QuantizeLinear" and source is not None and source.op_type == "Sub":
-        constant = graph.constant(source.input[1])
-        if constant is not None and constant.ndim == 0:
-            offset = np.asarray(constant, np.float32)
-            folded = not _is_added_back(graph, name, offset)
-    return FileGrid(np.asarray(scale, np.float32), int(zero), ends[0], ends[1], bits, offset, folded)
+    offset, taken = np.asarray(entry.offset, np.float32), bool(entry.offset)
+    if taken and node.op_type == "QuantizeLinear" and source is not None and source.op_type == "Sub":
+        offset, taken = np.asarray(_constant(graph, source.input[1]), np.float32), False
+    folded = bool(entry.offset) and not _is_added_back(graph, name, offset)
+    return FileGrid(np.asarray(scale, np.float32), int(zero), ends[0], ends[1], entry.bits, offset, folded, taken)
 
 
 def _is_added_back(graph: GraphEditor, codes: str, offset: Floats) -> bool:
@@ -151,7 +151,7 @@ class Reference:
 def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]], grids: list[FileGrid]) -> Reference:
     """The float tensors that a file's decoded ones stand for.
 
-    Activations have their offsets in the reference, so that folded ones come off the biases again.
+    Activations have their offsets in the reference, so that what biases have of them comes off again.
 
     Args:
         marked: the program, marked where the file quantizes.
@@ -169,6 +169,7 @@ def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]]
     apart: list[tuple[str, str, npt.NDArray[np.float64]]] = []  # node, name of its bias, what it adds in all
     inputs, names = input_sites(marked), state_nodes(marked.exported)
     seen = set[str]()
+    taken = {weight: float(grids[i].offset) for i, weight in output_layers(marked).items() if grids and grids[i].taken}
     for layer in layers(marked):
         use = layer.node.name if layer.weight in seen else layer.weight
         seen.add(layer.weight)
@@ -187,7 +188,7 @@ def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]]
         elif written in values or own:
             bias_O = values[written if written in values else own]
             step_O = (grids[site].scale * scales[layer.weight]).astype(np.float64) if bias_O.dtype == np.int32 else 1.0
-            total_O = bias_O * step_O - folded_O
+            total_O = bias_O * step_O - folded_O + taken.get(layer.weight, 0.0)
             if written in values:
                 apart.append((layer.node.name, own, total_O))
             else:

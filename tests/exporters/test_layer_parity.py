@@ -36,7 +36,7 @@ def test_what_computes_in_int8_and_that_it_agrees(kind, weight):
     turn, every = list(KINDS).index(kind) + ARTIFACTS.index(weight), widths(weight)
     bits, activation_bits = every[7 * turn % len(every)]
     free = turn % 2 == 0
-    grids = ("beta below 0", "zero point") if free else ("zero point", "signed")
+    grids = ("beta below 0", "signed with beta") if free else ("zero point", "beta below 0")
     found = case(kind, weight, bits=bits, activation_bits=activation_bits, grids=grids)
     assert agrees(found)
     assert free == (found.grids()[0].zero_point is None)
