@@ -107,9 +107,12 @@ class ComputeReport:
         """For --explain: every layer, and every activation with what its grid clips."""
         if self.report.compute == "float":
             return []
-        layers = new_table("layer", ["compute", "offset", "why"], left=["compute", "offset", "why"])
+        layers = new_table("layer", ["compute", "offset", "pairs %", "why"], left=["compute", "offset", "why"])
         for layer in self.report.layers:
-            layers.add_row(printable(layer.weight), layer.compute, layer.offset, layer.why)
+            pairs = "" if layer.compute == "float" else share(layer.saturation)
+            layers.add_row(printable(layer.weight), layer.compute, layer.offset, pairs, layer.why)
+        layers.caption = "pairs %: weights whose products can saturate without VNNI; --reduce-range has none"
+        layers.caption_justify = "left"
         if not self.small.activations:
             return [layers]
         grids = new_table("activation", ["bits", "scale", "zero", "clipped %"])

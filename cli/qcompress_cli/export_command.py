@@ -44,8 +44,8 @@ def _rows_per_lut(text: str) -> int | str:
 
 # What a compressed folder has settled already.
 _NOT_FOR_COMPRESSED: Final = (
-    "bits", "scheme", "rows_per_lut", "plan", "activation_bits", "compute", "calibration", "calibration_method",
-    "percentile", "placement", "reduce_range", "input_names", "output_names", "dynamic", "input_shape",
+    "bits", "scheme", "rows_per_lut", "plan", "activation_bits", "compute", "calibration_method", "percentile",
+    "placement", "reduce_range", "input_names", "output_names", "dynamic", "input_shape",
 )  # fmt: skip
 # What is about the grids of int8 compute.
 _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
@@ -109,6 +109,12 @@ _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
     is_flag=True,
     help="8-bit weights keep to 7 bits, for CPUs without VNNI, where sums of products can saturate.",
 )
+@click.option(
+    "--offsets",
+    type=click.Choice(["exact", "snap"]),
+    help="Of a compressed folder, where a learned offset fits into no bias: exact adds it in float, as the layer then "
+    "computes (default); snap moves it onto its grid and corrects biases, by --calibration.",
+)
 @click.option("--plan", type=options.PATH, metavar="FILE", help="A plan in TOML; flags replace its [default].")
 @click.option("--save-plan", type=options.PATH, metavar="FILE", help="Write the plan, as resolved, to FILE.")
 @click.option("--save-compressed", type=options.PATH, metavar="DIR", help="Save the compressed model, to export again.")
@@ -165,7 +171,7 @@ def command(
         return path
 
     if isinstance(source, CompressedSource):
-        small, resolved, output = _loaded(source, flags, output_for)
+        small, resolved, output = _loaded(source, given, flags, ui, output_for)
     else:
         small, resolved, output = _compressed(source, given, flags, ui, output_for)
     format = (flags["format"] or QDQ) if small.compute == "int8" else None
@@ -204,9 +210,13 @@ OutputFor = Callable[[ResolvedPlan, "Compute"], Path]
 Compressed = tuple["CompressedModel", ResolvedPlan, Path]
 
 
-def _loaded(source: CompressedSource, flags: dict[str, Any], output_for: OutputFor) -> Compressed:
+def _loaded(
+    source: CompressedSource, given: Settings, flags: dict[str, Any], ui: Ui, output_for: OutputFor
+) -> Compressed:
     """The compressed model that MODEL is, the plan that made it, and where the file goes."""
     said = [f for f in _NOT_FOR_COMPRESSED if flags.get(f)]
+    if flags["offsets"] != "snap" and flags["calibration"]:
+        said.append("calibration")
     if said:
         raise ConfigError(
             f"{source.label} is compressed already: {_flag(said[0])} must be left out, or name the original model."
@@ -216,8 +226,29 @@ def _loaded(source: CompressedSource, flags: dict[str, Any], output_for: OutputF
 
     small = source.model()
     combinations.check_file(small.compute, flags["format"], flags["memory"])
+    if flags["offsets"] is not None and small.compute != "int8":
+        raise ConfigError(
+            f"--offsets is about the grids of activations, and compute {small.compute} stores none: leave it out."
+        )
     resolved = resolve(small.plan, program_tensors(small.program))
-    return small, resolved, output_for(resolved, small.compute)
+    output = output_for(resolved, small.compute)
+    return _snapped(small, given, ui) if flags["offsets"] == "snap" else small, resolved, output
+
+
+def _snapped(small: "CompressedModel", given: Settings, ui: Ui) -> "CompressedModel":
+    """A model without offsets that would keep layers in float."""
+    from qcompress.posthoc.offsets import snap_offsets
+    from qcompress_exporters.onnx_file import build, unfolded
+
+    data = _calibration(given, ui)
+    if data is None:
+        raise ConfigError(
+            "--offsets snap must have calibration data to correct the biases by: give --calibration inputs.npz."
+        )
+    sites = unfolded(small, build(small).report)
+    if not sites:
+        ui.note("no offset had to move: each is a zero point already, or folds into a bias.")
+    return snap_offsets(small, data, sites)
 
 
 def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, output_for: OutputFor) -> Compressed:
@@ -225,6 +256,11 @@ def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, 
 
     Words that do not go together are refused, and the output is settled, before the long work begins.
     """
+    if flags["offsets"] is not None:
+        raise ConfigError(
+            "--offsets is about learned offsets, and those that export finds are zero points: leave it out, or name a "
+            "compressed folder."
+        )
     plan = _plan(given, flags)
 
     from qcompress.posthoc.compress import compress_program, resolved_compute, resolved_plan

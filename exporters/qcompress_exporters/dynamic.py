@@ -6,7 +6,7 @@ onnxruntime fuses each into one DynamicQuantizeMatMul.
 from onnx import TensorProto
 
 from qcompress_exporters.edit import attribute
-from qcompress_exporters.marks import Layer, LayerReport, Lowering, code_name
+from qcompress_exporters.marks import Layer, LayerReport, Lowering, code_name, pair_saturation
 from qcompress_exporters.trace import DOMAIN
 
 # What the three outputs of a site's DynamicQuantizeLinear are called.
@@ -24,7 +24,8 @@ def write_layers(lowering: Lowering) -> list[LayerReport]:
             why = "quantized at run time are inputs of matrix products alone"
         if not why and not all(_mark(lowering, use) for use in uses):
             why = "its input is no float activation"
-        reports.append(LayerReport(name, "float" if why else "dynamic8", why))
+        saturation = max((pair_saturation(w, 255) for w in weights if not isinstance(w, str)), default=0.0)
+        reports.append(LayerReport(name, "float", why) if why else LayerReport(name, "dynamic8", saturation=saturation))
         if not why:
             for use in uses:
                 _write(lowering, use)

@@ -17,6 +17,7 @@ from qcompress_exporters.encodings.base import GraphWriter
 from qcompress_exporters.encodings.palette import choose, write_palette
 from qcompress_exporters.encodings.uniform import write_uniform
 from qcompress_exporters.marks import (
+    SHARED,
     IntegerLayer,
     Layer,
     LayerReport,
@@ -24,6 +25,7 @@ from qcompress_exporters.marks import (
     bias_name,
     code_name,
     offset_name,
+    pair_saturation,
     scale_name,
 )
 from qcompress_exporters.names import ShortNames
@@ -150,7 +152,8 @@ def lower_integer(
         found = [_unless_added(alone[id(use.node)], lowering.integer_layer(use)) for use in uses]
         why = next((f for f in found if isinstance(f, str)), "")
         offset = _offset_of(uses[0], found[0], added)
-        reports.append(LayerReport(name, "float" if why else "int8", why, offset))
+        saturation = max((_saturation(layer) for layer in found), default=0.0) if not why else 0.0
+        reports.append(LayerReport(name, "float" if why else "int8", why, offset, saturation))
         for use, layer in zip(uses, found, strict=True):
             if isinstance(layer, IntegerLayer) and not why:
                 lowering.fold_behind(use)
@@ -167,11 +170,15 @@ def lower_dynamic(trace: Trace, artifacts: Mapping[str, Artifact], opset: int) -
     return _finish(model, lowering, trace, reports)
 
 
+def _saturation(layer: IntegerLayer | str) -> float:
+    return 0.0 if isinstance(layer, str) else pair_saturation(layer.weight, layer.source.grid.levels)
+
+
 def _unless_added(alone: IntegerLayer | str, found: IntegerLayer | str) -> IntegerLayer | str:
     """A layer, or why it cannot be one: for itself alone, or for what else takes its input."""
     if isinstance(alone, str):
         return alone
-    return "something else takes its input's free offset" if isinstance(found, str) else found
+    return SHARED if isinstance(found, str) else found
 
 
 def _offset_of(use: Layer, found: IntegerLayer | str, added: Container[str]) -> str:

@@ -35,6 +35,10 @@ _RESHAPES: Final = ("Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 _MOVES: Final = (*_RESHAPES, "Transpose", "Slice", "MaxPool", "Expand", "Split", "Gather", "DepthToSpace", "Resize")
 _LAYERS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _INT32: Final = 2**31 - 1
+_INT16: Final = 2**15 - 1
+# Why a layer stays in float that would not if its input's offset were a zero point.
+PADDED: Final = "its input has a free offset, which only unpadded layers can take up"
+SHARED: Final = "something else takes its input's free offset"
 _NO_INTEGERS: Final[Mapping[type[Artifact], str]] = {
     PalettizedWeight: "its palette is not on an int8 grid",
     IntegerWeight: "its grid has blocks, a zero point, or codes above 127",
@@ -52,12 +56,14 @@ class LayerReport:
         why: why it stays in float; empty for one that does not.
         offset: what became of its input's offset: `zero point`; `folded` into the bias, which is exact; `added` to the
             float activation, which is exact, too; empty where the activation is float.
+        saturation: share of the pairs of its weights that can saturate on CPUs without VNNI; see `pair_saturation`.
     """
 
     weight: str
     compute: str
     why: str = ""
     offset: str = ""
+    saturation: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +346,7 @@ class Lowering:
             bias = artifact_of_bias.dequantize().astype(np.float64)
         if source.grid.zero_point is None:
             if any(attribute(node, "pads", [])) or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-                return "its input has a free offset, which only unpadded layers can take up"
+                return PADDED
             bias = _folded(bias, source.grid, weight)
         if taken_off is not None:
             bias = (0.0 if bias is None else bias) - np.full(weight.codes.shape[weight.axis], taken_off[1])
@@ -535,6 +541,25 @@ def offset_name(weight: str, site: int) -> str:
     'fc.weight_offset3'
     """
     return f"{weight}_offset{site}"
+
+
+def pair_saturation(weight: Int8Weight, largest: int) -> float:
+    """Share of pairs of weights whose products with some pair of inputs add up to what 16 bits do not hold.
+
+    Without VNNI, x86 adds two neighbouring products of uint8 with int8 in 16 bits, and saturates (vpmaddubsw).
+
+    Args:
+        weight: of a layer; its neighbours are input channels, one at a time in depthwise layers.
+        largest: code of an input.
+
+    >>> codes = np.array([[127, 2, 100, 100], [-63, -63, -127, 127]], np.int8)
+    >>> pair_saturation(Int8Weight("fc.weight", codes, np.float32(1), 0), largest=255)
+    0.5
+    """
+    codes = np.moveaxis(weight.codes, 1 - weight.axis if weight.codes.ndim == 2 else 1, -1).astype(np.int32)
+    pairs = codes[..., : codes.shape[-1] // 2 * 2].reshape(-1, 2)
+    highest, lowest = (largest * pairs.clip(*ends).sum(1) for ends in ((0, None), (None, 0)))
+    return float(np.mean((highest > _INT16) | (lowest < -_INT16 - 1))) if len(pairs) else 0.0
 
 
 def bias_scale(layer: IntegerLayer) -> Floats:

@@ -20,7 +20,7 @@ from qcompress.combinations import QDQ, check_file
 from qcompress.compressed import CompressedModel
 from qcompress.errors import ConfigError
 from qcompress.files import check_writable, write_whole
-from qcompress.sites import layer_input_sites, mark
+from qcompress.sites import input_sites, layer_input_sites, mark
 from qcompress.size import SizeReport, ideal_nbytes
 from qcompress_exporters import metadata
 from qcompress_exporters.digests import grid_digest
@@ -28,7 +28,7 @@ from qcompress_exporters.encodings.native import Native
 from qcompress_exporters.encodings.palette import ENCODINGS, choose
 from qcompress_exporters.encodings.words import Words
 from qcompress_exporters.lower import FORMATS, Lowered, lower, lower_dynamic, lower_integer
-from qcompress_exporters.marks import LayerReport, Quantized
+from qcompress_exporters.marks import PADDED, SHARED, LayerReport, Quantized
 from qcompress_exporters.targets import BASE_OPSET, DEFAULT_TARGET, Target
 from qcompress_exporters.trace import Trace, trace
 
@@ -208,6 +208,22 @@ def sites_of(model: CompressedModel) -> list[tuple[str, int]]:
         integer = [name for name, artifact in model.artifacts.items() if integer_values(artifact) is not None]
         return [site.key for site in layer_input_sites(model.program, integer)]
     return []
+
+
+def unfolded(model: CompressedModel, report: ExportReport) -> list[tuple[str, int]]:
+    """The sites whose free offsets keep layers in float, which would compute in int8 if they were zero points.
+
+    Args:
+        model: for int8 compute.
+        report: of a file of it.
+
+    Returns:
+        Keys of `model.activations`; what `posthoc.offsets.snap_offsets` takes.
+    """
+    sites = sites_of(model)
+    inputs = input_sites(mark(model.program, sites))
+    found = {sites[inputs[r.weight]] for r in report.layers if r.why in (PADDED, SHARED) and r.weight in inputs}
+    return [site for site in sites if site in found]
 
 
 def _grid_entries(model: CompressedModel) -> list[metadata.GridEntry]:

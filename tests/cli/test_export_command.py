@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import small_models
+from qcompress.compressed import CompressedModel
 from qcompress_exporters import onnx_file, parity
 from sources.conftest import Archive, Small, Trap
 
@@ -304,6 +306,53 @@ def test_what_is_settled_in_a_compressed_folder(refused, nothing_new, exported, 
         assert message.startswith(f"small is compressed already: {args[0]} must be left out, or name the original")
     message = nothing_new(lambda: refused("export", "small", "--format", "integer"))
     assert message.startswith("format integer is a way to write compute int8, and this is compute float")
+
+
+class Padded(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, 6, 3, padding=1), torch.nn.Conv2d(6, 4, 3)
+        self.third, self.head = torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.third(self.second(self.first(x).relu()).relu())
+        return self.head(x.relu().mean((2, 3)))
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_learned_offsets_are_added_exactly_or_moved_onto_their_grids(exported, refused, nothing_new, qcompress, model):
+    torch.manual_seed(0)
+    batch = ({0: torch.export.Dim("batch")},)
+    padded = torch.export.export(Padded().eval(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=batch)
+    torch.export.save(padded, "padded.pt2")
+    exported("padded.pt2", *INTEGER, "--save-compressed", "whole")
+    small = CompressedModel.load("whole")
+    moved = {site: replace(g, offset=np.float32(g.offset + 0.4 * g.scale)) for site, g in small.activations.items()}
+    replace(small, activations=moved).save("learned")
+    calibration = ("--calibration", "test.npz")
+
+    exact = exported("learned")
+    padded = {layer["weight"] for layer in exact["layers"] if layer["offset"] == "added"}
+    assert padded == {"first.weight", "third.weight"}
+    assert {layer["weight"] for layer in exact["layers"] if layer["offset"] == "folded"} == {
+        "second.weight",
+        "head.weight",
+    }
+    snapped = exported("learned", "-o", "snapped.onnx", "--offsets", "snap", *calibration)
+    assert {layer["compute"] for layer in snapped["layers"]} == {"int8"}
+    assert {layer["weight"] for layer in snapped["layers"] if layer["snapped"] is not None} == padded
+    assert all(layer["snapped"] < 0.2 for layer in snapped["layers"] if layer["snapped"] is not None)
+    result = qcompress("export", "learned", "--offsets", "snap", *calibration, "--dry-run")
+    assert re.search(r"offset of the input moved onto its grid, at most \d.* % of the output's spread", result.stdout)
+    result = qcompress("export", "whole", "--offsets", "snap", *calibration, "--dry-run")
+    assert "no offset had to move" in result.stderr
+
+    for args, message in (
+        (("learned", "--offsets", "snap"), "--offsets snap must have calibration data to correct the biases by: "),
+        (("learned", *calibration), "learned is compressed already: --calibration must be left out"),
+        (("model.pt", *INTEGER, "--offsets", "exact"), "--offsets is about learned offsets, and those that export "),
+    ):
+        assert nothing_new(lambda a=args: refused("export", *a, "--dry-run")).startswith(message)
 
 
 @pytest.mark.usefixtures("traced_once")

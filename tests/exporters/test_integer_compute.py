@@ -193,3 +193,18 @@ def test_int8_without_data_or_widths_is_refused():
         )  # fmt: skip
     with pytest.raises(ConfigError, match="format must be one of qdq, integer"):
         build(compressed(), format="int")
+
+
+@pytest.mark.parametrize("compute", ["int8", "dynamic8"])
+def test_reduce_range_leaves_no_sum_that_saturates_without_vnni(compute):
+    widths = {"bits": 8, "scheme": "uniform"} | ({"activation_bits": 8} if compute == "int8" else {})
+    shares = []
+    for reduce_range in (False, True):
+        model = compress_program(
+            small_models.program(), Plan.from_flags(**widths), calibration=calibration() if compute == "int8" else None,
+            compute=compute, reduce_range=reduce_range,
+        )  # fmt: skip
+        shares.append({r.weight: r.saturation for r in build(model).report.layers if r.compute != "float"})
+    assert shares[0].keys() == ({f"{n}.weight" for n in small_models.LAYERS} if compute == "int8" else {"head.weight"})
+    assert 0 < min(shares[0].values()) < max(shares[0].values()) <= 1 or compute == "dynamic8"
+    assert set(shares[1].values()) == {0.0}

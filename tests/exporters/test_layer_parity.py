@@ -55,6 +55,7 @@ def test_what_computes_in_int8_and_that_it_agrees(kind, weight):
 @pytest.mark.parametrize("weight", ARTIFACTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_every_width_and_grid(kind, weight):
+    turns = itertools.cycle(itertools.product(GRIDS, GRIDS))
     for bits, activation_bits in widths(weight):
-        for grids in itertools.product(GRIDS, GRIDS[:3]):
+        for grids in itertools.islice(turns, 4):
             assert agrees(case(kind, weight, bits=bits, activation_bits=activation_bits, grids=grids))
