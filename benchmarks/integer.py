@@ -27,17 +27,19 @@ import torch
 from _nets import NETS, Net
 
 from qcompress.batchnorm import fold_batchnorm
+from qcompress.compressed import CompressedModel
 from qcompress.data import Dataset
 from qcompress.errors import QCompressError
 from qcompress.metrics import MetricResult, compare, load_metric
 from qcompress.plan import Plan
 from qcompress.posthoc.compress import compress_program
 from qcompress.program import FloatProgram
+from qcompress.sites import MarkedRunner, mark
 from qcompress.sources import ProgramOptions
 from qcompress.tracing import from_module
 from qcompress_exporters import build, validate
 from qcompress_exporters.checks import outputs_of
-from qcompress_exporters.onnx_file import float_file
+from qcompress_exporters.onnx_file import float_file, sites_of
 from qcompress_exporters.sessions import optimized_ops
 from qcompress_exporters.timing import Ratio, cpu_seconds, paired
 from qcompress_exporters.trace import trace
@@ -87,6 +89,7 @@ class Group:
         parity: whether ours passed `validate`.
         times: CPU seconds by batch and name, one for each round.
         ops: what onnxruntime runs.
+        models: what ours were written from.
         accuracy: against the float file.
         refused: what could not be compressed or written, and why.
         bars: what was held to what.
@@ -96,6 +99,7 @@ class Group:
     parity: dict[str, bool] = field(default_factory=dict)
     times: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
     ops: dict[str, collections.Counter[str]] = field(default_factory=dict)
+    models: dict[str, CompressedModel] = field(default_factory=dict)
     accuracy: dict[str, MetricResult] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     bars: list[Bar] = field(default_factory=list)
@@ -216,14 +220,14 @@ def float_of(program: FloatProgram) -> bytes:
 
 
 def add_ours(group: Group, label: str, program: FloatProgram, plan: Plan, parity: Dataset, **how: Any) -> None:
-    """Compress once and write both formats; what cannot be is told at the end, not fatal."""
+    """Compress once and write all formats; what cannot be is told at the end, not fatal."""
     try:
         small = compress_program(program, plan, **how)
     except QCompressError as e:
         group.refused[label] = str(e)
         return
-    for format_ in FORMATS:
-        name = f"{label} {format_}"
+    for format_ in FORMATS if small.compute == "int8" else (None,):
+        name = f"{label} {format_}" if format_ else label
         try:
             built = build(small, format=format_)
             with tempfile.TemporaryDirectory() as folder:
@@ -233,7 +237,20 @@ def add_ours(group: Group, label: str, program: FloatProgram, plan: Plan, parity
         except QCompressError as e:
             group.refused[name] = str(e)
         else:
-            group.files[name], group.parity[name] = built.data, report.ok
+            group.files[name], group.parity[name], group.models[name] = built.data, report.ok, small
+
+
+def torch_outputs(small: CompressedModel, batches: Iterable[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """What artifacts and grids give in torch, without any file."""
+    weights = {name: artifact.dequantize() for name, artifact in small.artifacts.items()}
+    runner = MarkedRunner(mark(small.program.with_state(weights), sites_of(small)))
+    grids = list(small.activations.values())
+
+    def quantize(index: int, value: np.ndarray, first: bool) -> np.ndarray:
+        return grids[index].dequantize(grids[index].quantize(value)) if first else value
+
+    found = [runner(batch, quantize) for batch in batches]
+    return {name: np.concatenate([outputs[name] for outputs in found]) for name in found[0]}
 
 
 def measure_accuracy(group: Group, data: Dataset) -> None:
@@ -243,6 +260,12 @@ def measure_accuracy(group: Group, data: Dataset) -> None:
     group.accuracy = {n: compare(metric, outputs[FLOAT], o, data.labels) for n, o in outputs.items()}
     best = max((n for n in outputs if n.startswith(STATIC)), key=lambda n: group.accuracy[n].compressed)
     print(f"baseline of accuracy: {best}, {group.accuracy[best].compressed:.2%}")
+    of_torch: dict[int, float] = {}
+    for name, small in group.models.items():
+        if id(small) not in of_torch:  # both formats are of one model
+            of_torch[id(small)] = compare(metric, outputs[FLOAT], torch_outputs(small, batches), data.labels).compressed
+        off = abs(of_torch[id(small)] - group.accuracy[name].compressed)
+        group.upper_bar(name, "top-1 away from the artifacts' in torch", off, 0.001)
     for name in group.ours("W8A8"):
         versus = compare(metric, outputs[best], outputs[name], data.labels)
         low, high = versus.interval or (-1.0, 1.0)

@@ -406,10 +406,14 @@ def _writes_behind(node: Node) -> bool:
     return is_view or len(target.users) > 1 or not node.users
 
 
+# Counted as having an effect, on the generator of random numbers; there is none when not training.
+_RANDOM: Final = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
+
+
 def _prune(exported: ExportedProgram) -> ExportedProgram:
     """Drop state that no node uses, and let tied tensors enter once, under their first name."""
     module = copy_graph(exported)
-    module.graph.eliminate_dead_code()
+    module.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target not in _RANDOM)
     by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     first_name: dict[tuple[Any, ...], str] = {}
     for name, value in exported.state_dict.items():

@@ -280,6 +280,35 @@ class Chunks(nn.Module):
         return self.b(left) + self.c(right) + self.c(torch.cat([second, first], 1)) + self.b(third)
 
 
+class PreActivation(nn.Module):
+    """Layers and sums take values both in front of a clamp and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+        self.c, self.d = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = x + self.b(x.relu())
+        y = self.c(functional.relu6(x))
+        return self.d(y.relu()) + self.c(y.clamp(-0.25, 0.5)) + self.c(x)
+
+
+class Unused(nn.Module):
+    """Values that nothing takes, one of them changed in place, one through a dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.drop = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        self.drop(x.abs())
+        functional.relu(self.b(x), inplace=True).flip(1)
+        return self.b(x.relu())
+
+
 class Strange(nn.Module):
     """Bilinear upsampling, instance norm, a product of activations: float between integers."""
 
@@ -337,6 +366,8 @@ ODD: dict[str, tuple[type[nn.Module], dict[str, tuple[int, ...]]]] = {
     "pixel shuffle": (PixelShuffle, _image(6)),
     "upsample": (Upsample, _image(6)),
     "chunks": (Chunks, _image()),
+    "pre-activation": (PreActivation, _image()),
+    "unused": (Unused, _image()),
     "strange": (Strange, _image(6)),
     "moves": (MaskedPool, _image()),
 }

@@ -243,6 +243,8 @@ def _least_scales(
         values, bias = integer_values(artifacts[name]), bias_of(layer.node)
         if name not in sites or values is None or bias is None or bias not in state:
             continue
+        if layer.kind == "conv_transpose":  # computes in float
+            continue
         size_O = np.abs(artifacts[state[bias]].dequantize().astype(np.float64))
         least_O = size_O / (float(grids[sites[name]].scale) * _LARGEST_BIAS)
         if (least_O > values[1]).any():
