@@ -27,6 +27,7 @@ from qcompress.uniform import round_to_nearest
 
 _FOLDING_TOLERANCE: Final = 1e-2
 _LARGEST_BIAS: Final = 2.0**30  # of an int32 bias, in its own steps: half of what fits
+_AS_GOOD: Final = 10 ** (0.5 / 10)  # squared error that one scale for a tensor may cost: 0.5 dB
 _PARAMETRIZED: Final = ".parametrizations."
 # Kinds of layers that compute in integers.
 _INTEGER_KINDS: Final[Mapping[Compute, tuple[str, ...]]] = {
@@ -139,7 +140,9 @@ def compress_program(
         layer = layers.get(name)
         integer = layer is not None and layer.kind in _INTEGER_KINDS[compute]
         axis = 0 if layer is None else layer.axis
-        artifacts[name] = _artifact(state[name], by_name.get(name), _How(axis, integer, reduce_range))
+        artifacts[name] = _artifact(
+            state[name], by_name.get(name), _How(axis, integer, compute == "dynamic8", reduce_range)
+        )
     small = CompressedModel(
         program=folded,
         artifacts=artifacts,
@@ -158,7 +161,7 @@ def compress_program(
         calibration, method=calibration_method, percentile=percentile, device=device, track=track_batches,
     )  # fmt: skip
     wider = {
-        name: _artifact(state[name], by_name[name], _How(layers[name].axis, True, reduce_range, least))
+        name: _artifact(state[name], by_name[name], _How(layers[name].axis, True, False, reduce_range, least))
         for name, least in _least_scales(folded, artifacts, [c.grid for c in found]).items()
     }
     return replace(
@@ -259,12 +262,14 @@ class _How:
     Args:
         axis: of the output channels.
         integer: whether integer kernels shall compute with it.
+        one_scale: whether the kernel is faster with one scale for the tensor than with one for each output channel.
         reduce_range: whether 8-bit codes keep to 7 bits.
         least: what its scales are at least; None: nothing.
     """
 
     axis: int
     integer: bool
+    one_scale: bool
     reduce_range: bool
     least: npt.NDArray[np.float32] | None = None
 
@@ -292,9 +297,19 @@ def _palette(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Artifac
 def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Artifact:
     if tensor.bits == 8 and tensor.rows_per_lut is None:  # the palette of every integer: a table says nothing more
         return _uniform(values, tensor, how)
-    return palettize_int8(
-        values, tensor.bits, tensor.rows_per_lut, how.axis, reduce_range=how.reduce_range, least=how.least
-    )
+
+    def made(*, per_channel: bool) -> PalettizedWeight:
+        return palettize_int8(
+            values, tensor.bits, tensor.rows_per_lut, how.axis,
+            reduce_range=how.reduce_range, per_channel=per_channel, least=how.least,
+        )  # fmt: skip
+
+    by_channel = made(per_channel=True)
+    if not how.one_scale:
+        return by_channel
+    whole = made(per_channel=False)
+    errors = [float(np.square(small.dequantize().astype(np.float64) - values).sum()) for small in (whole, by_channel)]
+    return whole if errors[0] <= _AS_GOOD * errors[1] else by_channel
 
 
 def _uniform(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Artifact:

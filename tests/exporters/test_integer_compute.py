@@ -1,6 +1,7 @@
 """Integer compute end to end on one small net: formats, widths, schemes, free offsets, what validate must not pass."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,30 @@ def test_a_changed_tensor_fails(what, tmp_path):
     report = validate(model.program, path, Dataset(inputs={"x": small_models.images(64)}, name="x.npz"))
     assert [c.name for c in report.checks if not c.ok] == ["weights"]
     assert what in report.checks[0].detail
+
+
+@pytest.mark.parametrize("form", ["qdq", "integer"])
+@pytest.mark.parametrize("part", ["scale", "zero point", "metadata"])
+def test_a_changed_grid_fails_and_is_named(part, form, tmp_path):
+    model = compressed()
+    proto = onnx.load_from_string(build(model, format=form).data)
+    metadata = {p.key: p.value for p in proto.metadata_props}
+    if part == "metadata":
+        first, *rest = metadata["qcompress.grids"].split()
+        metadata["qcompress.grids"] = " ".join([*rest, first])
+    else:
+        node = next(n for n in proto.graph.node if n.output[0] == "q0")
+        name = node.input[1 if part == "scale" else 2]
+        tensor = next(t for t in proto.graph.initializer if t.name == name)
+        value = onnx.numpy_helper.to_array(tensor)
+        changed = value * np.float32(1 + 2**-20) if part == "scale" else value ^ np.uint8(1)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(changed), name))
+    path = tmp_path / "net.onnx"
+    path.write_bytes(serialize(proto, metadata))
+    report = validate(model.program, path, Dataset(inputs={"x": small_models.images(64)}, name="x.npz"))
+    (weights,) = (c for c in report.checks if c.name == "weights")
+    assert not weights.ok
+    assert re.search(r"grids differ from what was compressed: .*\bx\b", weights.detail)
 
 
 def with_offset(model, site: tuple[str, int], share: float):
@@ -208,3 +233,14 @@ def test_reduce_range_leaves_no_sum_that_saturates_without_vnni(compute):
     assert shares[0].keys() == ({f"{n}.weight" for n in small_models.LAYERS} if compute == "int8" else {"head.weight"})
     assert 0 < min(shares[0].values()) < max(shares[0].values()) <= 1 or compute == "dynamic8"
     assert set(shares[1].values()) == {0.0}
+
+
+@pytest.mark.parametrize(("spread", "ndim"), [(1.0, 0), (8.0, 1)])
+def test_dynamic8_palettes_have_one_scale_unless_channels_differ(spread, ndim):
+    module = nn.Linear(32, 16).eval()
+    with torch.no_grad():
+        module.weight[::2] *= spread
+    small = compress_program(
+        traced(module, x=np.zeros((2, 32), np.float32)), Plan.from_flags(bits=4), compute="dynamic8"
+    )
+    assert small.artifacts["weight"].scale.ndim == ndim
