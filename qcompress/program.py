@@ -107,9 +107,10 @@ class FloatProgram:
             elif len(self.input_names) == 1 and "x" in arrays:
                 value = np.asarray(arrays["x"])
             else:
+                hint = " An array y holds labels: give the input another name." if name == "y" else ""
                 raise DataError(
                     f"The model's inputs are {', '.join(self.input_names)}; the data has "
-                    f"{', '.join(sorted(arrays)) or 'no arrays'}: {name} is missing."
+                    f"{', '.join(sorted(arrays)) or 'no arrays'}: {name} is missing.{hint}"
                 )
             bound.append(_check_input(name, value, node))
         return bound

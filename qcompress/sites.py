@@ -16,7 +16,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
 
-from qcompress.errors import ConfigError
+from qcompress.errors import ConfigError, QCompressError
 from qcompress.layers import Layer, data_input, layers
 from qcompress.program import Arrays, FloatProgram, copy_graph, rebuild, state_nodes, tensor_of, user_inputs, value_of
 
@@ -331,8 +331,14 @@ class MarkedRunner:
             torch.from_numpy(np.array(next(inputs), order="C")).to(self._device) if s is None else s
             for s in self._state
         ]
-        with torch.no_grad():
-            out = _Visiting(self.program.exported, visit).run(*flat)
+        visiting = _Visiting(self.program.exported, visit)
+        try:
+            with torch.no_grad():
+                out = visiting.run(*flat)
+        except Exception:
+            if visiting.refused is not None:  # as it was raised: the interpreter writes the graph's node into it
+                raise type(visiting.refused)(visiting.message) from None
+            raise
         return {n: t.detach().cpu().numpy() for n, t in zip(self.program.output_names, out, strict=True)}
 
 
@@ -340,6 +346,8 @@ class _Visiting(Interpreter):
     def __init__(self, exported: ExportedProgram, visit: Visit) -> None:
         super().__init__(exported.graph_module)
         self._visit, self._seen = visit, set[int]()
+        self.refused: QCompressError | None = None
+        self.message = ""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A mark goes to the visitor, anything else is run."""
@@ -348,7 +356,11 @@ class _Visiting(Interpreter):
         value, index = args
         first = index not in self._seen
         self._seen.add(index)
-        seen = self._visit(index, value.detach().cpu().numpy(), first)
+        try:
+            seen = self._visit(index, value.detach().cpu().numpy(), first)
+        except QCompressError as e:
+            self.refused, self.message = e, str(e)
+            raise
         return torch.from_numpy(seen).to(value.device)
 
 

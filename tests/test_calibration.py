@@ -129,7 +129,7 @@ def test_an_empty_batch_is_nothing():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused_and_leave_no_trace(bad):
     observer = seen(np.ones(3, np.float32))
-    message = "^x must be finite in float32 on calibration data, got 2 of 5 that are not.$"
+    message = "^x must be finite in float32 on calibration data, got 2 of 5 that are not: leave those samples out.$"
     with pytest.raises(DataError, match=message):
         observer.observe(np.array([1, bad, 2, bad, -1], np.float32))
     assert (observer.count, observer.min, observer.max) == (3, 1, 1)

@@ -192,6 +192,9 @@ class Lowering:
         codes = self._written.get(key)
         if codes is None:
             codes = self._written[key] = self._codes(value, grid, index, low, high)
+        elif index not in self._named:  # another site of the same value and grid: the same codes by its name
+            self._named.add(index)
+            self.graph.add("Identity", [codes], code_name(index))
         self._dequantize(Quantized(codes, index, grid), output)
         self._push_down(output)
 

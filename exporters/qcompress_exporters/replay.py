@@ -96,6 +96,9 @@ def file_grids(model: onnx.ModelProto, count: int) -> list[FileGrid]:
 
 def _file_grid(graph: GraphEditor, name: str, entry: metadata.GridEntry) -> FileGrid:
     node, ends = graph.producer(name), [0, 255]
+    if node is not None and node.op_type == "Identity":
+        name = node.input[0]
+        node = graph.producer(name)
     if node is not None and node.op_type == "Clip":
         for position, end in enumerate(node.input[1:]):
             if end:

@@ -130,7 +130,10 @@ class Observer:
         with np.errstate(over="ignore", invalid="ignore"):
             finite = np.isfinite(values.astype(np.float32, copy=False))
         bad = values.size - int(np.count_nonzero(finite))
-        return f"{self.what} must be finite in float32 on calibration data, got {bad} of {values.size} that are not."
+        return (
+            f"{self.what} must be finite in float32 on calibration data, got {bad} of {values.size} that "
+            "are not: leave those samples out."
+        )
 
     def histogram(self) -> "Histogram":
         """What was seen so far.

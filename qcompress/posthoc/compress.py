@@ -1,6 +1,6 @@
 """Post-hoc compression: a float program and a plan in, a compressed model out."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -8,25 +8,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qcompress.artifacts import ActivationGrid, Artifact, FloatWeight, PalettizedWeight, integer_values
+from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight
 from qcompress.batchnorm import fold_batchnorm
 from qcompress.combinations import check_calibration, settled_compute
 from qcompress.compressed import CompressedModel, Compute
 from qcompress.data import Dataset, as_dataset
 from qcompress.errors import ConfigError, SourceError
-from qcompress.layers import bias_of, weight_layers
+from qcompress.layers import weight_layers
 from qcompress.palettes.integer import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.plan import Plan, ResolvedPlan, TensorPlan, resolve
 from qcompress.posthoc.activations import calibrate, constant_inputs, whole_batches
-from qcompress.program import FloatProgram, state_nodes
-from qcompress.sites import Placement, activation_sites, input_sites, mark
+from qcompress.posthoc.biases import in_steps, least_scales
+from qcompress.program import FloatProgram
+from qcompress.sites import Placement, activation_sites
 from qcompress.sources.base import LazyArray, ProgramOptions, SourceTensor
 from qcompress.tracing import from_module
 from qcompress.uniform import round_to_nearest
 
 _FOLDING_TOLERANCE: Final = 1e-2
-_LARGEST_BIAS: Final = 2.0**30  # of an int32 bias, in its own steps: half of what fits
 _AS_GOOD: Final = 10 ** (0.5 / 10)  # squared error that one scale for a tensor may cost: 0.5 dB
 _PARAMETRIZED: Final = ".parametrizations."
 # Kinds of layers that compute in integers.
@@ -162,15 +162,16 @@ def compress_program(
     )  # fmt: skip
     wider = {
         name: _artifact(state[name], by_name[name], _How(layers[name].axis, True, False, reduce_range, least))
-        for name, least in _least_scales(folded, artifacts, [c.grid for c in found]).items()
+        for name, least in least_scales(folded, artifacts, [c.grid for c in found]).items()
     }
-    return replace(
+    computed = replace(
         small,
         artifacts=artifacts | wider,
         activations={c.grid.site: c.grid for c in found},
         saturation={c.grid.site: c.saturation for c in found},
         notes=(*small.notes, *constant_inputs(calibration)),
     )
+    return in_steps(computed)
 
 
 def resolved_compute(resolved: ResolvedPlan, compute: Compute | None) -> Compute:
@@ -230,29 +231,6 @@ def check_finite(program: FloatProgram) -> None:
                     f"{name} must be finite, but {count} of its {value.numel()} values are NaN or Inf: "
                     "`qcompress analyze MODEL` counts them for each tensor; repair or retrain the model."
                 )
-
-
-def _least_scales(
-    program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Sequence[ActivationGrid]
-) -> dict[str, npt.NDArray[np.float32]]:
-    """Scales of weights whose bias would not fit 32 bits in steps of s_x * s_w: channels of next to nothing but a bias.
-
-    Returns:
-        float32 [O], what the scales of these weights must be at least, by name.
-    """
-    marked = mark(program, [grid.site for grid in grids])
-    state, sites, found = state_nodes(marked.exported), input_sites(marked), {}
-    for name, layer in weight_layers(marked).items():
-        values, bias = integer_values(artifacts[name]), bias_of(layer.node)
-        if name not in sites or values is None or bias is None or bias not in state:
-            continue
-        if layer.kind == "conv_transpose":  # computes in float
-            continue
-        size_O = np.abs(artifacts[state[bias]].dequantize().astype(np.float64))
-        least_O = size_O / (float(grids[sites[name]].scale) * _LARGEST_BIAS)
-        if (least_O > values[1]).any():
-            found[name] = least_O.astype(np.float32)
-    return found
 
 
 @dataclass(frozen=True, slots=True)

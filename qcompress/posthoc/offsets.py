@@ -16,6 +16,7 @@ from qcompress.compressed import CompressedModel
 from qcompress.data import Dataset
 from qcompress.layers import Layer, bias_of, weight_layers
 from qcompress.posthoc.activations import BATCH
+from qcompress.posthoc.biases import in_steps
 from qcompress.program import state_nodes
 from qcompress.sites import OUTPUT, MarkedRunner, input_sites, mark
 
@@ -128,4 +129,4 @@ def snap_offsets(
             values_O = artifacts[state[bias]].dequantize() - changes[name].means
             artifacts[state[bias]] = FloatWeight(values=values_O.astype(np.float32), reason="not a weight")
         snapped[name] = changes[name].error(corrected=corrected)
-    return replace(model, artifacts=artifacts, activations=grids, snapped=snapped)
+    return in_steps(replace(model, artifacts=artifacts, activations=grids, snapped=snapped))

@@ -373,6 +373,27 @@ class Fixed(torch.nn.Module):
         return self.fc(x.reshape(4, 12))
 
 
+class Log(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.fc(x.log())
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_an_activation_that_is_not_finite(qcompress, nothing_new, folder):
+    torch.export.save(torch.export.export(Log().eval(), (torch.ones(4, 12),)), "log.pt2")
+    np.savez("negative.npz", x=np.full((4, 12), -1, np.float32))
+    args = ("--bits", "4", "--activation-bits", "8", "--calibration", "negative.npz")
+    result = nothing_new(lambda: qcompress("export", "log.pt2", *args))
+    assert result.stderr.endswith(
+        "error: the activation log must be finite in float32 on calibration data, got 48 of 48 that are not: leave "
+        "those samples out.\n"
+    )
+
+
 @pytest.mark.usefixtures("traced_once")
 def test_fewer_calibration_samples_than_a_fixed_batch(qcompress, nothing_new, folder):
     torch.export.save(torch.export.export(Fixed().eval(), (torch.zeros(4, 12),)), "fixed.pt2")

@@ -220,6 +220,31 @@ def test_int8_without_data_or_widths_is_refused():
         build(compressed(), format="int")
 
 
+class Branches(nn.Module):
+    """One value for two layers and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.b(x) + self.c(x) + x
+
+
+@pytest.mark.parametrize("form", ["qdq", "integer"])
+def test_sites_of_one_value_are_checked_each(form, tmp_path):
+    x = image(16)
+    program = traced(randomized(Branches()), x=x[:2])
+    plan, data = Plan.from_flags(bits=8, activation_bits=8), Dataset(inputs={"x": x}, name="x.npz")
+    small = compress_program(program, plan, calibration=data, placement="paper")
+    assert [site for site, _ in small.activations] == ["x", "b.weight", "c.weight"]
+    built = build(small, format=form)
+    built.write(tmp_path / "net.onnx")
+    report = validate(program, tmp_path / "net.onnx", data)
+    assert report.ok, [c for c in report.checks if not c.ok]
+
+
 @pytest.mark.parametrize("compute", ["int8", "dynamic8"])
 def test_reduce_range_leaves_no_sum_that_saturates_without_vnni(compute):
     widths = {"bits": 8, "scheme": "uniform"} | ({"activation_bits": 8} if compute == "int8" else {})
