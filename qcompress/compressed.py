@@ -42,6 +42,21 @@ _KEY: Final = "qcompress"  # of our entry in the safetensors header
 _SUFFIX: Final = {"codes": "_codes", "lut": "_lut", "scale": "_scale", "zero_point": "_zero_point", "": ""}
 
 
+@dataclass(frozen=True, slots=True)
+class LayerGain:
+    """What solving a layer's weight on calibration data gained, on that data and in the net compressed so far.
+
+    Args:
+        weight: qualified name.
+        nearest_db: output over noise with each weight at the nearest level, dB; None: no noise.
+        solved_db: the same with what was solved, and the bias corrected.
+    """
+
+    weight: str
+    nearest_db: float | None
+    solved_db: float | None
+
+
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedModel:
@@ -59,6 +74,7 @@ class CompressedModel:
         saturation: share of the calibration data that each grid clips, as it was found; not saved.
         snapped: error at the output of each layer whose input's offset was moved onto the grid, over the output's
             spread, by the layer's weight; see `posthoc.offsets`.
+        gains: of the layers that were solved on calibration data; not saved.
 
     Raises:
         ConfigError: another `compute`, or a grid under a site that is not its own.
@@ -74,6 +90,7 @@ class CompressedModel:
     compute: Compute = "float"
     saturation: Mapping[tuple[str, int], float] = field(default_factory=dict)
     snapped: Mapping[str, float] = field(default_factory=dict)
+    gains: tuple[LayerGain, ...] = ()
 
     def __post_init__(self) -> None:
         if self.compute not in get_args(Compute):

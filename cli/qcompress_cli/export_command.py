@@ -45,7 +45,7 @@ def _rows_per_lut(text: str) -> int | str:
 # What a compressed folder has settled already.
 _NOT_FOR_COMPRESSED: Final = (
     "bits", "scheme", "rows_per_lut", "plan", "activation_bits", "compute", "calibration_method", "percentile",
-    "placement", "reduce_range", "input_names", "output_names", "dynamic", "input_shape",
+    "placement", "reduce_range", "effort", "input_names", "output_names", "dynamic", "input_shape",
 )  # fmt: skip
 # What is about the grids of int8 compute.
 _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
@@ -114,6 +114,12 @@ _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
     type=click.Choice(["exact", "snap"]),
     help="Of a compressed folder, where a learned offset fits into no bias: exact adds it in float, as the layer then "
     "computes (default); snap moves it onto its grid and corrects biases, by --calibration.",
+)
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "balanced"]),
+    help="fast: each weight to its nearest level. balanced, the default with --calibration: weights and biases solved "
+    "layer after layer on that data.",
 )
 @click.option("--plan", type=options.PATH, metavar="FILE", help="A plan in TOML; flags replace its [default].")
 @click.option("--save-plan", type=options.PATH, metavar="FILE", help="Write the plan, as resolved, to FILE.")
@@ -263,7 +269,9 @@ def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, 
         )
     plan = _plan(given, flags)
 
-    from qcompress.posthoc.compress import compress_program, resolved_compute, resolved_plan
+    from qcompress.posthoc.compress import compress_program, resolved_compute, resolved_plan, settled_effort
+
+    settled_effort(flags["effort"], given.calibration is not None)
 
     program = open_program(source, given, ui)
     resolved = resolved_plan(program, plan)
@@ -274,16 +282,18 @@ def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, 
     small = compress_program(
         program,
         plan,
-        calibration=_calibration(given, ui) if compute == "int8" else None,
+        calibration=_calibration(given, ui),
         compute=compute,
         calibration_method=flags["calibration_method"] or "mse",
         percentile=flags["percentile"] or 99.99,
         placement=flags["placement"] or "deploy",
         reduce_range=flags["reduce_range"],
+        effort=flags["effort"],
         source_digest=source.sha256[:11],
         device=device(given),
         track=lambda names: ui.track(names, "compressing", total=len(program.state())),
         track_batches=lambda batches: ui.track(batches, "calibrating"),
+        track_layers=lambda names: ui.track(names, "solving"),
     )
     return small, resolved, output
 

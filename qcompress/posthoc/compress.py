@@ -1,8 +1,8 @@
 """Post-hoc compression: a float program and a plan in, a compressed model out."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,11 @@ from qcompress.layers import weight_layers
 from qcompress.palettes.integer import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.plan import Plan, ResolvedPlan, TensorPlan, resolve
-from qcompress.posthoc.activations import calibrate, constant_inputs, whole_batches
+from qcompress.posthoc.activations import BATCH, calibrate, constant_inputs, whole_batches
 from qcompress.posthoc.biases import in_steps, least_scales
+from qcompress.posthoc.solve import solve_weights
 from qcompress.program import FloatProgram
-from qcompress.sites import Placement, activation_sites
+from qcompress.sites import Placement, activation_sites, mark
 from qcompress.sources.base import LazyArray, ProgramOptions, SourceTensor
 from qcompress.tracing import from_module
 from qcompress.uniform import round_to_nearest
@@ -36,6 +37,7 @@ _INTEGER_KINDS: Final[Mapping[Compute, tuple[str, ...]]] = {
     "dynamic8": ("linear",),
 }
 
+Effort = Literal["fast", "balanced"]
 Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -50,6 +52,7 @@ def compress(
     percentile: float = 99.99,
     placement: Placement = "deploy",
     reduce_range: bool = False,
+    effort: Effort | None = None,
 ) -> CompressedModel:
     """Compress a module without training.
 
@@ -63,6 +66,8 @@ def compress(
         percentile: for the method of that name.
         placement: where activations are quantized; see `sites.activation_sites`.
         reduce_range: 8-bit weights keep to 7 bits, for CPUs whose sums of products saturate (no VNNI).
+        effort: `fast` takes the nearest levels, `balanced` solves weights and biases on the calibration data; None:
+            balanced where there is such data.
 
     Returns:
         One artifact per tensor; `export` of the exporters writes it.
@@ -89,6 +94,7 @@ def compress(
     return compress_program(
         from_module(model, ProgramOptions(inputs=inputs)), plan, calibration=data, compute=compute,
         calibration_method=calibration_method, percentile=percentile, placement=placement, reduce_range=reduce_range,
+        effort=effort,
     )  # fmt: skip
 
 
@@ -102,10 +108,12 @@ def compress_program(
     percentile: float = 99.99,
     placement: Placement = "deploy",
     reduce_range: bool = False,
+    effort: Effort | None = None,
     source_digest: str = "",
     device: str = "cpu",
     track: Track = iter,
     track_batches: Track = iter,
+    track_layers: Track = iter,
 ) -> CompressedModel:
     """Compress a program; see `compress`.
 
@@ -118,16 +126,19 @@ def compress_program(
         percentile: ...
         placement: ...
         reduce_range: ...
+        effort: ...
         source_digest: short digest of the model file.
         device: where the program runs.
         track: passes the names of the tensors on while they are compressed: a progress bar.
         track_batches: the same for batches of calibration data.
+        track_layers: the same for layers while they are solved.
     """
     check_finite(program)
     resolved = resolve(plan, program_tensors(program))
     compute = resolved_compute(resolved, compute)
     check_calibration(compute, calibration is not None)
-    if compute == "int8" and calibration is not None:
+    effort = settled_effort(effort, calibration is not None)
+    if calibration is not None:
         whole_batches(program, calibration)
     folded = fold_batchnorm(program)
     check_finite(folded)
@@ -152,11 +163,27 @@ def compress_program(
         notes=folded.notes,
         compute=compute,
     )
-    if compute != "int8" or calibration is None:
+    if calibration is None:
         return small
+
+    def solved(small: CompressedModel, fixed: Container[str]) -> CompressedModel:
+        if effort == "fast":
+            return small
+        data, grids = whole_batches(program, calibration), list(small.activations.values())
+        found, gains = solve_weights(
+            mark(folded, list(small.activations)) if grids else folded,
+            {t.name: t for t in resolved.compressed if t.name not in fixed},
+            small.artifacts, [batch.inputs for batch in data.batches(program.fixed_batch or BATCH)],
+            integer_kinds=_INTEGER_KINDS[compute], reduce_range=reduce_range, grids=grids, device=device,
+            track=track_layers,
+        )  # fmt: skip
+        return replace(small, artifacts=found, gains=tuple(gains))
+
+    if compute != "int8":
+        return solved(small, ())
     widths = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
     found = calibrate(
-        folded.with_state({name: a.dequantize() for name, a in artifacts.items()}),
+        folded if effort != "fast" else folded.with_state({name: a.dequantize() for name, a in artifacts.items()}),
         activation_sites(folded, widths, placement),
         calibration, method=calibration_method, percentile=percentile, device=device, track=track_batches,
     )  # fmt: skip
@@ -164,14 +191,30 @@ def compress_program(
         name: _artifact(state[name], by_name[name], _How(layers[name].axis, True, False, reduce_range, least))
         for name, least in least_scales(folded, artifacts, [c.grid for c in found]).items()
     }
-    computed = replace(
+    calibrated = replace(
         small,
         artifacts=artifacts | wider,
         activations={c.grid.site: c.grid for c in found},
         saturation={c.grid.site: c.saturation for c in found},
         notes=(*small.notes, *constant_inputs(calibration)),
     )
-    return in_steps(computed)
+    computed = solved(calibrated, wider)
+    for name, least in least_scales(folded, computed.artifacts, [c.grid for c in found]).items():
+        wider[name] = _artifact(state[name], by_name[name], _How(layers[name].axis, True, False, reduce_range, least))
+    return in_steps(replace(computed, artifacts={**computed.artifacts, **wider}))
+
+
+def settled_effort(effort: Effort | None, has_data: bool) -> Effort:
+    """What is done beyond the nearest levels.
+
+    Raises:
+        ConfigError: another word, or one that needs data where there is none.
+    """
+    if effort not in (None, *get_args(Effort)):
+        raise ConfigError(f"effort must be one of {', '.join(get_args(Effort))}, got {effort!r}.")
+    if effort == "balanced" and not has_data:
+        raise ConfigError("effort balanced must have calibration data to solve weights on: give --calibration.")
+    return effort or ("balanced" if has_data else "fast")
 
 
 def resolved_compute(resolved: ResolvedPlan, compute: Compute | None) -> Compute:

@@ -16,6 +16,7 @@ from qcompress.artifacts import ActivationGrid
 from qcompress.data import Dataset
 from qcompress.errors import ConfigError
 from qcompress.plan import Plan
+from qcompress.posthoc.biases import in_steps
 from qcompress.posthoc.compress import compress_program
 from qcompress_exporters import onnx_file, parity, validate
 from qcompress_exporters.lower import serialize
@@ -125,7 +126,7 @@ def with_offset(model, site: tuple[str, int], share: float):
     offset = np.asarray(np.float32(grid.offset + np.float32(share) * grid.scale))
     moved = ActivationGrid(site=site, scale=grid.scale, offset=offset, bits=grid.bits, signed=False)
     assert moved.zero_point is None
-    return dataclasses.replace(model, activations={**model.activations, site: moved})
+    return in_steps(dataclasses.replace(model, activations={**model.activations, site: moved}))
 
 
 def reference(model, x):

@@ -1,0 +1,176 @@
+"""Weights solved layer after layer against calibration data, biases corrected, all in one walk over the net.
+
+A layer's target is not its float weight W but T = W + W (C - H) (H + damping)^-1, with H = E[x xᵀ] of its inputs x in
+the compressed net and C = E[y xᵀ], y the same inputs in the float net: the weight that gives what the float layer gives
+from what the compressed net has to offer. So a layer makes good, as far as it can, what those in front of it lost.
+Where a bias follows, moments are taken about the means, and the bias makes the output right on average.
+
+Source: GPTQ's objective (Frantar et al. 2023) with the target of an asymmetric calibration (Li et al. 2025, GPTAQ).
+Deviation: that target is found in closed form once, by damped least squares, not while columns are rounded.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qcompress import granularity
+from qcompress.artifacts import ActivationGrid, Artifact, Floats, FloatWeight
+from qcompress.compressed import LayerGain
+from qcompress.grid import IntegerRange
+from qcompress.plan import TensorPlan
+from qcompress.posthoc.moments import Moments, has_moments
+from qcompress.posthoc.walk import Reached, walk
+from qcompress.program import Arrays, FloatProgram
+from qcompress.solvers import gptq
+from qcompress.solvers.base import Problem
+from qcompress.solvers.levels import IntegerPaletteLevels, PaletteLevels, UniformLevels
+
+_DAMPING: Final = 0.01  # of the mean diagonal of H
+_LARGEST, _LARGEST_REDUCED = 127, 63  # magnitudes of int8 entries
+_REDUCED_BITS: Final = 7
+
+AnyLevels = PaletteLevels | IntegerPaletteLevels | UniformLevels
+
+
+def solve_weights(
+    program: FloatProgram,
+    tensors: Mapping[str, TensorPlan],
+    nearest: Mapping[str, Artifact],
+    batches: Sequence[Arrays],
+    *,
+    integer_kinds: Collection[str] = (),
+    reduce_range: bool = False,
+    grids: Sequence[ActivationGrid] = (),
+    device: str = "cpu",
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> tuple[dict[str, Artifact], list[LayerGain]]:
+    """Artifacts for the weights of layers, and for their biases.
+
+    Args:
+        program: BatchNorm folded; marked at the sites of the grids, where there are any.
+        tensors: what is planned for each tensor.
+        nearest: each tensor compressed without data.
+        batches: calibration inputs by name.
+        integer_kinds: of the layers whose weights int8 kernels shall compute with.
+        reduce_range: as in `compress`.
+        grids: of the marks, in the order of their indices.
+        device: where the net runs.
+        track: passes layers on: a progress bar.
+
+    Returns:
+        `nearest` with what was solved in its place, and what that gained, layer by layer.
+    """
+    artifacts, gains = dict(nearest), list[LayerGain]()
+
+    def quantize(index: int, value: Floats, first: bool) -> Floats:
+        return grids[index].dequantize(grids[index].quantize(value)) if first else value
+
+    def settle(reached: Reached) -> Mapping[str, torch.Tensor]:
+        name = reached.layer.weight
+        first = nearest[name]
+        if isinstance(first, FloatWeight) or name not in tensors:
+            return {}
+        plain = _tensor(first, reached.weight)
+        outputs = reached.run(plain)
+        before, found = _noise_db(reached.outputs, outputs), first
+        exact = torch.equal(plain, reached.weight)
+        if has_moments(reached.layer) and not exact:
+            integer = reached.layer.kind in integer_kinds
+            found = _solved(reached, tensors[name], first, integer=integer, reduce_range=reduce_range)
+            outputs = reached.run(_tensor(found, reached.weight))
+        settled = {name: _tensor(found, reached.weight)}
+        if reached.bias is not None:
+            shift_O = _mean_shift(reached, outputs)
+            bias_O = nearest[reached.bias].dequantize() + shift_O
+            artifacts[reached.bias] = FloatWeight(values=bias_O.astype(np.float32), reason="not a weight")
+            settled[reached.bias] = torch.from_numpy(bias_O.astype(np.float32))
+            outputs = [o + _along(reached, shift_O, o) for o in outputs]
+        artifacts[name] = found
+        gains.append(LayerGain(name, before, _noise_db(reached.outputs, outputs)))
+        return settled
+
+    walk(program, batches, settle, quantize=quantize if grids else None, device=device, track=track)
+    return artifacts, gains
+
+
+def _solved(reached: Reached, plan: TensorPlan, first: Artifact, *, integer: bool, reduce_range: bool) -> Artifact:
+    layer, shape = reached.layer, tuple(reached.weight.shape)
+    moments = Moments.gather(layer, shape, reached.inputs, reached.float_inputs, centred=reached.bias is not None)
+    groups = len(moments.second)
+    rows_OK = granularity.rows(reached.weight.cpu().numpy().astype(np.float64), layer.axis)
+    weight = torch.from_numpy(rows_OK).reshape(groups, len(rows_OK) // groups, -1)
+    problem = Problem(target=_target(weight, moments), hessian=moments.second)
+    diagonal = moments.second.diagonal(dim1=1, dim2=2).clamp_min(0)
+    importance_OK = diagonal[:, None].expand_as(weight).reshape(rows_OK.shape).numpy()
+    start = _levels(
+        problem.target.reshape(rows_OK.shape).numpy(), importance_OK, plan, integer=integer, reduce_range=reduce_range
+    )
+    levels, codes = gptq(problem, start)
+    found = levels.artifact(codes.reshape(rows_OK.shape).numpy().astype(np.uint8), shape, layer.axis)
+    values = [
+        torch.from_numpy(granularity.rows(a.dequantize().astype(np.float64), layer.axis)).reshape(weight.shape)
+        for a in (found, first)
+    ]
+    is_better = problem.error(values[0]) < problem.error(values[1])
+    return found if is_better and found.nbytes < reached.weight.nbytes else first
+
+
+def _target(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """The weight that best gives the float layer's outputs from the compressed net's inputs."""
+    if moments.cross is moments.second:
+        return weight
+    damped = Problem(target=weight, hessian=moments.second).damped(_DAMPING)
+    correction: torch.Tensor = torch.linalg.solve(damped, (weight @ (moments.cross - moments.second)).mT).mT
+    return weight + correction
+
+
+def _levels(
+    rows_OK: npt.NDArray[np.float64],
+    importance_OK: npt.NDArray[np.float64],
+    plan: TensorPlan,
+    *,
+    integer: bool,
+    reduce_range: bool,
+) -> AnyLevels:
+    bits, rows_per_lut = plan.bits, plan.rows_per_lut
+    if plan.scheme == "uniform" or (integer and bits == 8 and rows_per_lut is None):
+        limits = IntegerRange(min(bits, _REDUCED_BITS) if reduce_range else bits, signed=True)
+        return UniformLevels.fit(rows_OK, importance_OK, bits, limits)
+    if integer:
+        largest = _LARGEST_REDUCED if reduce_range else _LARGEST
+        return IntegerPaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, largest=largest)
+    return PaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, scaled=True)
+
+
+def _tensor(artifact: Artifact, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(artifact.dequantize()).to(like)
+
+
+def _mean_shift(reached: Reached, outputs: list[torch.Tensor]) -> npt.NDArray[np.float64]:
+    """Float outputs less compressed ones, the mean for each output channel."""
+    axis = 1 if reached.layer.kind != "linear" else -1
+    total, count = np.zeros(outputs[0].shape[axis]), 0
+    for wanted, got in zip(reached.outputs, outputs, strict=True):
+        rest = [i for i in range(got.ndim) if i != axis % got.ndim]
+        total = total + (wanted.double() - got.double()).sum(rest).cpu().numpy()
+        count += got.numel() // got.shape[axis]
+    return np.asarray(total / count, np.float64)
+
+
+def _along(reached: Reached, shift_O: npt.NDArray[np.float64], output: torch.Tensor) -> torch.Tensor:
+    shift = torch.from_numpy(shift_O).to(output)
+    return shift if reached.layer.kind == "linear" else shift.reshape(-1, *[1] * (output.ndim - 2))
+
+
+def _noise_db(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> float | None:
+    """How the float outputs vary over the difference, in dB; None without a difference."""
+    noise = sum(float((w.double() - g.double()).square().sum()) for w, g in zip(wanted, got, strict=True))
+    count = sum(w.numel() for w in wanted)
+    mean = sum(float(w.double().sum()) for w in wanted) / count
+    signal = sum(float(w.double().square().sum()) for w in wanted) - count * mean**2
+    if noise == 0:
+        return None
+    return float(10 * (np.log10(max(signal, np.finfo(np.float64).tiny)) - np.log10(noise)))

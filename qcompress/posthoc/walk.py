@@ -1,0 +1,208 @@
+"""The float program and its compressed twin side by side: one pass, operator by operator, over all calibration data.
+
+Each weight is settled when the walk reaches its layer: on what the layer takes in the net that is compressed so far,
+and towards what it gives in the float net. A value is freed behind its last use, so that memory holds the values that
+are alive at one place, not those of the whole net.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Interpreter, Node
+from torch.fx.node import map_arg
+
+from qcompress.layers import Layer, bias_of, data_input, layers
+from qcompress.program import Arrays, FloatProgram, state_nodes, tensor_of
+from qcompress.sites import Visit, site_op
+
+Batches = list[Any]  # one value for each batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """A layer at its first use, as the walk reaches it.
+
+    Args:
+        layer: the layer.
+        weight: as in the float program.
+        bias: qualified name of the bias; None: it has none, or one that is not its own.
+        inputs: what it takes in the compressed net, one tensor for each batch.
+        float_inputs: the same in the float net; the very same list while nothing in front of it is compressed.
+        outputs: what it gives in the float net.
+        run: weight -> what the layer gives for `inputs` with it, and with the float bias.
+    """
+
+    layer: Layer
+    weight: torch.Tensor
+    bias: str | None
+    inputs: list[torch.Tensor]
+    float_inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    run: Callable[[torch.Tensor], list[torch.Tensor]]
+
+
+# What a layer computes with from here on: tensors of the program's state by qualified name.
+Settle = Callable[[Reached], Mapping[str, torch.Tensor]]
+
+
+def walk(
+    program: FloatProgram,
+    batches: Sequence[Arrays],
+    settle: Settle,
+    *,
+    quantize: Visit | None = None,
+    device: str = "cpu",
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> None:
+    """Reach every layer of a program in the order in which the graph runs them.
+
+    Args:
+        program: BatchNorm folded; marked, where `quantize` is given.
+        batches: inputs by name; not modified.
+        settle: says what a layer is compressed to.
+        quantize: what marks do to values of the compressed net, as in `sites.MarkedRunner`.
+        device: where it runs.
+        track: passes the layers on: a progress bar.
+    """
+    with torch.no_grad():
+        _Walk(program, batches, settle, quantize, device).run(track)
+
+
+class _Walk:
+    """The values of both nets.
+
+    `_float` and `_small` map a node to its values by batch. Where both hold the same list, the nets do not differ yet.
+    What is made of weights alone is computed when it is asked for: it changes when a weight is settled.
+    """
+
+    def __init__(
+        self, program: FloatProgram, batches: Sequence[Arrays], settle: Settle, quantize: Visit | None, device: str
+    ) -> None:
+        exported = program.exported
+        self._graph, self._settle, self._quantize, self._device = exported.graph, settle, quantize, device
+        self._interpreter = Interpreter(exported.graph_module)
+        self._names = state_nodes(exported)
+        specs = {s.arg.name: s for s in exported.graph_signature.input_specs}
+        state = {n: tensor_of(exported, specs[n.name]).detach().to(device) for n in self._names}
+        self._states = dict(state), dict(state)
+        self._fixed = set(self._names)  # nodes that no input has a part in
+        inputs = [n for n in self._graph.nodes if n.op == "placeholder" and n not in self._names]
+        bound = [program.bind(batch) for batch in batches]
+        values = {
+            node: [torch.from_numpy(np.array(arrays[i], order="C")).to(device) for arrays in bound]
+            for i, node in enumerate(inputs)
+        }
+        self._float: dict[Node, Batches] = dict(values)
+        self._small: dict[Node, Batches] = dict(values)
+        self._count = len(batches)
+        self._settled: set[Node] = set()
+        self._seen: list[set[int]] = [set() for _ in batches]
+        self._layers: dict[Node, Layer] = {}
+        self._first: set[Node] = set()
+        seen = set[str]()
+        for layer in layers(program):
+            self._layers[layer.node] = layer
+            if layer.weight not in seen and layer.kind != "recurrent":
+                self._first.add(layer.node)
+            seen.add(layer.weight)
+
+    def run(self, track: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
+        left = {node: len(node.users) for node in self._graph.nodes}
+        progress = iter(track(range(len(self._first))))
+        for node in self._graph.nodes:
+            if node.op == "output":
+                break
+            if node.op == "placeholder":
+                continue
+            if all(n in self._fixed for n in node.all_input_nodes):
+                self._fixed.add(node)
+                continue
+            self._node(node)
+            if node in self._first:
+                next(progress, None)
+            for used in node.all_input_nodes:
+                left[used] -= 1
+                if not left[used]:
+                    self._float.pop(used, None)
+                    self._small.pop(used, None)
+        next(progress, None)  # lets a progress bar end
+
+    def _node(self, node: Node) -> None:
+        if node.target is site_op:
+            self._float[node] = self._float[node.args[0]]  # type: ignore[index]
+            self._small[node] = self._quantized(node)
+            return
+        float_values = self._computed(node, 0)
+        if node in self._first:
+            self._reach(node, float_values)
+        differs = any(self._differs(n) for n in node.all_input_nodes)
+        self._small[node] = self._computed(node, 1) if differs else float_values
+        self._float[node] = float_values
+
+    def _reach(self, node: Node, outputs: Batches) -> None:
+        layer, value, bias = self._layers[node], data_input(node), bias_of(node)
+        if value not in self._small:
+            return
+        origin = next(n for n, name in self._names.items() if name == layer.weight)
+
+        def run(weight: torch.Tensor) -> list[torch.Tensor]:
+            before = self._states[1][origin]
+            self._states[1][origin] = weight
+            values = self._computed(node, 1)
+            self._states[1][origin] = before
+            return values
+
+        reached = Reached(
+            layer=layer,
+            weight=self._states[0][origin],
+            bias=None if bias is None or len(bias.users) > 1 else self._names.get(bias),
+            inputs=self._small[value],
+            float_inputs=self._float[value],
+            outputs=outputs,
+            run=run,
+        )
+        settled = self._settle(reached)
+        for n, name in self._names.items():
+            if name in settled:
+                self._states[1][n] = settled[name].to(self._device)
+                self._settled.add(n)
+
+    def _differs(self, node: Node) -> bool:
+        """Whether a value may differ between the nets."""
+        if node in self._names:
+            return node in self._settled
+        if node in self._fixed:
+            return any(self._differs(n) for n in node.all_input_nodes)
+        return self._float[node] is not self._small[node]
+
+    def _computed(self, node: Node, net: int) -> Batches:
+        found = []
+        for i in range(self._count):
+            args, kwargs = map_arg((node.args, node.kwargs), partial(self._value, net=net, batch=i))
+            found.append(getattr(self._interpreter, node.op)(node.target, args, kwargs))
+        return found
+
+    def _value(self, node: Node, net: int, batch: int) -> Any:
+        if node in self._names:
+            return self._states[net][node]
+        if node in self._fixed:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._value(n, net, batch))
+            return getattr(self._interpreter, node.op)(node.target, args, kwargs)
+        return (self._small if net else self._float)[node][batch]
+
+    def _quantized(self, node: Node) -> Batches:
+        value, index = node.args
+        assert isinstance(value, Node)
+        assert isinstance(index, int)
+        if self._quantize is None:
+            return self._small[value]
+        found = []
+        for i, batch in enumerate(self._small[value]):
+            first = index not in self._seen[i]
+            self._seen[i].add(index)
+            found.append(torch.from_numpy(self._quantize(index, batch.cpu().numpy(), first)).to(self._device))
+        return found

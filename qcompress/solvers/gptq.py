@@ -1,0 +1,105 @@
+"""Error feedback onto levels, coordinate descent, and levels refitted to the codes, in turns.
+
+Source: GPTQ (Frantar et al. 2023) with activation order: weights of a row are rounded one after another, and what each
+rounding costs is made good by those that are still free. Then coordinate descent: each weight in turn to the level that
+is best beside all others as they are, until hardly any moves. Levels are refitted in closed form in between.
+Deviations: the levels are any, not only an even grid; the target is not the float weight but the one that gives the
+float layer's outputs from the compressed net's inputs (`posthoc.solve`).
+
+Shape suffixes: as in `base`, B = columns of a block, J = columns.
+"""
+
+from typing import TypeVar
+
+import torch
+
+from qcompress.solvers.base import Levels, Problem, looked_up, middles_of, nearest
+
+_DAMPING = 0.01  # of the mean diagonal, for error feedback
+_LEAST_DAMPING = 1e-6  # the same for coordinate descent
+_BLOCK = 32
+_ROUNDS = 3
+_PASSES = 4
+_HARDLY_ANY = 1e-3  # share of the weights that move in the last pass
+
+
+AnyLevels = TypeVar("AnyLevels", bound=Levels)
+
+
+def solve(problem: Problem, levels: AnyLevels, *, rounds: int = _ROUNDS) -> tuple[AnyLevels, torch.Tensor]:
+    """Levels and codes with a small error: never a larger one than that of the nearest levels.
+
+    Args:
+        problem: what to minimise.
+        levels: to begin with.
+        rounds: how often codes and levels take turns.
+
+    Returns:
+        The levels, and int64 [G, R, K] codes.
+    """
+    plain = nearest(levels, problem.target)
+    best = problem.error(looked_up(levels, plain)), levels, plain
+    codes = error_feedback(problem, levels)
+    for i in range(rounds + 1):
+        codes = descend(problem, levels, codes)
+        error = problem.error(looked_up(levels, codes))
+        if error < best[0]:
+            best = error, levels, codes.clone()
+        if i < rounds:
+            levels, codes = levels.refit(problem, codes)
+    return best[1], best[2]
+
+
+def error_feedback(problem: Problem, levels: Levels) -> torch.Tensor:
+    """Codes by GPTQ: int64 [G, R, K]."""
+    damped = problem.damped(_DAMPING)
+    groups, rows, columns = problem.target.shape
+    order_GK = torch.argsort(damped.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
+    damped = torch.gather(damped, 1, order_GK[:, :, None].expand(-1, -1, columns))
+    damped = torch.gather(damped, 2, order_GK[:, None, :].expand(-1, columns, -1))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    left = torch.gather(problem.target, 2, order_GK[:, None, :].expand(-1, rows, -1)).clone()
+    values, middles = (v.reshape(groups, rows, -1) for v in (levels.values, middles_of(levels)))
+    codes = torch.zeros_like(left, dtype=torch.int64)
+    for start in range(0, columns, _BLOCK):
+        end = min(start + _BLOCK, columns)
+        errors = torch.zeros(groups, rows, end - start, dtype=torch.float64)
+        for j in range(start, end):
+            column = left[:, :, j].unsqueeze(2).contiguous()
+            code = torch.searchsorted(middles, column)
+            codes[:, :, j] = code[..., 0]
+            errors[:, :, j - start] = ((column - torch.gather(values, 2, code)) / upper[:, j, j, None, None])[..., 0]
+            left[:, :, j:end] -= errors[:, :, j - start, None] * upper[:, None, j, j:end]
+        left[:, :, end:] -= errors @ upper[:, start:end, end:]
+    return torch.gather(codes, 2, torch.argsort(order_GK, dim=1)[:, None, :].expand(-1, rows, -1))
+
+
+def descend(problem: Problem, levels: Levels, codes_GRK: torch.Tensor, passes: int = _PASSES) -> torch.Tensor:
+    """Codes after passes of coordinate descent: int64 [G, R, K]; the error never grows."""
+    hessian = problem.damped(_LEAST_DAMPING)
+    groups, rows, columns = problem.target.shape
+    values, middles = (v.reshape(groups, rows, -1) for v in (levels.values, middles_of(levels)))
+    codes = codes_GRK.clone()
+    now = torch.gather(values, 2, codes)
+    pull = (problem.target - now) @ hessian  # half the error's slope
+    stiffness = hessian.diagonal(dim1=1, dim2=2)
+    for _ in range(passes):
+        moved = 0
+        for start in range(0, columns, _BLOCK):
+            end = min(start + _BLOCK, columns)
+            inner, block = pull[:, :, start:end].clone(), hessian[:, start:end, start:end]
+            steps = torch.zeros_like(inner)
+            for j in range(end - start):
+                wanted = now[:, :, start + j] + inner[:, :, j] / stiffness[:, start + j, None]
+                code = torch.searchsorted(middles, wanted.unsqueeze(2).contiguous())
+                step = (torch.gather(values, 2, code) - now[:, :, start + j, None])[..., 0]
+                codes[:, :, start + j] = torch.where(step != 0, code[..., 0], codes[:, :, start + j])
+                now[:, :, start + j] += step
+                steps[:, :, j] = step
+                inner -= step[..., None] * block[:, None, j]
+                moved += int(torch.count_nonzero(step))
+            pull -= steps @ hessian[:, start:end]
+        if moved <= _HARDLY_ANY * codes.numel():
+            break
+    return codes

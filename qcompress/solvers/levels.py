@@ -1,0 +1,237 @@
+"""Levels of the schemes: palettes of floats, palettes of integers, even grids.
+
+Shape suffixes: as in `base`, T = tables (LUT groups).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Final, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from qcompress import granularity
+from qcompress.artifacts import Floats, IntegerWeight, PalettizedWeight
+from qcompress.grid import IntegerRange
+from qcompress.palettes.scalar import fit_lut
+from qcompress.solvers.base import Problem
+
+Doubles = npt.NDArray[np.float64]
+
+_RIDGE: Final = 1e-4  # of the mean diagonal, towards the levels as they were
+_MOST_REFITTED: Final = 16  # levels of a table: more are dense enough
+_SHRINKS: Final = np.linspace(0.3, 1.0, 36)  # of the largest magnitude: steps that are tried for an even grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaletteLevels:
+    """Tables of values, times a scale for each output channel.
+
+    Args:
+        lut: float64, sorted; a table with fewer entries repeats its last.
+        scale: float64, > 0; None: none.
+        rows_per_lut: output channels that share a table; None: all.
+        bits: width of a code.
+        channels: output channels, O.
+    """
+
+    lut: torch.Tensor
+    scale: torch.Tensor | None
+    rows_per_lut: int | None
+    bits: int
+    channels: int
+
+    @classmethod
+    def fit(
+        cls, rows_OK: Doubles, importance_OK: Doubles, bits: int, rows_per_lut: int | None, *, scaled: bool
+    ) -> "PaletteLevels":
+        """Tables by k-means on the values, each weighted by how much it counts.
+
+        Args:
+            rows_OK: values.
+            importance_OK: not negative.
+            bits: width of a code.
+            rows_per_lut: as in the class.
+            scaled: whether each output channel has a scale, at first its largest magnitude.
+        """
+        scale_O = np.abs(rows_OK).max(axis=1, initial=0)
+        scale_O = np.where((scale_O > 0) & scaled, scale_O, 1.0)
+        values, importance = rows_OK / scale_O[:, None], importance_OK * scale_O[:, None] ** 2
+        group_O = granularity.group_of_row(len(rows_OK), rows_per_lut)
+        lut = np.zeros((granularity.lut_groups(len(rows_OK), rows_per_lut), 1 << bits))
+        for table in range(len(lut)):
+            members = group_O == table
+            entries = fit_lut(values[members].astype(np.float32), bits, importance[members].astype(np.float32))
+            lut[table] = np.pad(entries, (0, lut.shape[1] - len(entries)), mode="edge")
+        return cls(
+            lut=torch.from_numpy(lut), scale=torch.from_numpy(scale_O) if scaled else None,
+            rows_per_lut=rows_per_lut, bits=bits, channels=len(rows_OK),
+        )  # fmt: skip
+
+    @property
+    def _table_of(self) -> torch.Tensor:
+        return torch.from_numpy(granularity.group_of_row(self.channels, self.rows_per_lut).astype(np.int64))
+
+    @property
+    def values(self) -> torch.Tensor:
+        """float64, sorted in each row."""
+        values = self.lut[self._table_of]
+        return values if self.scale is None else values * self.scale[:, None]
+
+    def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
+        """Tables by least squares for the codes, then scales."""
+        groups, rows, columns = codes_GRK.shape
+        entries = self.lut.shape[1]
+        if entries > _MOST_REFITTED:
+            return self._with_scales(problem, codes_GRK), codes_GRK
+        scale_GR = (torch.ones(self.channels) if self.scale is None else self.scale).double().reshape(groups, rows)
+        normal = torch.zeros(len(self.lut), entries, entries, dtype=torch.float64)
+        right = torch.zeros(len(self.lut), entries, dtype=torch.float64)
+        table_of = self._table_of.reshape(groups, rows)
+        chunk = max(1, (1 << 24) // (columns * entries * groups))
+        for start in range(0, rows, chunk):
+            piece = slice(start, start + chunk)
+            one_hot = functional.one_hot(codes_GRK[:, piece], entries).double() * scale_GR[:, piece, None, None]
+            weighed = torch.matmul(problem.hessian[:, None], one_hot)  # [G, R, K, L]
+            tables = table_of[:, piece].reshape(-1)
+            normal.index_add_(0, tables, (one_hot.mT @ weighed).reshape(-1, entries, entries))
+            right.index_add_(0, tables, (problem.target[:, piece, None] @ weighed)[:, :, 0].reshape(-1, entries))
+        ridge_T = _RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1)
+        ridge_T = torch.where(ridge_T > 0, ridge_T, torch.ones_like(ridge_T))
+        normal = normal + ridge_T[:, None, None] * torch.eye(entries, dtype=torch.float64)
+        lut = torch.linalg.solve(normal, right + ridge_T[:, None] * self.lut)
+        order = torch.argsort(lut, dim=1, stable=True)
+        lut, place = torch.gather(lut, 1, order), torch.argsort(order, dim=1)
+        codes = torch.gather(place[table_of], 2, codes_GRK)
+        return replace(self, lut=lut)._with_scales(problem, codes), codes
+
+    def _with_scales(self, problem: Problem, codes_GRK: torch.Tensor) -> Self:
+        if self.scale is None:
+            return self
+        values = torch.gather(self.lut[self._table_of].reshape(*codes_GRK.shape[:2], -1), 2, codes_GRK)
+        weighed = values @ problem.hessian
+        best = ((problem.target * weighed).sum(2) / (values * weighed).sum(2)).reshape(-1)
+        return replace(self, scale=torch.where(torch.isfinite(best) & (best > 0), best, self.scale))
+
+    def artifact(self, codes_OK: npt.NDArray[np.uint8], shape: tuple[int, ...], axis: int) -> PalettizedWeight:
+        """The weight that codes stand for; entries that no code points to are dropped."""
+        group_O = granularity.group_of_row(self.channels, self.rows_per_lut)
+        codes_OK, luts = codes_OK.copy(), []
+        for table, lut in enumerate(self.lut.numpy().astype(np.float32)):
+            members = group_O == table
+            is_used = np.bincount(codes_OK[members].ravel(), minlength=len(lut)) > 0
+            codes_OK[members] = (np.cumsum(is_used) - 1).astype(np.uint8)[codes_OK[members]]
+            luts.append(lut[is_used])
+        entries = max(len(lut) for lut in luts)
+        return PalettizedWeight(
+            codes=_shaped(codes_OK, shape, axis),
+            lut=np.stack([np.pad(lut, (0, entries - len(lut)), mode="edge") for lut in luts]),
+            bits=self.bits,
+            axis=axis,
+            rows_per_lut=self.rows_per_lut,
+            scale=None if self.scale is None else self.scale.numpy().astype(np.float32),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerPaletteLevels:
+    """Tables of integers, times a scale for each output channel; for kernels that compute in int8.
+
+    Args:
+        floats: the tables before rounding, in steps: entries in [-largest, largest].
+        largest: the largest magnitude of an entry.
+    """
+
+    floats: PaletteLevels
+    largest: int
+
+    @classmethod
+    def fit(
+        cls, rows_OK: Doubles, importance_OK: Doubles, bits: int, rows_per_lut: int | None, *, largest: int
+    ) -> "IntegerPaletteLevels":
+        """Tables of floats, rounded."""
+        floats = PaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, scaled=True)
+        assert floats.scale is not None
+        return cls(
+            floats=replace(floats, lut=floats.lut * largest, scale=floats.scale / largest), largest=largest
+        )._rounded()
+
+    def _rounded(self) -> Self:
+        """With integers; one step of a table for its entries to be as far apart as they may be."""
+        assert self.floats.scale is not None
+        lut = self.floats.lut
+        size = lut.abs().amax()
+        grown = self.largest / size if size > 0 else torch.ones(())
+        rounded = torch.round(lut * grown).clamp(-self.largest, self.largest)
+        return replace(self, floats=replace(self.floats, lut=rounded, scale=self.floats.scale / grown))
+
+    @property
+    def values(self) -> torch.Tensor:
+        """float64, sorted in each row."""
+        return self.floats.values
+
+    def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
+        """Tables by least squares, rounded, then scales for what they were rounded to."""
+        floats, codes = self.floats.refit(problem, codes_GRK)
+        rounded = replace(self, floats=floats)._rounded()
+        return replace(rounded, floats=rounded.floats._with_scales(problem, codes)), codes
+
+    def artifact(self, codes_OK: npt.NDArray[np.uint8], shape: tuple[int, ...], axis: int) -> PalettizedWeight:
+        """The weight that codes stand for."""
+        small = self.floats.artifact(codes_OK, shape, axis)
+        return replace(small, lut=small.lut.astype(np.int8))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UniformLevels:
+    """Steps of an even grid about 0, one size for each output channel.
+
+    Args:
+        scale: float64, > 0.
+        bits: width of a code.
+        limits: the codes that may occur.
+    """
+
+    scale: torch.Tensor
+    bits: int
+    limits: IntegerRange
+
+    @classmethod
+    def fit(cls, rows_OK: Doubles, importance_OK: Doubles, bits: int, limits: IntegerRange) -> "UniformLevels":
+        """The step of each row with the least weighted squared error, of some that clip more or less."""
+        size_O = np.abs(rows_OK).max(axis=1, initial=0) / max(limits.p, 1)
+        size_O = np.where(size_O >= np.finfo(np.float32).tiny, size_O, 1.0)
+        best_O, least_O = size_O, np.full(len(rows_OK), np.inf)
+        for shrink in _SHRINKS:
+            scale_O = size_O * shrink
+            codes = np.clip(np.rint(rows_OK / scale_O[:, None]), limits.n, limits.p)
+            error_O = (importance_OK * (codes * scale_O[:, None] - rows_OK) ** 2).sum(axis=1)
+            best_O, least_O = np.where(error_O < least_O, scale_O, best_O), np.minimum(error_O, least_O)
+        return cls(scale=torch.from_numpy(best_O), bits=bits, limits=limits)
+
+    @property
+    def _integers(self) -> torch.Tensor:
+        return torch.arange(self.limits.n, self.limits.p + 1, dtype=torch.float64)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """float64, sorted in each row."""
+        return self.scale[:, None] * self._integers
+
+    def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
+        """Scales by least squares for the codes."""
+        integers = self._integers[codes_GRK]
+        weighed = integers @ problem.hessian
+        best = ((problem.target * weighed).sum(2) / (integers * weighed).sum(2)).reshape(-1)
+        return replace(self, scale=torch.where(torch.isfinite(best) & (best > 0), best, self.scale)), codes_GRK
+
+    def artifact(self, codes_OK: npt.NDArray[np.uint8], shape: tuple[int, ...], axis: int) -> IntegerWeight:
+        """The weight that codes stand for."""
+        integers = (codes_OK.astype(np.int16) + self.limits.n).astype(np.int8)
+        scale: Floats = self.scale.numpy().astype(np.float32)
+        return IntegerWeight(codes=_shaped(integers, shape, axis), scale=scale, bits=self.bits, axis=axis)
+
+
+def _shaped(rows_OK: npt.NDArray[Any], shape: tuple[int, ...], axis: int) -> npt.NDArray[Any]:
+    return np.array(granularity.from_rows(rows_OK, shape, axis), order="C")

@@ -1,0 +1,125 @@
+"""Moments, the walk over both nets, and what solving weights on calibration data gains."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nets import Residual, image, randomized, traced
+from odd_nets import ODD, odd_inputs, odd_net
+from qcompress.artifacts import FloatWeight
+from qcompress.layers import weight_layers
+from qcompress.plan import Plan, resolve
+from qcompress.posthoc.compress import compress_program, program_tensors
+from qcompress.posthoc.moments import Moments, has_moments, places
+from qcompress.posthoc.solve import solve_weights
+from qcompress.posthoc.walk import walk
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 4), (5,)),
+    "linear 3d": (lambda: nn.Linear(5, 4), (3, 5)),
+    "conv": (lambda: nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (3, 7, 8)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 6, 6)),
+    "depthwise": (lambda: nn.Conv2d(4, 8, 3, padding=1, groups=4), (4, 6, 6)),
+    "same": (lambda: nn.Conv2d(3, 4, 4, padding="same"), (3, 6, 6)),
+    "valid": (lambda: nn.Conv2d(3, 4, 4, padding="valid"), (3, 6, 6)),
+    "1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=2), (3, 9)),
+    "3d": (lambda: nn.Conv3d(3, 4, 2, padding=1), (3, 4, 3, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_places_are_what_a_layer_multiplies(name):
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    module, x = make().eval(), torch.randn(2, *shape)
+    program = traced(module, input=x.numpy())
+    (layer,) = weight_layers(program).values()
+    assert has_moments(layer)
+    x_gpk = places(layer, module.weight.shape, x)
+    groups = len(x_gpk)
+    rows = module.weight.detach().reshape(groups, len(module.weight) // groups, -1)
+    got = (x_gpk @ rows.mT).permute(0, 2, 1).reshape(len(module.weight), -1) + module.bias.detach()[:, None]
+    wanted = module(x).detach()
+    wanted = wanted.reshape(-1, 4).T if "linear" in name else wanted.transpose(0, 1).flatten(1)
+    assert torch.allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_moments_are_numpys(centred):
+    torch.manual_seed(0)
+    program = traced(nn.Linear(5, 4).eval(), input=np.zeros((2, 5), np.float32))
+    (layer,) = weight_layers(program).values()
+    x, y = (np.random.default_rng(i).standard_normal((40, 5)).astype(np.float32) + i for i in range(2))
+    batches = [[torch.from_numpy(part) for part in np.split(v, 4)] for v in (x, y)]
+    found = Moments.gather(layer, (4, 5), *batches, centred=centred)
+    if centred:
+        x, y = x - x.mean(0), y - y.mean(0)
+    assert found.count == 40
+    assert np.allclose(found.second[0], x.T @ x / 40, atol=1e-5)
+    assert np.allclose(found.cross[0], y.T @ x / 40, atol=1e-5)
+    alone = Moments.gather(layer, (4, 5), batches[0], batches[0], centred=centred)
+    assert alone.cross is alone.second
+
+
+@pytest.mark.parametrize("name", [n for n in ODD if n != "tied embedding"])
+def test_the_walk_computes_what_both_nets_compute(name):
+    samples = 2 if name == "fixed batch" else 6
+    inputs = odd_inputs(name, samples)
+    size = 1 if name == "fixed batch" else 3
+    batches = [{k: v[i : i + size] for k, v in inputs.items()} for i in range(0, samples, size)]
+    program = traced(odd_net(name), **batches[0])
+    changed = {n: v * 1.1 for n, v in program.state().items()}
+    twin = program.with_state({n: v.numpy() for n, v in changed.items()})
+    reached = []
+
+    def settle(found):
+        reached.append((found.layer.weight, found.inputs, found.float_inputs, found.outputs, found.run(found.weight)))
+        return {n: v for n, v in changed.items() if n == found.layer.weight or n == found.bias}
+
+    walk(program, batches, settle)
+    assert [r[0] for r in reached] == [n for n, layer in weight_layers(program).items() if layer.kind != "recurrent"]
+    for weight, inputs_of, float_inputs, outputs, again in reached[:1]:
+        assert inputs_of is float_inputs, weight
+        assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
+    assert twin is not program
+
+
+def noise(program, small, inputs):
+    """Share of the outputs' variance that compression makes."""
+    wanted = program.run(inputs)["output"].astype(np.float64)
+    weights = {name: artifact.dequantize() for name, artifact in small.items()}
+    got = program.with_state(weights).run(inputs)["output"]
+    return float(np.square(wanted - got).sum() / np.square(wanted - wanted.mean(0)).sum())
+
+
+@pytest.mark.parametrize("scheme", ["palette", "uniform"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_solved_weights_make_less_noise_on_new_inputs(bits, scheme):
+    x = image(96)
+    program = traced(randomized(Residual()), x=x[:2])
+    plan = Plan.from_flags(bits=bits, scheme=scheme)
+    plain = compress_program(program, plan)
+    tensors = {t.name: t for t in resolve(plan, program_tensors(plain.program)).compressed}
+    found, gains = solve_weights(plain.program, tensors, plain.artifacts, [{"x": part} for part in np.split(x, 3)])
+    new = {"x": image(64, seed=9)}
+    assert noise(plain.program, found, new) < 0.6 * noise(plain.program, plain.artifacts, new)
+    layers = [n for n in weight_layers(plain.program) if not isinstance(plain.artifacts[n], FloatWeight)]
+    assert [g.weight for g in gains] == layers
+    assert all(g.solved_db >= g.nearest_db - 0.1 for g in gains)
+    assert all(found[n].nbytes <= plain.artifacts[n].nbytes + 4 * 8 for n in layers)  # scales of channels
+
+
+def test_what_is_exact_stays_so():
+    module = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).eval()
+    with torch.no_grad():
+        for layer in (module[0], module[2]):
+            layer.weight.copy_(torch.sign(layer.weight) * 0.25)
+    x = image(16, shape=(8,))
+    program = traced(module, x=x[:2])
+    plan = Plan.from_flags(bits=2)
+    plain = compress_program(program, plan)
+    tensors = {t.name: t for t in resolve(plan, program_tensors(program)).compressed}
+    found, gains = solve_weights(program, tensors, plain.artifacts, [{"x": x}])
+    assert all(np.array_equal(found[n].dequantize(), v.numpy()) for n, v in program.state().items())
+    assert [g.solved_db for g in gains] == [None] * len(gains)
