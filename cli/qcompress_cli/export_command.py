@@ -196,13 +196,13 @@ def command(
             ui.wrote(save_plan)
 
     is_plan_of_model = not isinstance(source, CompressedSource)
-    ui.emit(_as_dict(source, report, resolved if is_plan_of_model else None, parity, computed))
+    ui.emit(_as_dict(source, report, resolved if is_plan_of_model else None, parity, computed, small))
     if dry_run and is_plan_of_model:
         ui.show(_plan_table(resolved))
     if explain:
-        ui.show(_explanation(report), *computed.tables())
+        ui.show(_explanation(report), *computed.tables(), *_gain_table(small))
     ui.show(_size_table(report))
-    ui.show(*_words(report, parity, computed, output, dry_run))
+    ui.show(*_words(report, parity, computed, small, output, dry_run))
     for note in report.notes:
         if note not in small.program.notes:
             ui.note(note)
@@ -433,8 +433,27 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
 
 
+def _gain_table(small: "CompressedModel") -> list[Table]:
+    """What solving gained, layer by layer; nothing where none was solved."""
+    if not small.gains:
+        return []
+    table = new_table("layer, SQNR dB at its output", ["nearest", "solved"])
+    for gain in small.gains:
+        table.add_row(printable(gain.weight), _db(gain.nearest_db), _db(gain.solved_db))
+    return [table]
+
+
+def _db(value: float | None) -> str:
+    return "exact" if value is None else f"{value:.1f}"
+
+
 def _words(
-    report: "ExportReport", parity: dict[str, Any] | None, computed: ComputeReport, output: Path, dry_run: bool
+    report: "ExportReport",
+    parity: dict[str, Any] | None,
+    computed: ComputeReport,
+    small: "CompressedModel",
+    output: Path,
+    dry_run: bool,
 ) -> list[str]:
     weights = [t for t in report.tensors if t.artifact != "float"]
     widths = Counter(t.bits for t in weights)
@@ -448,6 +467,13 @@ def _words(
         names = ", ".join(printable(t.name) for t in tensors[:3]) + (" …" if len(tensors) > 3 else "")
         nbytes = sum(t.nbytes for t in tensors)
         lines.append(f"{reason}: {counted(len(tensors), 'tensor')}, {format_size(nbytes)} ({names})")
+    noisy = [gain for gain in small.gains if gain.solved_db is not None]
+    if noisy:
+        worst = min(noisy, key=lambda gain: gain.solved_db or 0.0)
+        lines.append(
+            f"{counted(len(small.gains), 'layer')} solved on calibration data; the noisiest, "
+            f"{printable(worst.weight)}, from {_db(worst.nearest_db)} to {_db(worst.solved_db)} dB SQNR at its output"
+        )
     lines += computed.words()
     if parity is not None:
         decoded = counted(parity["tensors"], "tensor")
@@ -487,6 +513,7 @@ def _as_dict(
     resolved: ResolvedPlan | None,
     parity: dict[str, Any] | None,
     computed: ComputeReport,
+    small: "CompressedModel",
 ) -> dict[str, Any]:
     size = report.size
     return {
@@ -506,6 +533,7 @@ def _as_dict(
         "parity": parity,
         **computed.as_dict(),
         "tensors": [asdict(t) for t in report.tensors],
+        "solved": [asdict(gain) for gain in small.gains],
         "plan": None
         if resolved is None
         else [

@@ -252,6 +252,31 @@ def test_integer_compute_through_the_command_line(qcompress, exported, nothing_n
 
 
 @pytest.mark.usefixtures("traced_once")
+def test_calibration_data_solve_the_weights(qcompress, exported, refused, nothing_new, model, folder):
+    plain = exported("model.pt", "--bits", "2", "-o", "plain.onnx")
+    fast = exported("model.pt", "--bits", "2", "-o", "fast.onnx", "--calibration", "test.npz", "--effort", "fast")
+    assert (plain["solved"], fast["solved"]) == ([], [])
+    assert (folder / "fast.onnx").read_bytes() == (folder / "plain.onnx").read_bytes()
+    result = qcompress("export", "model.pt", "--bits", "2", "--calibration", "test.npz", "--explain")
+    assert result.exit_code == 0
+    assert re.search(r"^layer, SQNR dB at its output +nearest +solved$", result.stdout, re.M)
+    assert re.search(
+        r"^4 layers solved on calibration data; the noisiest, .*, from .* to .* dB SQNR", result.stdout, re.M
+    )
+    solved = exported("model.pt", "--bits", "2", "-o", "solved.onnx", "--calibration", "test.npz")["solved"]
+    assert [gain["weight"] for gain in solved] == [f"{name}.weight" for name in small_models.LAYERS]
+    assert all(gain["solved_db"] > gain["nearest_db"] for gain in solved)
+    assert (folder / "solved.onnx").read_bytes() == (folder / "model.w2.onnx").read_bytes()
+    sqnr = {}
+    for name in ("plain", "solved"):
+        result = qcompress("validate", "model.pt", f"{name}.onnx", "--data", "test.npz", "--no-timing", "--json")
+        sqnr[name] = json.loads(result.stdout)["outputs"]["output"]["sqnr_db"]
+    assert sqnr["solved"] > sqnr["plain"] + 6
+    message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2", "--effort", "balanced"))
+    assert message == "effort balanced must have calibration data to solve weights on: give --calibration.\n"
+
+
+@pytest.mark.usefixtures("traced_once")
 def test_names_and_reports_of_other_ways_to_compute(qcompress, exported, model, folder):
     result = qcompress("export", "model.pt", "--bits", "2", "--compute", "dynamic8")
     assert result.exit_code == 0

@@ -88,7 +88,8 @@ def model(folder, monkeypatch):
 def test_export_and_validate(qcompress, model):
     result = qcompress("export", model, "--bits", "2", "--rows-per-lut", "4", "--json")
     assert result.exit_code == 0
-    integer = ("layers[]", "activations[]", "plan[].settings.activation_bits")  # of integer compute
+    # Of integer compute and of calibration data.
+    integer = ("layers[]", "activations[]", "plan[].settings.activation_bits", "solved[]")
     assert {k for k in check("export", result.stdout) if not k.startswith(integer)} == {"notes[]"}
     assert json.loads(result.stdout)["file"] == "model.w2.onnx"
     result = qcompress("validate", model, "model.w2.onnx", "--data", "test.npz", "--json")
@@ -121,7 +122,7 @@ def test_what_may_be_null(qcompress, model):
     result = qcompress("export", "small", "--dry-run", "--json")
     missing = check("export", result.stdout)
     assert {"plan[]", "plan[].name", "plan[].settings"} <= missing
-    assert all(key.startswith(("plan", "notes", "layers[]", "activations[]")) for key in missing)
+    assert all(key.startswith(("plan", "notes", "layers[]", "activations[]", "solved[]")) for key in missing)
     document = json.loads(result.stdout)
     assert (document["file"], document["plan"]) == (None, None)
 
