@@ -8,6 +8,7 @@ from torch import nn
 from nets import Residual, image, randomized, traced
 from odd_nets import odd_inputs, odd_net
 from qcompress.artifacts import FloatWeight
+from qcompress.data import Dataset
 from qcompress.layers import weight_layers
 from qcompress.plan import Plan, resolve
 from qcompress.posthoc.compress import compress_program, program_tensors
@@ -133,3 +134,36 @@ def test_what_is_exact_stays_so():
     found, gains = solve_weights(program, tensors, plain.artifacts, [{"x": x}])
     assert all(np.array_equal(found[n].dequantize(), v.numpy()) for n, v in program.state().items())
     assert [g.solved_db for g in gains] == [None] * len(gains)
+
+
+class Odds(nn.Module):
+    """Layers that are not solved, but in the way: a bag of embeddings, a transposed convolution, a recurrent layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag, self.up = nn.EmbeddingBag(40, 16), nn.ConvTranspose1d(1, 4, 3)
+        self.recur, self.head = nn.GRU(4, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, ids):
+        x = self.up(self.bag(ids).unsqueeze(1)).relu()
+        return self.head(self.recur(x.transpose(1, 2))[0][:, -1])
+
+
+@pytest.mark.parametrize("samples", [1, 40])
+def test_other_layers_are_in_nobodys_way(samples):
+    torch.manual_seed(0)
+    ids = np.random.default_rng(0).integers(0, 40, (samples, 6))
+    program = traced(Odds().eval(), ids=np.zeros((2, 6), np.int64))
+    small = compress_program(program, Plan.from_flags(bits=3), calibration=Dataset(inputs={"ids": ids}, name="c.npz"))
+    assert [g.weight for g in small.gains] == ["up.weight", "head.weight"]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_constant_inputs_are_no_worse_than_the_nearest_levels(value):
+    program = traced(randomized(Residual()), x=image(2))
+    data = Dataset(inputs={"x": np.full((8, 3, 9, 9), value, np.float32)}, name="c.npz")
+    plan = Plan.from_flags(bits=3)
+    plain, small = compress_program(program, plan), compress_program(program, plan, calibration=data)
+    assert noise(plain.program, small.artifacts, {"x": data.inputs["x"] + 1e-3 * image(8)}) <= noise(
+        plain.program, plain.artifacts, {"x": data.inputs["x"] + 1e-3 * image(8)}
+    )

@@ -53,10 +53,16 @@ class Moments:
             centred: as in the class.
         """
         second = cross = mean = float_mean = None
+        about_GK = None  # near the mean, so that little is lost when the means are taken off
         count, differs = 0, any(x is not y for x, y in zip(inputs, float_inputs, strict=True))
         for x, y in zip(inputs, float_inputs, strict=True):
             x_GPK = places(layer, weight_shape, x)
+            if centred and about_GK is None:
+                about_GK = x_GPK.mean(1, keepdim=True)
+            x_GPK = x_GPK if about_GK is None else x_GPK - about_GK
             y_GPK = places(layer, weight_shape, y) if differs else x_GPK
+            if differs and about_GK is not None:
+                y_GPK = y_GPK - about_GK
             sums = [(x_GPK.mT @ x_GPK).double(), x_GPK.sum(1, dtype=torch.float64)]
             second = sums[0] if second is None else second + sums[0]
             mean = sums[1] if mean is None else mean + sums[1]

@@ -74,6 +74,8 @@ def solve_weights(
         if isinstance(first, FloatWeight) or name not in tensors:
             return {}
         plain = _tensor(first, reached.weight)
+        if not isinstance(reached.outputs[0], torch.Tensor):  # an embedding bag's
+            return {name: plain}
         outputs = reached.run(plain)
         before, found = _noise_db(reached.outputs, outputs), first
         exact = torch.equal(plain, reached.weight)

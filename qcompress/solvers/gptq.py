@@ -52,7 +52,7 @@ def solve(problem: Problem, levels: AnyLevels, *, rounds: int = _ROUNDS) -> tupl
 
 def error_feedback(problem: Problem, levels: Levels) -> torch.Tensor:
     """Codes by GPTQ: int64 [G, R, K]."""
-    damped = problem.damped(_DAMPING)
+    damped = _definite(problem)
     groups, rows, columns = problem.target.shape
     order_GK = torch.argsort(damped.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
     damped = torch.gather(damped, 1, order_GK[:, :, None].expand(-1, -1, columns))
@@ -73,6 +73,15 @@ def error_feedback(problem: Problem, levels: Levels) -> torch.Tensor:
             left[:, :, j:end] -= errors[:, :, j - start, None] * upper[:, None, j, j:end]
         left[:, :, end:] -= errors @ upper[:, start:end, end:]
     return torch.gather(codes, 2, torch.argsort(order_GK, dim=1)[:, None, :].expand(-1, rows, -1))
+
+
+def _definite(problem: Problem) -> torch.Tensor:
+    """H with as much damping as it takes: the moments of float32 values can have eigenvalues a little below 0."""
+    for share in (_DAMPING, 10 * _DAMPING, 100 * _DAMPING):
+        damped = problem.damped(share)
+        if not torch.linalg.cholesky_ex(damped).info.any():
+            break
+    return damped
 
 
 def descend(problem: Problem, levels: Levels, codes_GRK: torch.Tensor, passes: int = _PASSES) -> torch.Tensor:
