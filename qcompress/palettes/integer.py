@@ -24,8 +24,8 @@ from qcompress.uniform import finite_floats, in_steps, symmetric_scale
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-_LARGEST: Final = 127
-_LARGEST_REDUCED: Final = 63
+LARGEST: Final = 127
+LARGEST_REDUCED: Final = 63
 
 
 def palettize_int8(
@@ -62,7 +62,7 @@ def palettize_int8(
     """
     check_bits(bits)
     wide = finite_floats(weight, "palettize")
-    largest = _LARGEST_REDUCED if reduce_range else _LARGEST
+    largest = LARGEST_REDUCED if reduce_range else LARGEST
     scale = symmetric_scale(wide, largest, axis if per_channel else None, least)
     steps_OR = granularity.rows(in_steps(wide, scale, axis), axis)
     mass_OR = np.broadcast_to(spread(scale, steps_OR.shape, 0).astype(np.float64) ** 2, steps_OR.shape)

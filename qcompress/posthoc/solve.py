@@ -20,6 +20,7 @@ from qcompress import granularity
 from qcompress.artifacts import ActivationGrid, Artifact, Floats, FloatWeight
 from qcompress.compressed import LayerGain
 from qcompress.grid import IntegerRange
+from qcompress.palettes.integer import LARGEST, LARGEST_REDUCED
 from qcompress.plan import TensorPlan
 from qcompress.posthoc.moments import Moments, has_moments
 from qcompress.posthoc.walk import Reached, walk
@@ -27,10 +28,9 @@ from qcompress.program import Arrays, FloatProgram
 from qcompress.solvers import gptq
 from qcompress.solvers.base import Problem
 from qcompress.solvers.levels import IntegerPaletteLevels, PaletteLevels, UniformLevels
+from qcompress.uniform import REDUCED_BITS
 
 _DAMPING: Final = 0.05  # of the mean diagonal of H: 0.01 fits ResNet-20 better, 0.1 MobileNet
-_LARGEST, _LARGEST_REDUCED = 127, 63  # magnitudes of int8 entries
-_REDUCED_BITS: Final = 7
 
 AnyLevels = PaletteLevels | IntegerPaletteLevels | UniformLevels
 
@@ -139,10 +139,10 @@ def _levels(
 ) -> AnyLevels:
     bits, rows_per_lut = plan.bits, plan.rows_per_lut
     if plan.scheme == "uniform" or (integer and bits == 8 and rows_per_lut is None):
-        limits = IntegerRange(min(bits, _REDUCED_BITS) if reduce_range else bits, signed=True)
+        limits = IntegerRange(min(bits, REDUCED_BITS) if reduce_range else bits, signed=True)
         return UniformLevels.fit(rows_OK, importance_OK, bits, limits)
     if integer:
-        largest = _LARGEST_REDUCED if reduce_range else _LARGEST
+        largest = LARGEST_REDUCED if reduce_range else LARGEST
         return IntegerPaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, largest=largest)
     return PaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, scaled=True)
 

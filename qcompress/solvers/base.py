@@ -15,8 +15,8 @@ class Problem:
     """Minimise sum over output channels of (t - q) H (t - q)ᵀ over codes q of given levels.
 
     Args:
-        target: float64; t, what the weight would best be without codes.
-        hessian: float64, symmetric, positive semidefinite; H, the second moments of the inputs.
+        target: float64 [G, R, K]; t, what the weight would best be without codes.
+        hessian: float64 [G, K, K], symmetric, positive semidefinite; H, the second moments of the inputs.
     """
 
     target: torch.Tensor
@@ -39,7 +39,7 @@ class Levels(Protocol):
 
     @property
     def values(self) -> torch.Tensor:
-        """float64, sorted in each row."""
+        """float64 [O, L], sorted in each row."""
 
     def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
         """Levels with a smaller error for the same codes, and these codes in the order of the new levels."""

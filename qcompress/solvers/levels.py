@@ -29,8 +29,8 @@ class PaletteLevels:
     """Tables of values, times a scale for each output channel.
 
     Args:
-        lut: float64, sorted; a table with fewer entries repeats its last.
-        scale: float64, > 0; None: none.
+        lut: float64 [T, L], sorted; a table with fewer entries repeats its last.
+        scale: float64 [O], > 0; None: none.
         rows_per_lut: output channels that share a table; None: all.
         bits: width of a code.
         channels: output channels, O.
@@ -75,7 +75,7 @@ class PaletteLevels:
 
     @property
     def values(self) -> torch.Tensor:
-        """float64, sorted in each row."""
+        """float64 [O, L], sorted in each row."""
         values = self.lut[self._table_of]
         return values if self.scale is None else values * self.scale[:, None]
 
@@ -168,7 +168,7 @@ class IntegerPaletteLevels:
 
     @property
     def values(self) -> torch.Tensor:
-        """float64, sorted in each row."""
+        """float64 [O, L], sorted in each row."""
         return self.floats.values
 
     def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
@@ -188,7 +188,7 @@ class UniformLevels:
     """Steps of an even grid about 0, one size for each output channel.
 
     Args:
-        scale: float64, > 0.
+        scale: float64 [O], > 0.
         bits: width of a code.
         limits: the codes that may occur.
     """
@@ -216,7 +216,7 @@ class UniformLevels:
 
     @property
     def values(self) -> torch.Tensor:
-        """float64, sorted in each row."""
+        """float64 [O, L], sorted in each row."""
         return self.scale[:, None] * self._integers
 
     def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
