@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
@@ -37,6 +37,7 @@ KINDS = ("uniform", "palette", "palette scaled", "palette rows", "palette rows s
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=20)
 @given(seed=SEEDS, bits=st.integers(2, 4))
 def test_error_feedback_is_the_slow_loop(kind, seed, bits):
     given = problem(seed)
@@ -50,6 +51,7 @@ def test_error_feedback_is_the_slow_loop(kind, seed, bits):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=20)
 @given(seed=SEEDS, bits=st.integers(2, 4))
 def test_descent_ends_where_no_single_weight_can_better_it(kind, seed, bits):
     given = problem(seed)
@@ -66,6 +68,7 @@ def test_descent_ends_where_no_single_weight_can_better_it(kind, seed, bits):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=20)
 @given(seed=SEEDS, bits=st.integers(2, 4))
 def test_refitted_levels_are_better_and_sorted(kind, seed, bits):
     given = problem(seed)
@@ -95,6 +98,7 @@ def test_a_palette_is_refitted_by_least_squares(seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=20)
 @given(seed=SEEDS, bits=st.integers(2, 4), rank=st.sampled_from([1, 3, 20]))
 def test_never_worse_than_the_nearest_levels(kind, seed, bits, rank):
     given = problem(seed, rank=rank)
