@@ -11,11 +11,18 @@ import numpy.typing as npt
 import onnx
 
 from qcompress.compressed import CompressedModel
-from qcompress.metrics import is_constant
 from qcompress.program import FloatProgram
 from qcompress.sites import MarkedRunner, mark
 from qcompress_exporters import onnx_file
-from qcompress_exporters.checks import OUTPUT_TOLERANCE, Check, check_codes, check_exporter, check_weights
+from qcompress_exporters.checks import (
+    OUTPUT_TOLERANCE,
+    Check,
+    check_codes,
+    check_exporter,
+    check_weights,
+    output_error,
+    output_limit,
+)
 from qcompress_exporters.marks import LayerReport
 from qcompress_exporters.onnx_file import Built, build, float_file, sites_of
 from qcompress_exporters.replay import file_grids, reference_state, replay
@@ -89,7 +96,8 @@ class Agreement:
             yield from _said(check_codes(found, mode, len(next(iter(self.feeds.values())))), format)
             plain = run(session(self.file(format).data, mode), self.feeds)
             for name, got in plain.items():
-                if (error := _error(found.got[name], got)) > OUTPUT_TOLERANCE:
+                asked = found.got[name]
+                if (error := output_error(asked, got)) > output_limit(asked, OUTPUT_TOLERANCE):
                     yield f"{format} {mode}: {name} is off by {error:.1e} without the codes as outputs"
 
     def distance(self, format: str) -> float:
@@ -125,11 +133,3 @@ def _said(check: Check, format: str = "") -> Iterator[str]:
     if not check.ok:
         text = f"{format} {check.name} {check.session}: {check.detail} (error {check.error}, limit {check.limit})"
         yield text.strip()
-
-
-def _error(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float:
-    if wanted.shape != got.shape or not np.isfinite(got).all():
-        return float("inf")
-    if is_constant(wanted):
-        return float(np.abs(wanted - got).max() / max(float(np.abs(wanted).max()), 1e-6))
-    return float(np.abs(wanted.astype(np.float64) - got).max() / max(float(wanted.std()), 1e-12))

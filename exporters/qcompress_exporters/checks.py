@@ -104,11 +104,11 @@ def check_codes(found: Replay, mode: Mode, samples: int) -> Check:
     """
     codes, off = sum(s.codes for s in found.sites), sum(s.off for s in found.sites)
     culprit = next((s for s in found.sites if s.largest > 1 or s.off > allowed_off(s.codes)), None)
-    errors = {name: _output_error(wanted, found.got[name]) for name, wanted in found.wanted.items()}
-    worst = max(errors, key=lambda name: errors[name])
+    errors = {n: (output_error(v, found.got[n]), output_limit(v, OUTPUT_TOLERANCE)) for n, v in found.wanted.items()}
+    worst = max(errors, key=lambda name: errors[name][0] / errors[name][1])
     share = off / max(1, codes)
     detail = f"{len(found.sites)} activations, {off:,} of {codes:,} codes off by 1, {samples} samples"
-    ok = culprit is None and errors[worst] <= OUTPUT_TOLERANCE
+    ok = culprit is None and errors[worst][0] <= errors[worst][1]
     if culprit is not None:
         layer = f" (behind {culprit.layer})" if culprit.layer else ""
         detail = (
@@ -116,7 +116,7 @@ def check_codes(found: Replay, mode: Mode, samples: int) -> Check:
             f"{culprit.largest}"
         )
     elif not ok:
-        detail = f"output {worst!r} is off by {errors[worst]:.1e} of its spread, though all codes agree"
+        detail = f"output {worst!r} is off by {errors[worst][0]:.1e} of its spread, though all codes agree"
     return Check(name="graph", session=mode, ok=ok, error=share, limit=CODES_OFF, detail=detail)
 
 
@@ -130,7 +130,7 @@ def allowed_off(codes: int) -> float:
     return float(mean + 3 * np.sqrt(mean) + 1)
 
 
-def _output_error(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float:
+def output_error(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float:
     """Over the spread, or over the size of what does not vary; infinite where they cannot be compared."""
     if wanted.shape != got.shape or not np.isfinite(got).all():
         return float("inf")
@@ -157,7 +157,7 @@ def check_graph(packed: bytes, reference: bytes, batches: list[Arrays], mode: Mo
 
 
 def check_exporter(original: bytes, wanted: Arrays, batches: list[Arrays], mode: Mode) -> Check:
-    """Check 3 in one session: the float model in onnxruntime against torch's outputs, within `exporter_limit`."""
+    """Check 3 in one session: the float model in onnxruntime against torch's outputs, within `output_limit`."""
     got = outputs_of(original, batches, mode)
     error, limit, detail = None, EXPORTER_TOLERANCE, ""
     errors: dict[str, tuple[float, float]] = {}
@@ -167,7 +167,7 @@ def check_exporter(original: bytes, wanted: Arrays, batches: list[Arrays], mode:
         elif not np.isfinite(got[name]).all():
             detail = f"output {name} holds NaN or Inf, torch's does not"
         elif (found := error_over_spread(values, got[name])) is not None:
-            errors[name] = found, exporter_limit(values)
+            errors[name] = found, output_limit(values, EXPORTER_TOLERANCE)
         elif (off := _relative_error(values, got[name])) > EXPORTER_TOLERANCE:
             detail = f"output {name}, constant on this data, is off by {off:.1e} of its size"
     if not errors:
@@ -180,13 +180,15 @@ def check_exporter(original: bytes, wanted: Arrays, batches: list[Arrays], mode:
     return Check(name="exporter", session=mode, ok=ok, error=error, limit=limit, detail=detail)
 
 
-def exporter_limit(wanted: npt.NDArray[Any]) -> float:
-    """What the exporter's error over the spread may be: 1e-4, and no less than what float32 can tell of such values.
+def output_limit(wanted: npt.NDArray[Any], tolerance: float) -> float:
+    """What an output's error over the spread may be: a tolerance, and no less than float32 can tell of such values.
 
-    >>> exporter_limit(np.array([[-1.0], [1.0]])), round(exporter_limit(np.array([[100.0], [100.002]])), 3)
-    (0.0001, 0.095)
+    >>> output_limit(np.array([[-1.0], [1.0]]), 1e-4), round(output_limit(np.array([[100.0], [100.02]]), 1e-4), 4)
+    (0.0001, 0.0095)
     """
-    return max(EXPORTER_TOLERANCE, ROUNDING * float(np.abs(wanted).max()) / spread(wanted))
+    if is_constant(wanted):
+        return tolerance
+    return max(tolerance, ROUNDING * float(np.abs(wanted).max()) / spread(wanted))
 
 
 def first_difference(packed: bytes, reference: bytes, feeds: Mapping[str, npt.NDArray[Any]]) -> str | None:
