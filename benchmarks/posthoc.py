@@ -1,6 +1,6 @@
-"""Compression without training or labels: accuracy, KL and bytes of real files, by bits and effort.
+"""Compression without training or labels: accuracy, KL and bytes of real files, by bits and recipe.
 
-    python benchmarks/posthoc.py --data DIR [--nets resnet20 mobilenet] [--bits 4 3 2] [--json FILE]
+    python benchmarks/posthoc.py --data DIR [--nets resnet20 ...] [--bits 4 3 2] [--recipes fast ...] [--json FILE]
 
 DIR holds the nets and images of `_nets.py`. Everything is measured through onnxruntime on the files that were written.
 """
@@ -28,7 +28,11 @@ from qcompress_exporters.onnx_file import float_file
 from qcompress_exporters.trace import trace
 
 CALIBRATION = {"resnet20": 512, "mobilenet": 128}
-EFFORTS = ("fast", "balanced")
+RECIPES = {  # name -> effort, and whether it gets the calibration images
+    "fast": ("fast", False),
+    "no data": ("balanced", False),
+    "balanced": ("balanced", True),
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Row:
     Args:
         net: its name.
         bits: of every weight.
-        effort: of compression.
+        recipe: a key of RECIPES.
         nbytes: of the file.
         top1: on the test images.
         low: lower end of the paired 95 % interval of the drop in top-1 against the float file.
@@ -51,7 +55,7 @@ class Row:
 
     net: str
     bits: int
-    effort: str
+    recipe: str
     nbytes: int
     top1: float
     low: float
@@ -68,17 +72,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--nets", nargs="+", default=list(CALIBRATION), choices=list(CALIBRATION))
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'net':10} bits {'effort':9} {'bytes':>10} {'top-1':>7} {'drop, 95 %':>16} {'agree':>7} {'KL':>7} CPU s")
+    print(f"{'net':10} bits {'recipe':9} {'bytes':>10} {'top-1':>7} {'drop, 95 %':>16} {'agree':>7} {'KL':>7} CPU s")
     rows = []
     for name in args.nets:
-        for row in measure(name, args.data, args.bits):
+        for row in measure(name, args.data, args.bits, args.recipes):
             rows.append(row)
             drop = f"{row.low:+.2%} {row.high:+.2%}"
             print(
-                f"{row.net:10} {row.bits:4} {row.effort:9} {row.nbytes:10,} {row.top1:7.2%} {drop:>16} "
+                f"{row.net:10} {row.bits:4} {row.recipe:9} {row.nbytes:10,} {row.top1:7.2%} {drop:>16} "
                 f"{row.agreement:7.2%} {row.kl:7.4f} {row.cpu_s:5.1f}",
                 flush=True,
             )
@@ -86,7 +91,7 @@ def main() -> None:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
-def measure(name: str, folder: Path, widths: list[int]) -> "list[Row]":
+def measure(name: str, folder: Path, widths: list[int], recipes: list[str]) -> "list[Row]":
     """The files of one net."""
     net = NETS[name]
     program, data = net.program(folder), net.test_data(folder)
@@ -96,9 +101,11 @@ def measure(name: str, folder: Path, widths: list[int]) -> "list[Row]":
     wanted = outputs_of(float_file(trace(folded), folded.state()), batches, "deployed")
     rows = []
     for bits in widths:
-        for effort in EFFORTS:
+        for recipe in recipes:
+            effort, has_data = RECIPES[recipe]
+            given = calibration if has_data else None
             start = time.process_time()
-            small = compress_program(program, Plan.from_flags(bits=bits), calibration=calibration, effort=effort)
+            small = compress_program(program, Plan.from_flags(bits=bits), calibration=given, effort=effort)
             cpu_s = time.process_time() - start
             file = build(small).data
             got = outputs_of(file, batches, "deployed")
@@ -108,7 +115,7 @@ def measure(name: str, folder: Path, widths: list[int]) -> "list[Row]":
                 Row(
                     name,
                     bits,
-                    effort,
+                    recipe,
                     len(file),
                     found.compressed,
                     low,

@@ -13,13 +13,13 @@ from qcompress.errors import ConfigError, did_you_mean
 FIELDS: Final = {
     "bits": "an integer in [1, 8]",
     "activation_bits": "an integer in [1, 8]",
-    "scheme": "'palette' or 'uniform'",
+    "scheme": "'palette', 'uniform' or 'auto'",
     "rows_per_lut": "'auto' or an integer of at least 1",
     "skip": "true or false",
 }
 
 Width = Annotated[int, Field(strict=True, ge=1, le=8)]
-Scheme = Literal["palette", "uniform"]
+Scheme = Literal["palette", "uniform", "auto"]
 
 _C = TypeVar("_C")
 
@@ -61,7 +61,7 @@ class Settings:
     Args:
         bits: bits per code of a weight, 1 to 8.
         activation_bits: bits per code of what the layer computes with its weight, 1 to 8; set nowhere: floats.
-        scheme: `palette`, or `uniform` for codes on an even grid.
+        scheme: `palette`, `uniform` for codes on an even grid, `auto` for the one with fewer bytes at the same error.
         rows_per_lut: output channels that share a palette, or `auto`.
         skip: whether a tensor is left in float.
 

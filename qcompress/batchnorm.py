@@ -3,6 +3,7 @@
 Folding comes before compression: measured on ResNet-20 at 4 bits per tensor, 85.5 against 84.3 % with it after.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from qcompress.program import FloatProgram, copy_graph, rebuild, state_nodes
 
 aten = torch.ops.aten
 
-_BATCH_NORMS: Final = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+BATCH_NORMS: Final = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
 _LEFT: Final = "the layer in front of it serves elsewhere too, or cannot take it up"
 _NO_BIAS: Final = (aten.matmul.default, aten.mm.default)
 
@@ -101,14 +102,14 @@ def _find(program: FloatProgram) -> tuple[list[_Fold], list[Node]]:
 
     folds, left = [], []
     for norm in program.exported.graph.nodes:
-        if norm.op != "call_function" or norm.target not in _BATCH_NORMS:
+        if norm.op != "call_function" or norm.target not in BATCH_NORMS:
             continue
         layer = by_node.get(norm.args[0]) if isinstance(norm.args[0], Node) else None
         if layer is None or layer.kind not in ("conv", "depthwise", "conv_transpose", "linear"):
             continue
         weight_node = next((n for n in layer.node.all_input_nodes if state.get(n) == layer.weight), None)
         functional = norm.target is aten.batch_norm.default
-        statistics = norm.args[3:5]
+        running = norm.args[3:5]
         parameters = [n for n in (*norm.args[1:5],) if isinstance(n, Node)]
         bias = bias_of(layer.node)
         foldable = (
@@ -119,7 +120,7 @@ def _find(program: FloatProgram) -> tuple[list[_Fold], list[Node]]:
             and layer.weight in program.exported.state_dict
             and (bias is not None or layer.node.target not in _NO_BIAS)
             and not {"alpha", "beta"} & set(layer.node.kwargs)
-            and all(isinstance(n, Node) for n in statistics)
+            and all(isinstance(n, Node) for n in running)
             and all(n in state for n in parameters)
             and (bias is None or (bias in state and len(bias.users) == 1))
             and (layer.kind != "linear" or layer.node.meta["val"].ndim == 2)
@@ -129,11 +130,16 @@ def _find(program: FloatProgram) -> tuple[list[_Fold], list[Node]]:
             left.append(norm)
             continue
         gamma, beta = value(norm.args[1], 1.0), value(norm.args[2], 0.0)
-        mean, variance = value(norm.args[3], 0.0), value(norm.args[4], 1.0)
-        epsilon = norm.args[7] if functional else norm.args[6]
+        mean, variance, epsilon = statistics(norm, norm.args)
+        mean, variance = value(mean, 0.0), value(variance, 1.0)
         factor = torch.as_tensor(gamma / torch.sqrt(torch.as_tensor(variance) + epsilon)).double()
         folds.append(_Fold(norm, layer, weight_node, bias, factor, torch.as_tensor(beta - mean * factor)))
     return folds, left
+
+
+def statistics(norm: Node, arguments: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Stored mean and variance, and epsilon, among the arguments of a BatchNorm in eval mode."""
+    return arguments[3], arguments[4], arguments[7 if norm.target is aten.batch_norm.default else 6]
 
 
 def _bias_name(weight: str) -> str:

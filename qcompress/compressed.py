@@ -74,7 +74,8 @@ class CompressedModel:
         saturation: share of the calibration data that each grid clips, as it was found; not saved.
         snapped: error at the output of each layer whose input's offset was moved onto the grid, over the output's
             spread, by the layer's weight; see `posthoc.offsets`.
-        gains: of the layers that were solved on calibration data; not saved.
+        gains: of the layers that were solved; not saved.
+        solved_on: what inputs they were solved on; empty: none; not saved.
 
     Raises:
         ConfigError: another `compute`, or a grid under a site that is not its own.
@@ -91,6 +92,7 @@ class CompressedModel:
     saturation: Mapping[tuple[str, int], float] = field(default_factory=dict)
     snapped: Mapping[str, float] = field(default_factory=dict)
     gains: tuple[LayerGain, ...] = ()
+    solved_on: str = ""
 
     def __post_init__(self) -> None:
         if self.compute not in get_args(Compute):

@@ -11,6 +11,11 @@ from qcompress.errors import ConfigError
 from qcompress.grid import IntegerRange
 from qcompress.packing import check_bits
 
+F64 = npt.NDArray[np.float64]
+
+_SHRINKS: Final = np.geomspace(1.0, 0.05, 25)  # of the step that reaches the largest magnitude
+_FITS: Final = 3  # of a step to the codes that it gives
+_TINY: Final = np.finfo(np.float64).tiny
 REDUCED_BITS: Final = 7  # what 8-bit codes are held within so that sums of two int8 products fit 16 bits
 
 
@@ -21,6 +26,7 @@ def round_to_nearest(
     *,
     reduce_range: bool = False,
     per_channel: bool = True,
+    clip: bool = False,
     least: Floats | None = None,
 ) -> IntegerWeight:
     """A weight on a symmetric grid of signed codes, the largest of which stands for the largest magnitude.
@@ -32,11 +38,12 @@ def round_to_nearest(
         reduce_range: 8-bit codes stay in [-64, 63], as narrower ones do anyway: CPUs without VNNI saturate the sums of
             larger ones.
         per_channel: one scale for each output channel; else one for the tensor.
+        clip: whether scales may be smaller, so that a few large values are clipped and the squared error is least.
         least: float32 [O], what the scales are at least; None: nothing.
 
     Returns:
-        The artifact, without zero points. Its scale is max|w| / p, p the largest code; 1.0 where that is no normal
-        float32 above 0 (channels of zeros).
+        The artifact, without zero points. Its scale is max|w| / p, p the largest code, or less with `clip`; 1.0 where
+        that is no normal float32 above 0 (channels of zeros).
 
     Raises:
         ConfigError: bits outside 2..8, another dtype, or NaN or Inf.
@@ -54,10 +61,45 @@ def round_to_nearest(
     wide = finite_floats(values, "round")
     limits = IntegerRange(min(bits, REDUCED_BITS) if reduce_range else bits, signed=True)
     scale = symmetric_scale(wide, limits.p, axis if per_channel else None, least)
+    if clip:
+        rows_OK = granularity.rows(wide, axis) if scale.ndim else wide.reshape(1, -1)
+        clipped = np.maximum(clipped_scale(rows_OK.astype(np.float64), limits), np.finfo(np.float32).tiny)
+        scale = clipped.astype(np.float32).reshape(scale.shape)
+        scale = scale if least is None else np.maximum(scale, least if scale.ndim else least.max())
     codes = np.clip(np.rint(in_steps(wide, scale, axis)), limits.n, limits.p)
     return IntegerWeight(
         codes=np.array(codes, np.int8, order="C"), scale=scale, bits=bits, axis=axis if scale.ndim else None
     )
+
+
+def clipped_scale(rows_OK: F64, limits: IntegerRange, importance_OK: F64 | None = None) -> F64:
+    """The step of each row with the least squared error, of some that clip more or less and are fitted to their codes.
+
+    Args:
+        rows_OK: values.
+        limits: the codes that may occur.
+        importance_OK: how much each value counts; None: all the same.
+
+    Returns:
+        float64 [O]; 1.0 for rows of zeros.
+
+    >>> row = np.append(np.linspace(-1, 1, 1000), 4)[None]
+    >>> clipped_scale(row, IntegerRange(3, signed=True)).round(2).tolist()  # 4 / 3 = 1.33 would reach the outlier
+    [0.3]
+    """
+    size_O = np.abs(rows_OK).max(axis=1, initial=0) / max(limits.p, 1)
+    size_O = np.where(size_O >= np.finfo(np.float32).tiny, size_O, 1.0)
+    best_O, least_O = size_O, np.full(len(rows_OK), np.inf)
+    mass_OK = np.ones(()) if importance_OK is None else importance_OK
+    for shrink in _SHRINKS:
+        scale_O = size_O * shrink
+        for _ in range(_FITS):
+            codes = np.clip(np.rint(rows_OK / scale_O[:, None]), limits.n, limits.p)
+            error_O = (mass_OK * (codes * scale_O[:, None] - rows_OK) ** 2).sum(axis=1)
+            best_O, least_O = np.where(error_O < least_O, scale_O, best_O), np.minimum(error_O, least_O)
+            fitted_O = (mass_OK * codes * rows_OK).sum(axis=1) / np.maximum((mass_OK * codes**2).sum(axis=1), _TINY)
+            scale_O = np.where(fitted_O > 0, fitted_O, scale_O)
+    return best_O
 
 
 def symmetric_scale(values: Floats, largest: int, axis: int | None, least: Floats | None = None) -> Floats:

@@ -29,7 +29,7 @@ VALUES = {
     "compute": ["float", "int8", "dynamic8"],
     "format": [NOWHERE, "qdq", "integer"],
     "memory": ["unpacked", "packed"],
-    "scheme": ["palette", "uniform"],
+    "scheme": ["palette", "uniform", "auto"],
     "bits": [str(n) for n in range(1, 9)],
     "activation_bits": [NOWHERE, *(str(n) for n in range(1, 9))],
     "target": ["1.15", "1.16", "1.22", "1.24"],
@@ -84,7 +84,7 @@ def test_the_table_and_the_code_have_the_same_words():
     assert len(ROWS) == 9
     assert set(FORMATS) == set(combinations.FORMATS)
     assert all(REFUSED.values())
-    assert len(WORKS) == 3 * (15 + 15 + 3 * 15 * 8)
+    assert len(WORKS) == 3 * (23 + 23 + 3 * 23 * 8)
 
 
 def check(cell):

@@ -347,7 +347,7 @@ def test_a_uniform_grid_has_more_than_one_bit():
         ),
         (
             'version = 1\n[kind.conv]\nscheme = "affine"',
-            r"p:3 \[kind\.conv\] scheme must be 'palette' or 'uniform', got 'affine'\.",
+            r"p:3 \[kind\.conv\] scheme must be 'palette', 'uniform' or 'auto', got 'affine'\.",
         ),
         (
             'version = 1\n[name."a"]\nrows_per_lut = 0',
@@ -384,8 +384,8 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
             r"--rows-per-lut must be 'auto' or an integer of at least 1, got 0\.",
         ),
         (
-            lambda: Plan().with_flags(scheme="auto"),
-            r"--scheme must be 'palette' or 'uniform', got 'auto'\.",
+            lambda: Plan().with_flags(scheme="affine"),
+            r"--scheme must be 'palette', 'uniform' or 'auto', got 'affine'\.",
         ),
         (lambda: Plan.from_flags(activation_bits=9), r"--activation-bits must be an integer in \[1, 8\], got 9\."),
         (

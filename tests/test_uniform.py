@@ -138,3 +138,26 @@ def test_the_step_is_per_index_of_an_axis():
     assert symmetric_scale(values, 3, axis=1).tolist() == [1, 2]
     assert symmetric_scale(values, 3, axis=None).tolist() == 2
     assert finite_floats(values, "round") is values
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_clipping_finds_the_least_error(bits, per_channel):
+    weight = np.random.default_rng(bits).standard_t(4, (6, 200)).astype(np.float32)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def error(row, scale):
+        return float(((np.clip(np.round(row / scale), low, high) * scale - row) ** 2).sum())
+
+    found = round_to_nearest(weight, bits, per_channel=per_channel, clip=True)
+    rows = weight.astype(np.float64) if per_channel else weight.astype(np.float64).reshape(1, -1)
+    for row, scale in zip(rows, np.atleast_1d(found.scale), strict=True):
+        best = min(error(row, s) for s in np.linspace(0.01, 1, 2000) * np.abs(row).max() / high)
+        assert error(row, scale) <= 1.02 * best
+    plain = round_to_nearest(weight, bits, per_channel=per_channel)
+    assert ((found.dequantize() - weight) ** 2).sum() < ((plain.dequantize() - weight) ** 2).sum()
+
+
+def test_clipping_keeps_what_is_exact():
+    weight = np.array([[-7, 1, 0], [0, 0, 0], [0.25, 0.25, 0.25]], np.float32)
+    assert round_to_nearest(weight, 4, clip=True).dequantize().tolist() == weight.tolist()

@@ -1,13 +1,10 @@
 """`qcompress export MODEL`: compress a model and write it as ONNX."""
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-from rich.table import Table
 
 from qcompress import combinations
 from qcompress.combinations import FORMATS, MEMORIES, QDQ
@@ -15,23 +12,20 @@ from qcompress.errors import ConfigError, OutputError
 from qcompress.files import check_writable, write_whole
 from qcompress.plan import Plan, ResolvedPlan, load_plan
 from qcompress.posthoc.calibration import METHODS
-from qcompress.size import format_size
-from qcompress.sources.base import WEIGHT_KINDS, Source
+from qcompress.sources.base import Source
 from qcompress.sources.compressed_folder import CompressedSource
 from qcompress_cli import options
 from qcompress_cli.compute_report import ComputeReport
-from qcompress_cli.console import Ui, new_table
+from qcompress_cli.console import Ui
 from qcompress_cli.exits import CHECK_FAILED
-from qcompress_cli.numbers import counted, shape_text
+from qcompress_cli.export_report import as_dict, explanation, gain_table, plan_table, size_table, what_data_buys, words
 from qcompress_cli.open_model import open_model
 from qcompress_cli.program import device, open_program
 from qcompress_cli.project import OWN_FILE, PYPROJECT, Settings, settings
-from qcompress_cli.text import printable
 
 if TYPE_CHECKING:
     from qcompress.compressed import CompressedModel, Compute
     from qcompress.data import Dataset
-    from qcompress_exporters.onnx_file import ExportReport
 
 
 def _rows_per_lut(text: str) -> int | str:
@@ -45,7 +39,7 @@ def _rows_per_lut(text: str) -> int | str:
 # What a compressed folder has settled already.
 _NOT_FOR_COMPRESSED: Final = (
     "bits", "scheme", "rows_per_lut", "plan", "activation_bits", "compute", "calibration_method", "percentile",
-    "placement", "reduce_range", "effort", "input_names", "output_names", "dynamic", "input_shape",
+    "placement", "reduce_range", "effort", "no_synthetic", "input_names", "output_names", "dynamic", "input_shape",
 )  # fmt: skip
 # What is about the grids of int8 compute.
 _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
@@ -62,8 +56,9 @@ _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
 )
 @click.option(
     "--scheme",
-    type=click.Choice(["palette", "uniform"]),
-    help="What codes of weights stand for: entries of a table (default), or steps of an even grid.",
+    type=click.Choice(["palette", "uniform", "auto"]),
+    help="What codes of weights stand for: entries of a table (default), steps of an even grid, or, weight by weight, "
+    "whichever takes fewer bytes for the same error.",
 )
 @click.option(
     "--activation-bits",
@@ -118,8 +113,13 @@ _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
 @click.option(
     "--effort",
     type=click.Choice(["fast", "balanced"]),
-    help="fast: each weight to its nearest level. balanced, the default with --calibration: weights and biases solved "
-    "layer after layer on that data.",
+    help="fast: each weight to its nearest level. balanced (default): weights and biases solved layer after layer on "
+    "--calibration, or on inputs synthesised from BatchNorm statistics.",
+)
+@click.option(
+    "--no-synthetic",
+    is_flag=True,
+    help="Without --calibration: solve nothing on synthesised inputs; each weight goes to its nearest level.",
 )
 @click.option("--plan", type=options.PATH, metavar="FILE", help="A plan in TOML; flags replace its [default].")
 @click.option("--save-plan", type=options.PATH, metavar="FILE", help="Write the plan, as resolved, to FILE.")
@@ -196,15 +196,18 @@ def command(
             ui.wrote(save_plan)
 
     is_plan_of_model = not isinstance(source, CompressedSource)
-    ui.emit(_as_dict(source, report, resolved if is_plan_of_model else None, parity, computed, small))
+    ui.emit(as_dict(source, report, resolved if is_plan_of_model else None, parity, computed, small))
     if dry_run and is_plan_of_model:
-        ui.show(_plan_table(resolved))
+        ui.show(plan_table(resolved))
     if explain:
-        ui.show(_explanation(report), *computed.tables(), *_gain_table(small))
-    ui.show(_size_table(report))
-    ui.show(*_words(report, parity, computed, small, output, dry_run))
+        ui.show(explanation(report), *computed.tables(), *gain_table(small))
+    ui.show(size_table(report))
+    ui.show(*words(report, parity, computed, small, output, dry_run))
     for note in report.notes:
         if note not in small.program.notes:
+            ui.note(note)
+    if is_plan_of_model and given.calibration is None and flags["effort"] != "fast":
+        for note in what_data_buys(report, small, source, given):
             ui.note(note)
     if not report.shrank:
         ui.note("warning: no tensor got smaller.")
@@ -269,9 +272,10 @@ def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, 
         )
     plan = _plan(given, flags)
 
-    from qcompress.posthoc.compress import compress_program, resolved_compute, resolved_plan, settled_effort
+    if flags["no_synthetic"] and given.calibration is not None:
+        raise ConfigError("--no-synthetic is about exports without calibration data: leave out it or --calibration.")
 
-    settled_effort(flags["effort"], given.calibration is not None)
+    from qcompress.posthoc.compress import compress_program, resolved_compute, resolved_plan
 
     program = open_program(source, given, ui)
     resolved = resolved_plan(program, plan)
@@ -289,11 +293,13 @@ def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, 
         placement=flags["placement"] or "deploy",
         reduce_range=flags["reduce_range"],
         effort=flags["effort"],
+        synthetic=not flags["no_synthetic"],
         source_digest=source.sha256[:11],
         device=device(given),
         track=lambda names: ui.track(names, "compressing", total=len(program.state())),
         track_batches=lambda batches: ui.track(batches, "calibrating"),
         track_layers=lambda names: ui.track(names, "solving"),
+        track_synthesis=lambda steps: ui.track(steps, "synthesising"),
     )
     return small, resolved, output
 
@@ -408,143 +414,3 @@ def _decodes(data: bytes) -> dict[str, Any] | None:
     if wrong:
         raise AssertionError(f"onnxruntime {onnxruntime.__version__} decodes {wrong[0]} to other values than we wrote")
     return {"onnxruntime": onnxruntime.__version__, "tensors": len(values), "ok": True}
-
-
-def _size_table(report: "ExportReport") -> Table:
-    size = report.size
-    table = new_table("", ["bytes", "", ""], left=["", ""])
-    rows = (
-        ("original", size.original, "float ONNX file of the same graph, stripped"),
-        ("ideal", size.ideal, "packed codes, tables and float leftovers"),
-        ("payload", size.payload, "all initializers of the file"),
-        ("file", size.file, f"{_times(size.ratio)}, {size.bits_per_weight:.2f} bits per weight"),
-    )
-    for name, nbytes, what in rows:
-        table.add_row(name, f"{nbytes:,}", format_size(nbytes), what, style="bold" if name == "file" else None)
-    return table
-
-
-def _times(ratio: float) -> str:
-    """How a file's size compares with its original's.
-
-    >>> _times(3.5), _times(0.8)
-    ('3.50x smaller', '1.25x larger')
-    """
-    return f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
-
-
-def _gain_table(small: "CompressedModel") -> list[Table]:
-    """What solving gained, layer by layer; nothing where none was solved."""
-    if not small.gains:
-        return []
-    table = new_table("layer, SQNR dB at its output", ["nearest", "solved"])
-    for gain in small.gains:
-        table.add_row(printable(gain.weight), _db(gain.nearest_db), _db(gain.solved_db))
-    return [table]
-
-
-def _db(value: float | None) -> str:
-    return "exact" if value is None else f"{value:.1f}"
-
-
-def _words(
-    report: "ExportReport",
-    parity: dict[str, Any] | None,
-    computed: ComputeReport,
-    small: "CompressedModel",
-    output: Path,
-    dry_run: bool,
-) -> list[str]:
-    weights = [t for t in report.tensors if t.artifact != "float"]
-    widths = Counter(t.bits for t in weights)
-    by_width = ", ".join(f"{n} at {bits} bits" for bits, n in sorted(widths.items()))
-    lines = [f"{counted(len(weights), 'weight')} compressed" + (f" ({by_width})." if by_width else ".")]
-    reasons: dict[str, list[Any]] = {}
-    for tensor in report.left_in_float:
-        is_bias = tensor.encoding == "int32"
-        reasons.setdefault("biases as int32" if is_bias else f"left in float, {tensor.why}", []).append(tensor)
-    for reason, tensors in reasons.items():
-        names = ", ".join(printable(t.name) for t in tensors[:3]) + (" …" if len(tensors) > 3 else "")
-        nbytes = sum(t.nbytes for t in tensors)
-        lines.append(f"{reason}: {counted(len(tensors), 'tensor')}, {format_size(nbytes)} ({names})")
-    noisy = [gain for gain in small.gains if gain.solved_db is not None]
-    if noisy:
-        worst = min(noisy, key=lambda gain: gain.solved_db or 0.0)
-        lines.append(
-            f"{counted(len(small.gains), 'layer')} solved on calibration data; the noisiest, "
-            f"{printable(worst.weight)}, from {_db(worst.nearest_db)} to {_db(worst.solved_db)} dB SQNR at its output"
-        )
-    lines += computed.words()
-    if parity is not None:
-        decoded = counted(parity["tensors"], "tensor")
-        lines.append(f"parity: onnxruntime {parity['onnxruntime']} decodes {decoded} bit for bit")
-    where = f"nothing written (--dry-run); the file would be {output}" if dry_run else f"written: {output}"
-    lines.append(f"{where} (opset {report.opset}, runs on {report.target} and later)")
-    return lines
-
-
-def _explanation(report: "ExportReport") -> Table:
-    table = new_table("tensor", ["shape", "bits", "encoding", "bytes", "why"], left=["encoding", "why"])
-    for t in report.tensors:
-        table.add_row(printable(t.name), shape_text(t.shape), str(t.bits), t.encoding, f"{t.nbytes:,}", t.why)
-    return table
-
-
-def _plan_table(resolved: ResolvedPlan) -> Table:
-    fields = ["bits", "activation_bits", "scheme", "rows_per_lut"]
-    if all(t.activation_bits is None for t in resolved.compressed):
-        fields.remove("activation_bits")
-    table = new_table("tensor", ["kind", *fields, "set by"], left=["kind", "scheme", "set by"])
-    for t in resolved.tensors:
-        if t.kind not in WEIGHT_KINDS:
-            continue
-        if t.settings is None:
-            table.add_row(printable(t.name), t.kind, "float", *[""] * (len(fields) - 1), t.reason or "")
-        else:
-            said = t.settings.given()
-            origins = ", ".join(f"{f}: {where}" for f, where in t.origins.items() if f in fields)
-            table.add_row(printable(t.name), t.kind, *(str(said.get(f, "–")) for f in fields), origins)
-    return table
-
-
-def _as_dict(
-    source: Source,
-    report: "ExportReport",
-    resolved: ResolvedPlan | None,
-    parity: dict[str, Any] | None,
-    computed: ComputeReport,
-    small: "CompressedModel",
-) -> dict[str, Any]:
-    size = report.size
-    return {
-        "format_version": 1,
-        "model": source.label,
-        "file": None if report.path is None else str(report.path),
-        "target": report.target,
-        "opset": report.opset,
-        "bytes": {
-            "original": size.original,
-            "ideal": size.ideal,
-            "payload": size.payload,
-            "file": size.file,
-        },
-        "ratio": size.ratio,
-        "bits_per_weight": size.bits_per_weight,
-        "parity": parity,
-        **computed.as_dict(),
-        "tensors": [asdict(t) for t in report.tensors],
-        "solved": [asdict(gain) for gain in small.gains],
-        "plan": None
-        if resolved is None
-        else [
-            {
-                "name": t.name,
-                "kind": t.kind,
-                "settings": None if t.settings is None else t.settings.given(),
-                "reason": t.reason,
-                "set_by": dict(t.origins),
-            }
-            for t in resolved.tensors
-        ],
-        "notes": list(report.notes),
-    }

@@ -20,7 +20,9 @@ from qcompress.palettes.scalar import palettize
 from qcompress.plan import Plan, ResolvedPlan, TensorPlan, resolve
 from qcompress.posthoc.activations import BATCH, calibrate, constant_inputs, whole_batches
 from qcompress.posthoc.biases import in_steps, least_scales
+from qcompress.posthoc.schemes import Codes, better, codes_for
 from qcompress.posthoc.solve import solve_weights
+from qcompress.posthoc.synthesis import synthesize
 from qcompress.program import FloatProgram
 from qcompress.sites import Placement, activation_sites, mark
 from qcompress.sources.base import LazyArray, ProgramOptions, SourceTensor
@@ -29,6 +31,7 @@ from qcompress.uniform import round_to_nearest
 
 _FOLDING_TOLERANCE: Final = 1e-2
 _AS_GOOD: Final = 10 ** (0.5 / 10)  # squared error that one scale for a tensor may cost: 0.5 dB
+_UNCLIPPED: Final = 8  # bits at which clipping gains nothing
 _PARAMETRIZED: Final = ".parametrizations."
 # Kinds of layers that compute in integers.
 _INTEGER_KINDS: Final[Mapping[Compute, tuple[str, ...]]] = {
@@ -39,6 +42,7 @@ _INTEGER_KINDS: Final[Mapping[Compute, tuple[str, ...]]] = {
 
 Effort = Literal["fast", "balanced"]
 Track = Callable[[Iterable[Any]], Iterable[Any]]
+Notes = tuple[str, ...]
 
 
 def compress(
@@ -53,6 +57,7 @@ def compress(
     placement: Placement = "deploy",
     reduce_range: bool = False,
     effort: Effort | None = None,
+    synthetic: bool = True,
 ) -> CompressedModel:
     """Compress a module without training.
 
@@ -67,7 +72,8 @@ def compress(
         placement: where activations are quantized; see `sites.activation_sites`.
         reduce_range: 8-bit weights keep to 7 bits, for CPUs whose sums of products saturate (no VNNI).
         effort: `fast` takes the nearest levels, `balanced` solves weights and biases on the calibration data; None:
-            balanced where there is such data.
+            balanced where there is such data, or what can stand in for it.
+        synthetic: whether inputs are synthesised where there is no calibration data; see `posthoc.synthesis`.
 
     Returns:
         One artifact per tensor; `export` of the exporters writes it.
@@ -94,7 +100,7 @@ def compress(
     return compress_program(
         from_module(model, ProgramOptions(inputs=inputs)), plan, calibration=data, compute=compute,
         calibration_method=calibration_method, percentile=percentile, placement=placement, reduce_range=reduce_range,
-        effort=effort,
+        effort=effort, synthetic=synthetic,
     )  # fmt: skip
 
 
@@ -109,11 +115,13 @@ def compress_program(
     placement: Placement = "deploy",
     reduce_range: bool = False,
     effort: Effort | None = None,
+    synthetic: bool = True,
     source_digest: str = "",
     device: str = "cpu",
     track: Track = iter,
     track_batches: Track = iter,
     track_layers: Track = iter,
+    track_synthesis: Track = iter,
 ) -> CompressedModel:
     """Compress a program; see `compress`.
 
@@ -127,19 +135,26 @@ def compress_program(
         placement: ...
         reduce_range: ...
         effort: ...
+        synthetic: ...
         source_digest: short digest of the model file.
         device: where the program runs.
         track: passes the names of the tensors on while they are compressed: a progress bar.
         track_batches: the same for batches of calibration data.
         track_layers: the same for layers while they are solved.
+        track_synthesis: the same for the steps in which inputs are synthesised.
     """
     check_finite(program)
     resolved = resolve(plan, program_tensors(program))
     compute = resolved_compute(resolved, compute)
     check_calibration(compute, calibration is not None)
-    effort = settled_effort(effort, calibration is not None)
+    check_effort(effort)
     if calibration is not None:
         whole_batches(program, calibration)
+    inputs, effort_notes = calibration, tuple[str, ...]()
+    if calibration is None and effort != "fast":
+        inputs = synthesize(program, device=device, track=track_synthesis) if synthetic else None
+        effort, effort_notes = _effort_without_data(effort, inputs, synthetic)
+    effort = effort or "balanced"
     folded = fold_batchnorm(program)
     check_finite(folded)
     _check_same_function(program, folded)
@@ -160,16 +175,14 @@ def compress_program(
         plan=resolved.as_plan(),
         plan_digest=resolved.digest,
         source_digest=source_digest,
-        notes=folded.notes,
+        notes=(*folded.notes, *effort_notes),
         compute=compute,
     )
-    if calibration is None:
-        return small
 
     def solved(small: CompressedModel, fixed: Container[str]) -> CompressedModel:
-        if effort == "fast":
+        if inputs is None or effort == "fast":
             return small
-        data, grids = whole_batches(program, calibration), list(small.activations.values())
+        data, grids = whole_batches(program, inputs), list(small.activations.values())
         found, gains = solve_weights(
             mark(folded, list(small.activations)) if grids else folded,
             {t.name: t for t in resolved.compressed if t.name not in fixed},
@@ -177,9 +190,10 @@ def compress_program(
             integer_kinds=_INTEGER_KINDS[compute], reduce_range=reduce_range, grids=grids, device=device,
             track=track_layers,
         )  # fmt: skip
-        return replace(small, artifacts=found, gains=tuple(gains))
+        source = f"{data.samples:,} samples of {data.name}" if calibration is not None else data.name
+        return replace(small, artifacts=found, gains=tuple(gains), solved_on=source)
 
-    if compute != "int8":
+    if compute != "int8" or calibration is None:
         return solved(small, ())
     widths = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
     found = calibrate(
@@ -204,17 +218,25 @@ def compress_program(
     return in_steps(replace(computed, artifacts={**computed.artifacts, **wider}))
 
 
-def settled_effort(effort: Effort | None, has_data: bool) -> Effort:
-    """What is done beyond the nearest levels.
+def check_effort(effort: Effort | None) -> None:
+    """Refuse another word.
 
     Raises:
-        ConfigError: another word, or one that needs data where there is none.
+        ConfigError: names those that there are.
     """
     if effort not in (None, *get_args(Effort)):
         raise ConfigError(f"effort must be one of {', '.join(get_args(Effort))}, got {effort!r}.")
-    if effort == "balanced" and not has_data:
-        raise ConfigError("effort balanced must have calibration data to solve weights on: give --calibration.")
-    return effort or ("balanced" if has_data else "fast")
+
+
+def _effort_without_data(effort: Effort | None, inputs: Dataset | None, synthetic: bool) -> tuple[Effort, Notes]:
+    """What can be done with synthesised inputs, or with none, and what a user should be told."""
+    if inputs is not None:
+        return effort or "balanced", ()
+    why = "the model has no BatchNorm to synthesise any from" if synthetic else "none are synthesised"
+    if effort is not None:
+        raise ConfigError(f"effort {effort} must have inputs to solve weights on, and {why}: give --calibration.")
+    note = f"no calibration data, and {why}: each weight goes to its nearest level. --calibration solves them."
+    return "fast", (note,)
 
 
 def resolved_compute(resolved: ResolvedPlan, compute: Compute | None) -> Compute:
@@ -302,7 +324,8 @@ def _artifact(values: npt.NDArray[Any], tensor: TensorPlan | None, how: _How) ->
         if tensor is not None and _PARAMETRIZED in tensor.name:
             reason = "part of a parametrization: torch.nn.utils.parametrize.remove_parametrizations makes it a weight"
         return FloatWeight(values=values, reason=reason or "not a weight")
-    small = _SCHEMES[tensor.scheme, how.integer](values, tensor, how)
+    made = [_MAKERS[codes](values, tensor, how) for codes in codes_for(tensor, integer=how.integer)]
+    small = made[0] if len(made) == 1 else better((a, _error(a, values)) for a in made)
     if how.integer and small.nbytes >= values.nbytes and tensor.bits > 1:  # a table does not pay, plain codes may
         small = _uniform(values, tensor, how)
     if small.nbytes >= values.nbytes:
@@ -316,9 +339,6 @@ def _palette(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Artifac
 
 
 def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Artifact:
-    if tensor.bits == 8 and tensor.rows_per_lut is None:  # the palette of every integer: a table says nothing more
-        return _uniform(values, tensor, how)
-
     def made(*, per_channel: bool) -> PalettizedWeight:
         return palettize_int8(
             values, tensor.bits, tensor.rows_per_lut, how.axis,
@@ -329,20 +349,23 @@ def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Ar
     if not how.one_scale:
         return by_channel
     whole = made(per_channel=False)
-    errors = [float(np.square(small.dequantize().astype(np.float64) - values).sum()) for small in (whole, by_channel)]
-    return whole if errors[0] <= _AS_GOOD * errors[1] else by_channel
+    return whole if _error(whole, values) <= _AS_GOOD * _error(by_channel, values) else by_channel
 
 
 def _uniform(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Artifact:
-    return round_to_nearest(values, tensor.bits, how.axis, reduce_range=how.reduce_range, least=how.least)
+    return round_to_nearest(
+        values, tensor.bits, how.axis, reduce_range=how.reduce_range, clip=tensor.bits < _UNCLIPPED, least=how.least
+    )
 
 
-# (scheme, whether integer kernels compute with the weight) -> what makes the artifact.
-_SCHEMES: Final[Mapping[tuple[str, bool], Callable[[npt.NDArray[Any], TensorPlan, _How], Artifact]]] = {
-    ("palette", False): _palette,
-    ("palette", True): _palette_int8,
-    ("uniform", False): _uniform,
-    ("uniform", True): _uniform,
+def _error(small: Artifact, values: npt.NDArray[Any]) -> float:
+    return float(np.square(small.dequantize().astype(np.float64) - values).sum())
+
+
+_MAKERS: Final[Mapping[Codes, Callable[[npt.NDArray[Any], TensorPlan, _How], Artifact]]] = {
+    "palette": _palette,
+    "int8 palette": _palette_int8,
+    "uniform": _uniform,
 }
 
 

@@ -23,6 +23,7 @@ from qcompress.grid import IntegerRange
 from qcompress.palettes.integer import LARGEST, LARGEST_REDUCED
 from qcompress.plan import TensorPlan
 from qcompress.posthoc.moments import Moments, has_moments
+from qcompress.posthoc.schemes import Codes, better, codes_for
 from qcompress.posthoc.walk import Reached, walk
 from qcompress.program import Arrays, FloatProgram
 from qcompress.solvers import gptq
@@ -107,17 +108,18 @@ def _solved(reached: Reached, plan: TensorPlan, first: Artifact, *, integer: boo
     problem = Problem(target=_target(weight, moments), hessian=moments.second)
     diagonal = moments.second.diagonal(dim1=1, dim2=2).clamp_min(0)
     importance_OK = diagonal[:, None].expand_as(weight).reshape(rows_OK.shape).numpy()
-    start = _levels(
-        problem.target.reshape(rows_OK.shape).numpy(), importance_OK, plan, integer=integer, reduce_range=reduce_range
-    )
-    levels, codes = gptq(problem, start)
-    found = levels.artifact(codes.reshape(rows_OK.shape).numpy().astype(np.uint8), shape, layer.axis)
-    values = [
-        torch.from_numpy(granularity.rows(a.dequantize().astype(np.float64), layer.axis)).reshape(weight.shape)
-        for a in (found, first)
-    ]
-    is_better = problem.error(values[0]) < problem.error(values[1])
-    return found if is_better and found.nbytes < reached.weight.nbytes else first
+    target_OK = problem.target.reshape(rows_OK.shape).numpy()
+
+    def error(artifact: Artifact) -> float:
+        values_OK = granularity.rows(artifact.dequantize().astype(np.float64), layer.axis)
+        return problem.error(torch.from_numpy(values_OK).reshape(weight.shape))
+
+    solved = []
+    for kind in codes_for(plan, integer=integer):
+        levels, codes = gptq(problem, _levels(kind, target_OK, importance_OK, plan, reduce_range=reduce_range))
+        solved.append(levels.artifact(codes.reshape(rows_OK.shape).numpy().astype(np.uint8), shape, layer.axis))
+    found = solved[0] if len(solved) == 1 else better((a, error(a)) for a in solved)
+    return found if error(found) < error(first) and found.nbytes < reached.weight.nbytes else first
 
 
 def _target(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
@@ -130,18 +132,18 @@ def _target(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
 
 
 def _levels(
+    kind: Codes,
     rows_OK: npt.NDArray[np.float64],
     importance_OK: npt.NDArray[np.float64],
     plan: TensorPlan,
     *,
-    integer: bool,
     reduce_range: bool,
 ) -> AnyLevels:
     bits, rows_per_lut = plan.bits, plan.rows_per_lut
-    if plan.scheme == "uniform" or (integer and bits == 8 and rows_per_lut is None):
+    if kind == "uniform":
         limits = IntegerRange(min(bits, REDUCED_BITS) if reduce_range else bits, signed=True)
         return UniformLevels.fit(rows_OK, importance_OK, bits, limits)
-    if integer:
+    if kind == "int8 palette":
         largest = LARGEST_REDUCED if reduce_range else LARGEST
         return IntegerPaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, largest=largest)
     return PaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, scaled=True)

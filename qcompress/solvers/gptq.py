@@ -9,6 +9,8 @@ float layer's outputs from the compressed net's inputs (`posthoc.solve`).
 Shape suffixes: as in `base`, B = columns of a block, J = columns.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -39,15 +41,27 @@ def solve(problem: Problem, levels: AnyLevels, *, rounds: int = _ROUNDS) -> tupl
     """
     plain = nearest(levels, problem.target)
     best = problem.error(looked_up(levels, plain)), levels, plain
-    codes = error_feedback(problem, levels)
-    for i in range(rounds + 1):
-        codes = descend(problem, levels, codes)
-        error = problem.error(looked_up(levels, codes))
-        if error < best[0]:
-            best = error, levels, codes.clone()
-        if i < rounds:
-            levels, codes = levels.refit(problem, codes)
+    with _one_thread():
+        codes = error_feedback(problem, levels)
+        for i in range(rounds + 1):
+            codes = descend(problem, levels, codes)
+            error = problem.error(looked_up(levels, codes))
+            if error < best[0]:
+                best = error, levels, codes.clone()
+            if i < rounds:
+                levels, codes = levels.refit(problem, codes)
     return best[1], best[2]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Column after column is many small steps: more threads gain little, and wait long for each other on a busy CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def error_feedback(problem: Problem, levels: Levels) -> torch.Tensor:

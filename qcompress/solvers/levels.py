@@ -16,12 +16,12 @@ from qcompress.artifacts import Floats, IntegerWeight, PalettizedWeight
 from qcompress.grid import IntegerRange
 from qcompress.palettes.scalar import fit_lut
 from qcompress.solvers.base import Problem
+from qcompress.uniform import clipped_scale
 
 Doubles = npt.NDArray[np.float64]
 
 _RIDGE: Final = 1e-4  # of the mean diagonal, towards the levels as they were
 _MOST_REFITTED: Final = 16  # levels of a table: more are dense enough
-_SHRINKS: Final = np.linspace(0.3, 1.0, 36)  # of the largest magnitude: steps that are tried for an even grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,16 +199,9 @@ class UniformLevels:
 
     @classmethod
     def fit(cls, rows_OK: Doubles, importance_OK: Doubles, bits: int, limits: IntegerRange) -> "UniformLevels":
-        """The step of each row with the least weighted squared error, of some that clip more or less."""
-        size_O = np.abs(rows_OK).max(axis=1, initial=0) / max(limits.p, 1)
-        size_O = np.where(size_O >= np.finfo(np.float32).tiny, size_O, 1.0)
-        best_O, least_O = size_O, np.full(len(rows_OK), np.inf)
-        for shrink in _SHRINKS:
-            scale_O = size_O * shrink
-            codes = np.clip(np.rint(rows_OK / scale_O[:, None]), limits.n, limits.p)
-            error_O = (importance_OK * (codes * scale_O[:, None] - rows_OK) ** 2).sum(axis=1)
-            best_O, least_O = np.where(error_O < least_O, scale_O, best_O), np.minimum(error_O, least_O)
-        return cls(scale=torch.from_numpy(best_O), bits=bits, limits=limits)
+        """The step of each row with the least weighted squared error."""
+        scale_O = clipped_scale(rows_OK, limits, importance_OK)
+        return cls(scale=torch.from_numpy(scale_O), bits=bits, limits=limits)
 
     @property
     def _integers(self) -> torch.Tensor:

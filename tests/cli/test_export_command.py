@@ -125,7 +125,7 @@ def axes(value):
 
 
 def test_names_force_and_the_same_bytes_twice(qcompress, refused, nothing_new, model, folder):
-    result = qcompress("export", "model.pt", "--bits", "2")
+    result = qcompress("export", "model.pt", "--bits", "2", "--effort", "fast")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "written: model.w2.onnx (opset " in result.stdout
     assert "4 weights compressed (4 at 2 bits)." in result.stdout
@@ -139,7 +139,7 @@ def test_names_force_and_the_same_bytes_twice(qcompress, refused, nothing_new, m
     message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2"))
     assert message == "model.w2.onnx exists: name another file with -o, or replace it with --force.\n"
     (folder / "model.w2.onnx").write_bytes(b"old")
-    again = qcompress("export", "model.pt", "--bits", "2", "--force", "--quiet")
+    again = qcompress("export", "model.pt", "--bits", "2", "--effort", "fast", "--force", "--quiet")
     assert (again.exit_code, again.stderr) == (0, "")
     assert (folder / "model.w2.onnx").read_bytes() == data
     assert {p.name for p in folder.iterdir()} == {"model.pt", "test.npz", "model.w2.onnx"}
@@ -177,12 +177,22 @@ def test_plans_dry_runs_and_saved_plans(qcompress, exported, refused, nothing_ne
 
 @pytest.mark.usefixtures("traced_once")
 def test_rows_per_lut_explanation_and_float16_leftovers(qcompress, exported, model, folder):
-    one = exported("model.pt", "--bits", "4", "-o", "one.onnx")
-    rows = exported("model.pt", "--bits", "4", "--rows-per-lut", "4", "-o", "rows.onnx")
+    one = exported("model.pt", "--bits", "4", "--effort", "fast", "-o", "one.onnx")
+    rows = exported("model.pt", "--bits", "4", "--effort", "fast", "--rows-per-lut", "4", "-o", "rows.onnx")
     tables = [next(t["nbytes"] for t in r["tensors"] if t["name"] == "left.weight") for r in (one, rows)]
     assert tables == [288 + 64, 288 + 2 * 64]
     half = qcompress(
-        "export", "model.pt", "--bits", "4", "--float-leftovers", "float16", "--explain", "-o", "half.onnx"
+        "export",
+        "model.pt",
+        "--bits",
+        "4",
+        "--effort",
+        "fast",
+        "--float-leftovers",
+        "float16",
+        "--explain",
+        "-o",
+        "half.onnx",
     )
     assert half.exit_code == 0
     lines = {line.split()[0]: line.split() for line in half.stdout.splitlines() if "x" in line and ".weight" in line}
@@ -253,7 +263,7 @@ def test_integer_compute_through_the_command_line(qcompress, exported, nothing_n
 
 @pytest.mark.usefixtures("traced_once")
 def test_calibration_data_solve_the_weights(qcompress, exported, refused, nothing_new, model, folder):
-    plain = exported("model.pt", "--bits", "2", "-o", "plain.onnx")
+    plain = exported("model.pt", "--bits", "2", "-o", "plain.onnx", "--no-synthetic")
     fast = exported("model.pt", "--bits", "2", "-o", "fast.onnx", "--calibration", "test.npz", "--effort", "fast")
     assert (plain["solved"], fast["solved"]) == ([], [])
     assert (folder / "fast.onnx").read_bytes() == (folder / "plain.onnx").read_bytes()
@@ -261,7 +271,7 @@ def test_calibration_data_solve_the_weights(qcompress, exported, refused, nothin
     assert result.exit_code == 0
     assert re.search(r"^layer, SQNR dB at its output +nearest +solved$", result.stdout, re.M)
     assert re.search(
-        r"^4 layers solved on calibration data; the noisiest, .*, from .* to .* dB SQNR", result.stdout, re.M
+        r"^4 layers solved on 60 samples of test.npz; the noisiest, .*, from .* to .* dB SQNR", result.stdout, re.M
     )
     solved = exported("model.pt", "--bits", "2", "-o", "solved.onnx", "--calibration", "test.npz")["solved"]
     assert [gain["weight"] for gain in solved] == [f"{name}.weight" for name in small_models.LAYERS]
@@ -272,8 +282,30 @@ def test_calibration_data_solve_the_weights(qcompress, exported, refused, nothin
         result = qcompress("validate", "model.pt", f"{name}.onnx", "--data", "test.npz", "--no-timing", "--json")
         sqnr[name] = json.loads(result.stdout)["outputs"]["output"]["sqnr_db"]
     assert sqnr["solved"] > sqnr["plain"] + 6
-    message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2", "--effort", "balanced"))
-    assert message == "effort balanced must have calibration data to solve weights on: give --calibration.\n"
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_without_calibration_data_inputs_are_synthesised(qcompress, exported, refused, nothing_new, model, folder):
+    result = qcompress("export", "model.pt", "--bits", "2")
+    assert result.exit_code == 0
+    assert "4 layers solved on 128 inputs synthesised from BatchNorm statistics; the noisiest" in result.stdout
+    assert "85.1 % against 84.1 % on synthesised inputs" in result.stderr
+    assert result.stderr.endswith("qcompress export model.pt --bits 2 --calibration inputs.npz\n")
+    assert qcompress("export", "model.pt", "--bits", "8", "-o", "wide.onnx").stderr == ""
+    plain = qcompress("export", "model.pt", "--bits", "2", "--no-synthetic", "-o", "plain.onnx")
+    assert "solved" not in plain.stdout
+    assert "no calibration data, and none are synthesised: each weight goes to its nearest level" in plain.stderr
+    assert "85.1 % against 21.3 % without any" in plain.stderr
+    told = exported("model.pt", "--bits", "2", "-o", "again.onnx")
+    assert told["solved_on"] == "128 inputs synthesised from BatchNorm statistics"
+    assert (folder / "again.onnx").read_bytes() == (folder / "model.w2.onnx").read_bytes()
+    assert exported("model.pt", "--bits", "2", "-o", "none.onnx", "--no-synthetic")["solved_on"] is None
+    for flags, message in (
+        (["--effort", "balanced"], "effort balanced must have inputs to solve weights on, and none are synthesised: "),
+        (["--calibration", "test.npz"], "--no-synthetic is about exports without calibration data: leave out it or "),
+    ):
+        said = nothing_new(lambda flags=flags: refused("export", "model.pt", "--bits", "4", "--no-synthetic", *flags))
+        assert said == message + ("give --calibration.\n" if "balanced" in flags else "--calibration.\n")
 
 
 @pytest.mark.usefixtures("traced_once")

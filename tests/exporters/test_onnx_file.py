@@ -37,7 +37,7 @@ class Wide(nn.Module):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_width_runs_exactly_as_the_float_file_with_its_weights(bits: int) -> None:
-    small = compress_program(traced(randomized(Wide()), x=image()), Plan.from_flags(bits=bits))
+    small = compress_program(traced(randomized(Wide()), x=image()), Plan.from_flags(bits=bits), effort="fast")
     built = build(small)
     onnx.checker.check_model(onnx.load_from_string(built.data), full_check=True)
     graph = trace(small.program)
@@ -53,7 +53,10 @@ def test_every_width_runs_exactly_as_the_float_file_with_its_weights(bits: int) 
 
 def test_files_shrink_with_every_bit_and_stay_near_the_ideal() -> None:
     program = traced(randomized(Wide()), x=image())
-    sizes = {bits: build(compress_program(program, Plan.from_flags(bits=bits))).report.size for bits in range(1, 9)}
+    sizes = {
+        bits: build(compress_program(program, Plan.from_flags(bits=bits), effort="fast")).report.size
+        for bits in range(1, 9)
+    }
     assert [s.file for s in sizes.values()] == sorted({s.file for s in sizes.values()})
     assert all(s.overhead < 3000 for s in sizes.values())
     assert all(s.ideal <= s.payload <= s.file for s in sizes.values())

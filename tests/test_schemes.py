@@ -1,0 +1,75 @@
+"""Which codes a plan allows, and which of two schemes is the better."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nets import traced
+from qcompress.artifacts import IntegerWeight, PalettizedWeight
+from qcompress.data import Dataset
+from qcompress.plan import Plan, resolve
+from qcompress.posthoc.compress import compress_program, program_tensors
+from qcompress.posthoc.schemes import better, codes_for
+from qcompress.uniform import round_to_nearest
+
+
+def linear(weight: np.ndarray) -> nn.Module:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight))
+    return layer.eval()
+
+
+def program_of(weight: np.ndarray):
+    return traced(linear(weight), x=np.zeros((2, weight.shape[1]), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "integer", "wanted"),
+    [
+        ({"scheme": "palette", "bits": 4}, False, ("palette",)),
+        ({"scheme": "palette", "bits": 4}, True, ("int8 palette",)),
+        ({"scheme": "palette", "bits": 8}, True, ("uniform",)),
+        ({"scheme": "palette", "bits": 8, "rows_per_lut": 1}, True, ("int8 palette",)),
+        ({"scheme": "uniform", "bits": 4}, False, ("uniform",)),
+        ({"scheme": "auto", "bits": 4}, False, ("palette", "uniform")),
+        ({"scheme": "auto", "bits": 4}, True, ("int8 palette", "uniform")),
+        ({"scheme": "auto", "bits": 1}, False, ("palette",)),
+    ],
+)
+def test_what_a_plan_allows(settings, integer, wanted):
+    program = program_of(np.ones((4, 4), np.float32))
+    (tensor,) = resolve(Plan.from_flags(**settings), program_tensors(program)).compressed
+    assert codes_for(tensor, integer=integer) == wanted
+
+
+def test_a_bit_for_each_weight_is_worth_6_db():
+    weight = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    narrow, wide = (round_to_nearest(weight, bits) for bits in (4, 5))
+    assert wide.nbytes - narrow.nbytes == 8 * 64 / 8
+    assert better([(narrow, 1.0), (wide, 0.25 * 1.01)]) is narrow
+    assert better([(narrow, 1.0), (wide, 0.25 * 0.99)]) is wide
+    assert better([(narrow, 0.0), (wide, 0.0)]) is narrow
+
+
+random = np.random.default_rng(0)
+WEIGHTS = {
+    # what spreads evenly needs no table; clusters do
+    "even": (random.uniform(-1, 1, (4, 256)).astype(np.float32), IntegerWeight),
+    "clusters": (
+        (random.choice([-3, -1, 0.2, 0.7], (16, 256)) + random.normal(0, 0.01, (16, 256))).astype(np.float32),
+        PalettizedWeight,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_auto_takes_the_better_one(name, effort):
+    weight, wanted = WEIGHTS[name]
+    data = Dataset(inputs={"x": np.random.default_rng(1).standard_normal((256, weight.shape[1])).astype(np.float32)})
+    given = data if effort == "balanced" else None
+    plan = Plan.from_flags(bits=2 if name == "clusters" else 4, scheme="auto")
+    found = compress_program(program_of(weight), plan, calibration=given, effort=effort)
+    assert isinstance(found.artifacts["weight"], wanted)
