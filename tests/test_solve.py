@@ -9,6 +9,7 @@ from nets import Residual, image, randomized, traced
 from odd_nets import odd_inputs, odd_net
 from qcompress.artifacts import FloatWeight
 from qcompress.data import Dataset
+from qcompress.errors import ConfigError
 from qcompress.layers import weight_layers
 from qcompress.plan import Plan, resolve
 from qcompress.posthoc.compress import compress_program, program_tensors
@@ -16,6 +17,7 @@ from qcompress.posthoc.moments import Moments, has_moments, places
 from qcompress.posthoc.solve import solve_weights
 from qcompress.posthoc.walk import walk
 from qcompress.sites import MarkedRunner, mark
+from qcompress.solvers import SOLVERS
 
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (5,)),
@@ -167,3 +169,17 @@ def test_constant_inputs_are_no_worse_than_the_nearest_levels(value):
     assert noise(plain.program, small.artifacts, {"x": data.inputs["x"] + 1e-3 * image(8)}) <= noise(
         plain.program, plain.artifacts, {"x": data.inputs["x"] + 1e-3 * image(8)}
     )
+
+
+def test_each_solver_does_better_than_the_one_before_it():
+    size = np.random.default_rng(0).lognormal(0, 1, 48).astype(np.float32)  # inputs that count more, and less
+    layer = nn.Linear(48, 32).eval()
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
+    program = traced(layer, x=np.zeros((2, 48), np.float32))
+    x, new = (image(256, seed=seed, shape=(48,)) * size for seed in (1, 2))
+    data, plan, new = Dataset(inputs={"x": x}), Plan.from_flags(bits=2), {"x": new}
+    found = [compress_program(program, plan, calibration=data, solver=solver) for solver in SOLVERS]
+    noises = [noise(small.program, small.artifacts, new) for small in found]
+    assert noises == sorted(noises, reverse=True), noises
+    with pytest.raises(ConfigError, match="solver must be one of nearest, weighted, gptq, got 'best'"):
+        compress_program(program, plan, calibration=data, solver="best")

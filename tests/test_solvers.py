@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 import reference
 from qcompress.grid import IntegerRange
-from qcompress.solvers import Problem, gptq
+from qcompress.solvers import Problem
 from qcompress.solvers.base import looked_up, nearest
 from qcompress.solvers.gptq import descend, error_feedback
+from qcompress.solvers.gptq import solve as gptq
 from qcompress.solvers.levels import IntegerPaletteLevels, PaletteLevels, UniformLevels
 
 SEEDS = st.integers(0, 2**32 - 1)

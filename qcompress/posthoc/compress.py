@@ -25,6 +25,7 @@ from qcompress.posthoc.solve import solve_weights
 from qcompress.posthoc.synthesis import synthesize
 from qcompress.program import FloatProgram
 from qcompress.sites import Placement, activation_sites, mark
+from qcompress.solvers import SOLVERS
 from qcompress.sources.base import LazyArray, ProgramOptions, SourceTensor
 from qcompress.tracing import from_module
 from qcompress.uniform import round_to_nearest
@@ -58,6 +59,7 @@ def compress(
     reduce_range: bool = False,
     effort: Effort | None = None,
     synthetic: bool = True,
+    solver: str = "gptq",
 ) -> CompressedModel:
     """Compress a module without training.
 
@@ -74,6 +76,7 @@ def compress(
         effort: `fast` takes the nearest levels, `balanced` solves weights and biases on the calibration data; None:
             balanced where there is such data, or what can stand in for it.
         synthetic: whether inputs are synthesised where there is no calibration data; see `posthoc.synthesis`.
+        solver: of `balanced`, a key of `solvers.SOLVERS`.
 
     Returns:
         One artifact per tensor; `export` of the exporters writes it.
@@ -100,7 +103,7 @@ def compress(
     return compress_program(
         from_module(model, ProgramOptions(inputs=inputs)), plan, calibration=data, compute=compute,
         calibration_method=calibration_method, percentile=percentile, placement=placement, reduce_range=reduce_range,
-        effort=effort, synthetic=synthetic,
+        effort=effort, synthetic=synthetic, solver=solver,
     )  # fmt: skip
 
 
@@ -116,6 +119,7 @@ def compress_program(
     reduce_range: bool = False,
     effort: Effort | None = None,
     synthetic: bool = True,
+    solver: str = "gptq",
     source_digest: str = "",
     device: str = "cpu",
     track: Track = iter,
@@ -136,6 +140,7 @@ def compress_program(
         reduce_range: ...
         effort: ...
         synthetic: ...
+        solver: ...
         source_digest: short digest of the model file.
         device: where the program runs.
         track: passes the names of the tensors on while they are compressed: a progress bar.
@@ -148,6 +153,8 @@ def compress_program(
     compute = resolved_compute(resolved, compute)
     check_calibration(compute, calibration is not None)
     check_effort(effort)
+    if solver not in SOLVERS:
+        raise ConfigError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
     if calibration is not None:
         whole_batches(program, calibration)
     inputs, effort_notes = calibration, tuple[str, ...]()
@@ -187,7 +194,7 @@ def compress_program(
             mark(folded, list(small.activations)) if grids else folded,
             {t.name: t for t in resolved.compressed if t.name not in fixed},
             small.artifacts, [batch.inputs for batch in data.batches(program.fixed_batch or BATCH)],
-            integer_kinds=_INTEGER_KINDS[compute], reduce_range=reduce_range, grids=grids, device=device,
+            solver=solver, integer_kinds=_INTEGER_KINDS[compute], reduce_range=reduce_range, grids=grids, device=device,
             track=track_layers,
         )  # fmt: skip
         source = f"{data.samples:,} samples of {data.name}" if calibration is not None else data.name

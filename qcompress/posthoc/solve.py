@@ -26,7 +26,7 @@ from qcompress.posthoc.moments import Moments, has_moments
 from qcompress.posthoc.schemes import Codes, better, codes_for
 from qcompress.posthoc.walk import Reached, walk
 from qcompress.program import Arrays, FloatProgram
-from qcompress.solvers import gptq
+from qcompress.solvers import SOLVERS, Solver
 from qcompress.solvers.base import Problem
 from qcompress.solvers.levels import IntegerPaletteLevels, PaletteLevels, UniformLevels
 from qcompress.uniform import REDUCED_BITS
@@ -42,6 +42,7 @@ def solve_weights(
     nearest: Mapping[str, Artifact],
     batches: Sequence[Arrays],
     *,
+    solver: str = "gptq",
     integer_kinds: Collection[str] = (),
     reduce_range: bool = False,
     grids: Sequence[ActivationGrid] = (),
@@ -55,6 +56,7 @@ def solve_weights(
         tensors: what is planned for each tensor.
         nearest: each tensor compressed without data.
         batches: calibration inputs by name.
+        solver: a key of `solvers.SOLVERS`.
         integer_kinds: of the layers whose weights int8 kernels shall compute with.
         reduce_range: as in `compress`.
         grids: of the marks, in the order of their indices.
@@ -82,7 +84,7 @@ def solve_weights(
         exact = torch.equal(plain, reached.weight)
         if has_moments(reached.layer) and not exact:
             integer = reached.layer.kind in integer_kinds
-            found = _solved(reached, tensors[name], first, integer=integer, reduce_range=reduce_range)
+            found = _solved(reached, tensors[name], first, SOLVERS[solver], integer=integer, reduce_range=reduce_range)
             outputs = reached.run(_tensor(found, reached.weight))
         settled = {name: _tensor(found, reached.weight)}
         if reached.bias is not None:
@@ -99,7 +101,9 @@ def solve_weights(
     return artifacts, gains
 
 
-def _solved(reached: Reached, plan: TensorPlan, first: Artifact, *, integer: bool, reduce_range: bool) -> Artifact:
+def _solved(
+    reached: Reached, plan: TensorPlan, first: Artifact, solver: Solver, *, integer: bool, reduce_range: bool
+) -> Artifact:
     layer, shape = reached.layer, tuple(reached.weight.shape)
     moments = Moments.gather(layer, shape, reached.inputs, reached.float_inputs, centred=reached.bias is not None)
     groups = len(moments.second)
@@ -107,6 +111,7 @@ def _solved(reached: Reached, plan: TensorPlan, first: Artifact, *, integer: boo
     weight = torch.from_numpy(rows_OK).reshape(groups, len(rows_OK) // groups, -1)
     problem = Problem(target=_target(weight, moments), hessian=moments.second)
     diagonal = moments.second.diagonal(dim1=1, dim2=2).clamp_min(0)
+    diagonal = diagonal if solver.is_weighted else torch.ones_like(diagonal)
     importance_OK = diagonal[:, None].expand_as(weight).reshape(rows_OK.shape).numpy()
     target_OK = problem.target.reshape(rows_OK.shape).numpy()
 
@@ -116,7 +121,7 @@ def _solved(reached: Reached, plan: TensorPlan, first: Artifact, *, integer: boo
 
     solved = []
     for kind in codes_for(plan, integer=integer):
-        levels, codes = gptq(problem, _levels(kind, target_OK, importance_OK, plan, reduce_range=reduce_range))
+        levels, codes = solver.solve(problem, _levels(kind, target_OK, importance_OK, plan, reduce_range=reduce_range))
         solved.append(levels.artifact(codes.reshape(rows_OK.shape).numpy().astype(np.uint8), shape, layer.axis))
     found = solved[0] if len(solved) == 1 else better((a, error(a)) for a in solved)
     return found if error(found) < error(first) and found.nbytes < reached.weight.nbytes else first

@@ -1,6 +1,31 @@
 """Solvers: from a weight and the second moments of its inputs to codes on the levels of a palette or a grid."""
 
-from qcompress.solvers.base import Levels, Problem
-from qcompress.solvers.gptq import solve as gptq
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, final
 
-__all__ = ["Levels", "Problem", "gptq"]
+from qcompress.solvers import gptq, nearest
+from qcompress.solvers.base import Levels, Problem, Solve
+
+__all__ = ["SOLVERS", "Levels", "Problem", "Solver"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """How codes are found.
+
+    Args:
+        solve: from levels to codes, and to levels that suit them better.
+        is_weighted: whether levels are fitted to weights by how much each counts, E[x²] of what it is multiplied with.
+    """
+
+    solve: Solve
+    is_weighted: bool = True
+
+
+SOLVERS: Final[Mapping[str, Solver]] = {
+    "nearest": Solver(nearest.solve, is_weighted=False),
+    "weighted": Solver(nearest.solve),
+    "gptq": Solver(gptq.solve),
+}

@@ -5,7 +5,7 @@ output channel, L = levels.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import torch
 
@@ -43,6 +43,16 @@ class Levels(Protocol):
 
     def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
         """Levels with a smaller error for the same codes, and these codes in the order of the new levels."""
+
+
+AnyLevels = TypeVar("AnyLevels", bound=Levels)
+
+
+class Solve(Protocol):
+    """What a solver does: codes, int64 [G, R, K], for levels, or for better ones."""
+
+    def __call__(self, problem: Problem, levels: AnyLevels) -> tuple[AnyLevels, torch.Tensor]:
+        """Levels and codes with a small error."""
 
 
 def looked_up(levels: Levels, codes_GRK: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,10 @@ Shape suffixes: as in `base`, B = columns of a block, J = columns.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 
-from qcompress.solvers.base import Levels, Problem, looked_up, middles_of, nearest
+from qcompress.solvers.base import AnyLevels, Levels, Problem, looked_up, middles_of, nearest
 
 _DAMPING = 0.01  # of the mean diagonal, for error feedback
 _LEAST_DAMPING = 1e-6  # the same for coordinate descent
@@ -23,9 +22,6 @@ _BLOCK = 32
 _ROUNDS = 3
 _PASSES = 4
 _HARDLY_ANY = 1e-3  # share of the weights that move in the last pass
-
-
-AnyLevels = TypeVar("AnyLevels", bound=Levels)
 
 
 def solve(problem: Problem, levels: AnyLevels, *, rounds: int = _ROUNDS) -> tuple[AnyLevels, torch.Tensor]:
