@@ -66,7 +66,7 @@ def fit_lut(values: npt.NDArray[Any], bits: int, weights: npt.NDArray[Any] | Non
     """
     check_bits(bits)
     flat = finite_floats(values, "palettize").ravel()
-    mass = None if weights is None else _checked_weights(weights, values.shape).ravel()
+    mass = None if weights is None else checked_weights(weights, values.shape).ravel()
     return _fit(flat, mass, 1 << bits)
 
 
@@ -125,7 +125,7 @@ def palettize(
         return values.reshape(1, -1) if rows_per_lut is None else granularity.rows(values, axis)
 
     rows_OR = rows(finite_floats(weight, "palettize"))
-    mass_OR = None if weights is None else rows(_checked_weights(weights, weight.shape))
+    mass_OR = None if weights is None else rows(checked_weights(weights, weight.shape))
     codes_OR = np.empty(rows_OR.shape, np.uint8)
     group_O = granularity.group_of_row(len(rows_OR), rows_per_lut)
     edges = np.searchsorted(group_O, np.arange(granularity.lut_groups(len(rows_OR), rows_per_lut) + 1))
@@ -254,7 +254,7 @@ def _gaps_shortened(sorted_U: F64, mass_U: F64, entries: int) -> F64:
     gaps = np.diff(sorted_U)
     if len(gaps) < entries:
         return sorted_U
-    others = np.partition(gaps, -entries)[: len(gaps) - entries + 1].sum()
+    others = gaps[gaps <= np.partition(gaps, -entries)[-entries]].sum()
     longest = 2 * others * np.sqrt(mass_U.sum() / mass_U.min())
     if gaps.max() <= longest:
         return sorted_U
@@ -349,7 +349,16 @@ def _highest_of_lower(lut_K: Floats) -> Floats:
     return np.where(above, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 
-def _checked_weights(weights: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def checked_weights(weights: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """How much values count.
+
+    Args:
+        weights: any real dtype.
+        shape: of the values.
+
+    Raises:
+        ConfigError: another shape, or one that is not finite or negative.
+    """
     weights = np.asarray(weights)
     if weights.shape != shape:
         raise ConfigError(f"weights must have the shape of the values, {shape}, got {weights.shape}.")
