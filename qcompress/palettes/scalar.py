@@ -172,15 +172,15 @@ class _Points:
         if len(self.x) <= self.entries:
             return self.true_x.astype(np.float32)
         if len(self.x) * self.entries > _EXACT_WORK:
-            return self.near_best(_CELLS_PER_ENTRY)
-        return self._palette(self._best(np.arange(len(self.x) + 1)))
+            return self.palette(self.near_best(_CELLS_PER_ENTRY))
+        return self.palette(self._best(np.arange(len(self.x) + 1)))
 
-    def near_best(self, cells_per_entry: int) -> Floats:
-        """The best palette of cells, and from there the nearest local optimum."""
+    def near_best(self, cells_per_entry: int) -> I64:
+        """Edges of the best runs that are made of cells, and from there the nearest local optimum."""
         edges_C = self._cells(min(_MAX_CELLS, max(256, cells_per_entry * self.entries)))
-        return self._palette(self._lloyd(self._best(edges_C)))
+        return self._lloyd(self._best(edges_C))
 
-    def _palette(self, edges: I64) -> Floats:
+    def palette(self, edges: I64) -> Floats:
         """The means of runs."""
         first, last = self.true_x[edges[:-1]], self.true_x[edges[1:] - 1]
         means = np.clip(self._means(edges) + (first - self.x[edges[:-1]]), first, last)
@@ -195,6 +195,12 @@ class _Points:
         means = np.diff(self.s[edges]) / np.diff(self.n[edges]) + self.centre
         return np.asarray(np.clip(means, self.x[edges[:-1]], self.x[edges[1:] - 1]))
 
+    def errors(self, edges: I64) -> F64:
+        """The squared error of each run to its mean."""
+        errors = np.diff(self.q[edges]) - np.diff(self.s[edges]) ** 2 / np.diff(self.n[edges])
+        errors[np.diff(edges) == 1] = 0
+        return np.asarray(errors)
+
     def _cells(self, count: int) -> I64:
         """Edges of about `count` cells of like squared error: again and again the worst half is cut at its means.
 
@@ -203,8 +209,7 @@ class _Points:
         edges = np.array([0, len(self.x)])
         while len(edges) - 1 < count:
             means = self._means(edges)
-            error = np.diff(self.q[edges]) - np.diff(self.s[edges]) ** 2 / np.diff(self.n[edges])
-            error[np.diff(edges) == 1] = 0
+            error = self.errors(edges)
             worst = np.argsort(-error, kind="stable")[: min(max(1, len(error) // 2), count + 1 - len(edges))]
             worst = worst[error[worst] > 0]
             if not len(worst):
@@ -271,21 +276,22 @@ def _fit(values: Floats, mass: npt.NDArray[Any] | None, entries: int) -> Floats:
 
 def _fit_binned(values: Floats, mass: npt.NDArray[Any] | None, entries: int) -> Floats | None:
     """A palette near the best one for many values; None where bins are too coarse for them."""
-    found = _binned(values, mass, min(_BINS_PER_ENTRY * entries, COUNT // 4))
+    found = _binned(values, mass, entries)
     if found is None:
         return None
-    points, masses, lost = found
-    lut = _Points.of(points, masses, entries).near_best(2 * _CELLS_PER_ENTRY)
-    lut = np.unique(np.clip(lut, values.min(), values.max()))
-    nearest = lut[np.searchsorted((lut[1:].astype(np.float64) + lut[:-1]) / 2, points)]
-    return lut if lost <= _LOST * float((masses * (points - nearest) ** 2).sum()) else None
+    values_U, mass_U, lost = found
+    points = _Points.of(values_U, mass_U, entries)
+    edges = points.near_best(2 * _CELLS_PER_ENTRY)
+    if lost > _LOST * points.errors(edges).sum() / points.n[-1]:
+        return None
+    return np.unique(np.clip(points.palette(edges), values.min(), values.max()))
 
 
-def _binned(values: Floats, mass: npt.NDArray[Any] | None, wanted: int) -> tuple[F64, F64, float] | None:
-    """Points and masses in place of many values, and the most squared distance that this moves them.
+def _binned(values: Floats, mass: npt.NDArray[Any] | None, entries: int) -> tuple[F64, F64, float] | None:
+    """A few values and masses in place of many, and the most that this moves them: squared distance per mass.
 
-    Values for which at least `wanted` bins lie between the first and the last of nearly all of them; the few outside
-    are points of their own. None where bins do not get so narrow.
+    Bins are so narrow that enough of them lie between the first and the last of nearly all values; the few outside are
+    kept as they are. None where bins do not get so narrow.
     """
     low, high = float(values.min()), float(values.max())
     share = min(_OUTSIDE, COUNT / 8 / len(values))
@@ -297,11 +303,10 @@ def _binned(values: Floats, mass: npt.NDArray[Any] | None, wanted: int) -> tuple
         inside_U, values_T, mass_T = found
         sums_U = np.cumsum(inside_U)
         first, last = np.searchsorted(sums_U, [share * sums_U[-1], (1 - share) * sums_U[-1]])
-        if last - first >= wanted:
+        if last - first >= min(_BINS_PER_ENTRY * entries, COUNT // 4):
             filled = np.flatnonzero(inside_U)
-            points = np.concatenate([bins.middle(filled), values_T])
-            lost = float(sums_U[-1]) * (bins.width / 2) ** 2
-            return points, np.concatenate([inside_U[filled], mass_T]), lost
+            masses = np.concatenate([inside_U[filled], mass_T])
+            return np.concatenate([bins.middle(filled), values_T]), masses, (bins.width / 2) ** 2
         low, high = float(bins.middle(first)) - bins.width / 2, float(bins.middle(last)) + bins.width / 2
     return None
 
@@ -335,7 +340,9 @@ def _bins_of_most(values: Floats) -> Bins | None:
 
 
 def _prefix(values: F64) -> F64:
-    return np.concatenate([[0.0], np.cumsum(values)])
+    sums = np.zeros(len(values) + 1)
+    np.cumsum(values, out=sums[1:])
+    return sums
 
 
 def _highest_of_lower(lut_K: Floats) -> Floats:
