@@ -35,8 +35,8 @@ _LEAST_CORESET: Final = 1 << 14
 _SEEDED: Final = 1 << 13  # points of the coreset among which k-means++ chooses
 _MOST_STARTS: Final = 8  # as many as there are entries fewer than _STARTS
 _STARTS: Final = 128
-_FIRST_STEPS: Final = 20  # of every start
-_STEPS: Final = 40  # of the best one
+_FIRST_STEPS: Final = 10  # of every start
+_STEPS: Final = 60  # of the best one
 _SETTLED: Final = 2e-4  # of the error, less than which a step must gain to be the last
 _FULL_STEPS: Final = 2  # on all vectors
 # Distances are found for this many vectors and entries at once: they stay in the cache.
