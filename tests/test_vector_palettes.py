@@ -133,7 +133,7 @@ def test_a_seed_gives_the_same_palette_on_any_number_of_threads():
     assert palettize_vectors(weight, 5, 2, seed=4).lut.tobytes() != made[0].lut.tobytes()
 
 
-@pytest.mark.parametrize("exponent", [-120, -30, 100])
+@pytest.mark.parametrize("exponent", [-100, -30, 100])
 def test_scaling_the_values_scales_the_palette(exponent):
     weight = heavy_tailed(40_000)
     made, scaled = palettize_vectors(weight, 4, 2), palettize_vectors(np.ldexp(weight, exponent), 4, 2)
