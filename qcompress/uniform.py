@@ -150,9 +150,7 @@ def finite_floats(values: npt.NDArray[Any], verb: str) -> Floats:
     if values.dtype not in FLOAT_DTYPES:
         raise ConfigError(f"Weights to {verb} must be float32, float16 or bfloat16, got {values.dtype}.")
     wide = values.astype(np.float32, copy=False)
-    finite = np.isfinite(wide)
-    if not finite.all():
-        raise ConfigError(
-            f"Weights to {verb} must be finite, got {int((~finite).sum())} NaN or Inf among {values.size}."
-        )
+    if not np.isfinite([wide.min(initial=0), wide.max(initial=0)]).all():  # either is NaN where one value is
+        wrong = np.count_nonzero(~np.isfinite(wide))
+        raise ConfigError(f"Weights to {verb} must be finite, got {wrong} NaN or Inf among {values.size}.")
     return wide

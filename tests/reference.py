@@ -75,6 +75,28 @@ def best_squared_error(values: Sequence[float], k: int) -> float:
     return min(sum(error(ordered[i:j]) for i, j in pairwise(s)) for s in splits)
 
 
+def nearest_vector(
+    vector: Sequence[float], lut: Sequence[Sequence[float]], masses: Sequence[float] | None = None
+) -> int:
+    """The index of the nearest entry, in exact fractions; of equally near ones the first."""
+    weighed = [Fraction(mass) for mass in masses] if masses is not None else [Fraction(1)] * len(vector)
+    distances = [
+        sum(m * (Fraction(x) - Fraction(c)) ** 2 for m, x, c in zip(weighed, vector, entry, strict=True))
+        for entry in lut
+    ]
+    return distances.index(min(distances))
+
+
+def lloyd(vectors_VD: npt.NDArray[np.float64], k: int, seed: int, steps: int = 60) -> float:
+    """The squared error of plain k-means from k random vectors."""
+    lut_KD = vectors_VD[np.random.default_rng(seed).choice(len(vectors_VD), k, replace=False)]
+    for _ in range(steps):
+        squared_VK = ((vectors_VD[:, None] - lut_KD) ** 2).sum(axis=2)
+        codes = squared_VK.argmin(axis=1)
+        lut_KD = np.array([vectors_VD[codes == i].mean(axis=0) if (codes == i).any() else lut_KD[i] for i in range(k)])
+    return float(((vectors_VD[:, None] - lut_KD) ** 2).sum(axis=2).min(axis=1).sum())
+
+
 # Post-hoc activation grids: from the samples themselves, in float64.
 
 

@@ -1,5 +1,6 @@
 """Scalar k-means: the optimum where it can be had, near it elsewhere, and codes that are truly the nearest."""
 
+import tracemalloc
 from itertools import pairwise
 
 import ml_dtypes
@@ -11,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 
 from qcompress.artifacts import integer_values
 from qcompress.errors import ConfigError
-from qcompress.palettes import scalar
+from qcompress.palettes import _bins, scalar
+from qcompress.palettes._bins import COUNT, Bins
 from qcompress.palettes._optimal import optimal_runs
 from qcompress.palettes.integer import best_integers, palettize_int8
 from qcompress.palettes.scalar import assign, fit_lut, palettize
@@ -74,6 +76,138 @@ def test_large_inputs_come_within_a_thousandth_of_the_optimum(count, bits):
     best = squared_error(values, np.array(means, np.float32))
     assert best <= squared_error(values, fit_lut(values, bits)) * (1 + 1e-6)
     assert squared_error(values, fit_lut(values, bits)) <= best * 1.001
+
+
+# --- many values: bins in place of sorting
+
+
+MANY = 140_000
+
+
+@pytest.fixture
+def sorting(monkeypatch):
+    """Calls fit_lut as if no number of values were many."""
+
+    def fit(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(scalar, "_MANY", np.inf)
+            return fit_lut(*arguments)
+
+    return fit
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 6])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bins_come_near_what_sorting_finds(sorting, bits, weighted):
+    values = heavy_tailed(MANY)
+    weights = np.random.default_rng(3).random(MANY) ** 4 if weighted else None
+    sorted_error = squared_error(values, sorting(values, bits, weights), weights)
+    assert squared_error(values, fit_lut(values, bits, weights), weights) <= 1.0003 * sorted_error
+
+
+def normal(seed=0):
+    return np.random.default_rng(seed).normal(size=MANY)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(normal() * 1e-4, id="small"),
+        pytest.param(normal() * 1e-42, id="subnormal"),
+        pytest.param(1 + normal() * 1e-4, id="far from zero"),
+        pytest.param(np.full(MANY, 0.3), id="constant"),
+        pytest.param(np.zeros(MANY), id="zeros"),
+        pytest.param(normal() * (normal(1) > 1.3), id="nine of ten are zero"),
+        pytest.param(normal() * (normal(1) > 3), id="nearly all are zero"),
+        pytest.param(np.rint(normal()), id="fewer than entries"),
+        pytest.param(np.rint(normal() * 9), id="few"),
+        pytest.param(np.random.default_rng(0).standard_cauchy(MANY), id="cauchy"),
+        pytest.param(np.exp(4 * normal()), id="lognormal"),
+        pytest.param(10 ** (6 * normal()), id="all magnitudes"),
+        pytest.param(np.where(normal(1) > 0, normal(), normal() * 1e-5), id="two widths"),
+        pytest.param(np.where(normal(1) > 0, normal(), normal() + 1e4), id="two places"),
+        pytest.param(np.clip(normal(), -1, 1), id="clipped"),
+    ],
+)
+def test_bins_that_are_too_coarse_are_made_narrower_or_not_taken(sorting, values):
+    values = values.astype(np.float32)
+    assert squared_error(values, fit_lut(values, 4)) <= 1.001 * squared_error(values, sorting(values, 4))
+
+
+@pytest.mark.parametrize("count", [9000, MANY])
+@pytest.mark.parametrize("outliers", [[1e10], [-1e10, 1e10], [-1e30, 1e10, 1e20], [-3.4e38, 3.4e38]])
+def test_outliers_of_any_size_take_an_entry_each_and_spoil_nothing(monkeypatch, count, outliers):
+    body = heavy_tailed(count)
+    lut = fit_lut(np.append(body, np.array(outliers, np.float32)), 4)
+    assert set(np.array(outliers, np.float32)) <= set(lut)
+    alone = scalar._Points.of(body, None, 16 - len(outliers)).fit()
+    assert squared_error(body, lut) <= 1.001 * squared_error(body, alone)
+
+
+def test_a_far_value_does_not_blur_near_ones():
+    # Sums of squares of 1e8 hold no digit of 0.01.
+    values = np.array([0.0, 0.01, 1.0, 1.02, 1e8], np.float32)
+    assert fit_lut(values, 2).tolist() == pytest.approx([0.005, 1.0, 1.02, 1e8])
+
+
+def test_bins_do_not_depend_on_order_or_scale():
+    values = heavy_tailed(MANY)
+    lut = fit_lut(values, 4)
+    assert fit_lut(np.random.default_rng(1).permutation(values), 4).tobytes() == lut.tobytes()
+    np.testing.assert_array_equal(fit_lut(values * np.float32(2**-30), 4), lut * np.float32(2**-30))
+
+
+def test_a_palette_of_many_values_is_within_them():
+    for values in (heavy_tailed(MANY), np.random.default_rng(0).random(MANY, np.float32)):
+        lut = fit_lut(values, 8)
+        assert values.min() <= lut[0]
+        assert lut[-1] <= values.max()
+
+
+def test_many_whole_weights_count_like_repetitions():
+    values = heavy_tailed(MANY)
+    weights = np.random.default_rng(1).integers(0, 4, MANY)
+    repeated = np.repeat(values, weights)
+    error = squared_error(values, fit_lut(values, 4, weights), weights)
+    assert error == pytest.approx(squared_error(repeated, fit_lut(repeated, 4)), rel=1e-4)
+
+
+@given(st.lists(FINITE, min_size=2, max_size=50), FINITE, FINITE)
+def test_a_higher_value_is_never_in_a_lower_bin(values, one, other):
+    low, high = sorted([one, other])
+    bins = Bins.over(low, high)
+    if bins is None:
+        return
+    found = bins.of(np.sort(np.array([*values, low, high], np.float32)))
+    assert (np.diff(found) >= 0).all()
+    ends = bins.of(np.array([low, high], np.float32))
+    assert ends.min() > 0
+    assert ends.max() < COUNT - 1
+
+
+def test_bins_hold_all_mass():
+    values, weights = heavy_tailed(MANY), np.random.default_rng(0).random(MANY)
+    bins = Bins.over(-0.1, 0.1)
+    inside, outside, outside_mass = bins.count(values, weights)
+    middle = bins.middle(np.arange(COUNT))
+    assert np.abs(middle[inside > 0]).max() < 0.1
+    assert np.abs(outside).min() > 0.0999
+    assert inside.sum() + outside_mass.sum() == pytest.approx(weights.sum() / weights.max(), rel=1e-9)
+    inner = np.abs(values) < 0.1
+    assert inside @ middle == pytest.approx(values[inner] @ weights[inner] / weights.max(), abs=MANY * bins.width)
+
+
+def test_many_values_take_little_memory_beside_their_codes():
+    weight = np.tile(heavy_tailed(1 << 18), 8).reshape(64, -1)
+    palettize(weight[:1], 4)
+    tracemalloc.start()
+    palettize(weight, 4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= weight.size + 3 * 4 * (1 << 18)
+
+
+# ---
 
 
 @pytest.mark.parametrize("points", [5, 320, 321, 1000])
@@ -193,11 +327,33 @@ def test_assign_takes_the_first_of_equal_entries():
     assert assign(np.array([-1, 1, 5], np.float32), padded).tolist() == [0, 1, 1]
 
 
+@given(st.lists(FINITE, max_size=30), st.lists(FINITE, min_size=1, max_size=12))
+def test_a_table_of_bins_assigns_the_nearest_in_exact_arithmetic(values, entries):
+    lut = np.unique(np.array(entries, np.float32) + np.float32(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scalar, "_MANY_TO_ASSIGN", 1)
+        codes = assign(np.array(values, np.float32), lut)
+    assert codes.tolist() == [nearest(value, lut.tolist()) for value in values]
+
+
+@pytest.mark.parametrize("entries", [1, 2, 5, 16, 256])
+@pytest.mark.parametrize("outlier", [1.0, 1e30])
+def test_many_values_are_assigned_the_nearest_and_the_lower_of_two(entries, outlier):
+    generator = np.random.default_rng(entries)
+    # Whole and half numbers: float64 is exact, and many values are in the middle of two entries.
+    lut = np.sort(generator.choice(np.arange(-400, 400), entries, replace=False)).astype(np.float32)
+    values = np.rint(generator.normal(size=50_000) * 200).astype(np.float32) / 2
+    values[0] = lut[-1] = outlier
+    lut = np.unique(lut)
+    distance = np.abs(values[:, None].astype(np.float64) - lut)
+    np.testing.assert_array_equal(assign(values, lut), distance.argmin(axis=1))
+
+
 def test_assign_works_across_its_chunks(monkeypatch):
     values = heavy_tailed(1000)
     lut = fit_lut(values, 4)
     whole = assign(values, lut)
-    monkeypatch.setattr(scalar, "_ASSIGN_CHUNK", 7)
+    monkeypatch.setattr(_bins, "PIECE", 7)
     np.testing.assert_array_equal(assign(values, lut), whole)
 
 
@@ -275,6 +431,14 @@ NAN = np.array([1, np.nan, np.inf], np.float32)
         (
             lambda: fit_lut(np.zeros(2, np.float32), 2, np.ones(3)),
             r"weights must have the shape of the values, \(2,\), got \(3,\)\.",
+        ),
+        (
+            lambda: palettize(np.zeros((2, 3), np.float32), 2, weights=np.ones((3, 2))),
+            r"weights must have the shape of the values, \(2, 3\), got \(3, 2\)\.",
+        ),
+        (
+            lambda: fit_lut(np.zeros(2, np.float32), 2, np.array([1, np.nan])),
+            r"weights must be finite and not negative, got a NaN, an Inf or a negative one\.",
         ),
         (
             lambda: fit_lut(np.zeros(2, np.float32), 2, np.array([1, -1])),

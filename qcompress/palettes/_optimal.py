@@ -84,7 +84,7 @@ def _halving_layers(n: F64, s: F64, k: int) -> list[npt.NDArray[Any]]:
             hits = np.flatnonzero(total_P == np.repeat(top_J, width_J))
             value[targets_J] = top_J
             choice[targets_J] = i_P[hits[np.searchsorted(hits, start_J)]]
-        layers.append(choice[: count + 1].astype(np.int32))
+        layers.append(choice[: count + 1].astype(np.min_scalar_type(count)))
         best = value
     return layers
 

@@ -2,13 +2,15 @@
 
 Source: the optimum of one-dimensional k-means is found by dynamic programming (`_optimal`). On few distinct values it
 is taken as it is. On many, the sorted values are first merged into cells, the optimum over the cells is found, and
-Lloyd's iterations on prefix sums of the values themselves take it to a local optimum.
+Lloyd's iterations on prefix sums of the values themselves take it to a local optimum. Of many more, bins (`_bins`) take
+the place of the values, unless they turn out to be too coarse.
 Deviations from plain k-means: no random start; the same values give the same palette.
 
-Shape suffixes: N = values, U = cells, K = palette entries, O = output channels, R = elements of one output channel,
-G = LUT groups.
+Shape suffixes: N = values, U = distinct values or bins, C = cells, K = palette entries, T = values outside the bins,
+O = output channels, R = elements of one output channel, G = LUT groups.
 """
 
+from itertools import pairwise
 from typing import Any, Final, Self
 
 import numpy as np
@@ -18,6 +20,7 @@ from qcompress import granularity
 from qcompress.artifacts import PalettizedWeight
 from qcompress.errors import ConfigError
 from qcompress.packing import check_bits
+from qcompress.palettes._bins import COUNT, Bins, pieces
 from qcompress.palettes._optimal import F64, I64, optimal_runs
 from qcompress.uniform import finite_floats
 
@@ -25,11 +28,20 @@ Floats = npt.NDArray[np.float32]
 
 # Exact where distinct values * entries stay below this (about 0.1 s), else on cells.
 _EXACT_WORK: Final = 1 << 17
-_CELLS_PER_ENTRY: Final = 64
+_CELLS_PER_ENTRY: Final = 64  # twice that where bins take the place of values
 _MAX_CELLS: Final = 2048
 _LLOYD_STEPS: Final = 300
 _LEAST_MASS: Final = 1e-12
-_ASSIGN_CHUNK: Final = 1 << 18
+
+# From this many values on, bins are faster than sorting, and a table of them faster than a search for each value.
+_MANY: Final = 1 << 17
+_MANY_TO_ASSIGN: Final = 1 << 15
+_BINS_PER_ENTRY: Final = 256  # between the first and the last of nearly all values
+_OUTSIDE: Final = 1 / 1024  # of the mass, on either side, that may be outside the bins
+_REFINEMENTS: Final = 8
+_LOST: Final = 1 / 256  # of the squared error, what bins may lose at the very most
+_SAMPLE: Final = 1024
+_OPEN: Final = 256  # in a table of codes: the bin holds values of several
 
 
 def fit_lut(values: npt.NDArray[Any], bits: int, weights: npt.NDArray[Any] | None = None) -> Floats:
@@ -54,9 +66,8 @@ def fit_lut(values: npt.NDArray[Any], bits: int, weights: npt.NDArray[Any] | Non
     """
     check_bits(bits)
     flat = finite_floats(values, "palettize").ravel()
-    mass = None if weights is None else _checked_weights(weights, values.shape)
-    points = _Points.of(flat, mass)
-    return points.fit(1 << bits)
+    mass = None if weights is None else checked_weights(weights, values.shape).ravel()
+    return _fit(flat, mass, 1 << bits)
 
 
 def assign(values: npt.NDArray[Any], lut: Floats) -> npt.NDArray[np.uint8]:
@@ -76,14 +87,8 @@ def assign(values: npt.NDArray[Any], lut: Floats) -> npt.NDArray[np.uint8]:
     [0, 0, 1]
     """
     flat = finite_floats(values, "palettize").ravel()
-    if lut.ndim != 1 or not 1 <= lut.size <= 256:
-        raise ConfigError(f"assign: lut must be [K] with 1 to 256 entries, got the shape {lut.shape}.")
-    distinct, place = np.unique(lut, return_index=True)
-    highest = _highest_of_lower(distinct)
     codes = np.empty(flat.size, np.uint8)
-    for start in range(0, flat.size, _ASSIGN_CHUNK):
-        piece = slice(start, start + _ASSIGN_CHUNK)
-        codes[piece] = place.astype(np.uint8)[np.searchsorted(highest, flat[piece], side="left")]
+    _assign(flat, lut, codes)
     return codes.reshape(values.shape)
 
 
@@ -114,20 +119,27 @@ def palettize(
     ([[1.0, 2.0], [5.0, 6.0]], [[0, 0, 1], [0, 1, 1]])
     """
     check_bits(bits)
-    rows_OR = granularity.rows(finite_floats(weight, "palettize"), axis)
-    mass_OR = None if weights is None else granularity.rows(_checked_weights(weights, weight.shape), axis)
+
+    def rows(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        # One palette for all: one row will do, and needs no copy.
+        return values.reshape(1, -1) if rows_per_lut is None else granularity.rows(values, axis)
+
+    rows_OR = rows(finite_floats(weight, "palettize"))
+    mass_OR = None if weights is None else rows(checked_weights(weights, weight.shape))
+    codes_OR = np.empty(rows_OR.shape, np.uint8)
     group_O = granularity.group_of_row(len(rows_OR), rows_per_lut)
-    codes_OR = np.zeros(rows_OR.shape, np.uint8)
+    edges = np.searchsorted(group_O, np.arange(granularity.lut_groups(len(rows_OR), rows_per_lut) + 1))
     luts = []
-    for group in range(granularity.lut_groups(len(rows_OR), rows_per_lut)):
-        members = group_O == group
-        luts.append(fit_lut(rows_OR[members], bits, None if mass_OR is None else mass_OR[members]))
-        if luts[-1].size:  # a weight without elements has a palette without entries
-            codes_OR[members] = assign(rows_OR[members], luts[-1])
+    for first, last in pairwise(edges):
+        values = rows_OR[first:last].reshape(-1)
+        lut = _fit(values, None if mass_OR is None else mass_OR[first:last].reshape(-1), 1 << bits)
+        if lut.size:  # a weight without elements has a palette without entries
+            _assign(values, lut, codes_OR[first:last].reshape(-1))
+        luts.append(lut)
     entries = max(len(lut) for lut in luts)
-    codes = granularity.from_rows(codes_OR, weight.shape, axis)
+    codes = granularity.from_rows(codes_OR, weight.shape, 0 if rows_per_lut is None else axis)
     return PalettizedWeight(
-        codes=np.array(codes, np.uint8, order="C"),
+        codes=np.asarray(codes, np.uint8, order="C"),
         lut=np.stack(
             [np.pad(lut, (0, entries - len(lut)), mode="edge") if len(lut) < entries else lut for lut in luts]
         ),
@@ -138,50 +150,56 @@ def palettize(
 
 
 class _Points:
-    """Sorted values with prefix sums of their mass and first two moments, so that any run's mean costs two look-ups."""
+    """Sorted distinct values with prefix sums of their mass and moments, so that any run's mean costs two look-ups."""
 
-    def __init__(self, sorted_N: F64, mass_N: F64 | None) -> None:
-        centre = float(sorted_N.mean()) if len(sorted_N) else 0.0
-        self.x = sorted_N
-        self.centre = centre
-        shifted = sorted_N - centre
-        first = shifted if mass_N is None else shifted * mass_N
-        self.n = np.arange(len(sorted_N) + 1, dtype=np.float64) if mass_N is None else _prefix(mass_N)
-        self.s = _prefix(first)
-        self.q = _prefix(first * shifted)
+    def __init__(self, sorted_U: F64, mass_U: F64, entries: int) -> None:
+        self.entries = entries
+        self.true_x = sorted_U
+        self.x = _gaps_shortened(sorted_U, mass_U, entries)
+        self.centre = float((self.x * mass_U).sum() / mass_U.sum()) if len(sorted_U) else 0.0
+        shifted = self.x - self.centre
+        self.n = _prefix(mass_U)
+        self.s = _prefix(shifted * mass_U)
+        self.q = _prefix(shifted * shifted * mass_U)
 
     @classmethod
-    def of(cls, flat: Floats, mass: F64 | None) -> Self:
+    def of(cls, values: Floats | F64, mass: npt.NDArray[Any] | None, entries: int) -> Self:
         """Any order, any mass; what has no mass is left out."""
-        flat = flat + np.float32(0)  # -0.0 becomes 0.0: one value, one bit pattern
-        if mass is None or not mass.any():
-            return cls(np.sort(flat).astype(np.float64), None)
-        mass = mass.ravel() / mass.max()
-        counted = np.flatnonzero(mass)
-        order = counted[np.argsort(flat[counted], kind="stable")]
-        # What hardly counts is held above the rounding error of the sums.
-        return cls(flat[order].astype(np.float64), np.maximum(mass[order], mass.sum() * _LEAST_MASS))
+        return cls(*_distinct(values, mass), entries)
 
-    def fit(self, entries: int) -> Floats:
-        """The palette of at most `entries` values."""
-        first_of_U = np.flatnonzero(np.diff(self.x, prepend=-np.inf)) if len(self.x) else np.zeros(0, np.int64)
-        if len(first_of_U) <= entries:
-            return self.x[first_of_U].astype(np.float32)
-        if len(first_of_U) * entries <= _EXACT_WORK:
-            edges_U = np.append(first_of_U, len(self.x))
-            return np.unique(self._means(self._best(edges_U, entries)).astype(np.float32))
-        edges_U = self._cells(min(_MAX_CELLS, max(256, _CELLS_PER_ENTRY * entries)))
-        return np.unique(self._lloyd(self._means(self._best(edges_U, entries))).astype(np.float32))
+    def fit(self) -> Floats:
+        """The palette: the best where that does not take long, else near it."""
+        if len(self.x) <= self.entries:
+            return self.true_x.astype(np.float32)
+        if len(self.x) * self.entries > _EXACT_WORK:
+            return self.palette(self.near_best(_CELLS_PER_ENTRY))
+        return self.palette(self._best(np.arange(len(self.x) + 1)))
 
-    def _best(self, edges_U: I64, entries: int) -> I64:
-        """Edges of the best `entries` runs that are made of whole cells."""
-        entries = min(entries, len(edges_U) - 1)
-        return edges_U[optimal_runs(self._means(edges_U), np.diff(self.n[edges_U]), entries)]
+    def near_best(self, cells_per_entry: int) -> I64:
+        """Edges of the best runs that are made of cells, and from there the nearest local optimum."""
+        edges_C = self._cells(min(_MAX_CELLS, max(256, cells_per_entry * self.entries)))
+        return self._lloyd(self._best(edges_C))
+
+    def palette(self, edges: I64) -> Floats:
+        """The means of runs."""
+        first, last = self.true_x[edges[:-1]], self.true_x[edges[1:] - 1]
+        means = np.clip(self._means(edges) + (first - self.x[edges[:-1]]), first, last)
+        return np.unique(means.astype(np.float32))
+
+    def _best(self, edges_C: I64) -> I64:
+        """Edges of the best runs that are made of whole cells."""
+        entries = min(self.entries, len(edges_C) - 1)
+        return edges_C[optimal_runs(self._means(edges_C), np.diff(self.n[edges_C]), entries)]
 
     def _means(self, edges: I64) -> F64:
         means = np.diff(self.s[edges]) / np.diff(self.n[edges]) + self.centre
-        # Beside an outlier of 1e10 the sums of small values lose their digits: a mean still lies among its values.
         return np.asarray(np.clip(means, self.x[edges[:-1]], self.x[edges[1:] - 1]))
+
+    def errors(self, edges: I64) -> F64:
+        """The squared error of each run to its mean."""
+        errors = np.diff(self.q[edges]) - np.diff(self.s[edges]) ** 2 / np.diff(self.n[edges])
+        errors[np.diff(edges) == 1] = 0
+        return np.asarray(errors)
 
     def _cells(self, count: int) -> I64:
         """Edges of about `count` cells of like squared error: again and again the worst half is cut at its means.
@@ -191,8 +209,7 @@ class _Points:
         edges = np.array([0, len(self.x)])
         while len(edges) - 1 < count:
             means = self._means(edges)
-            error = np.diff(self.q[edges]) - np.diff(self.s[edges]) ** 2 / np.diff(self.n[edges])
-            error[self.x[edges[:-1]] == self.x[edges[1:] - 1]] = 0
+            error = self.errors(edges)
             worst = np.argsort(-error, kind="stable")[: min(max(1, len(error) // 2), count + 1 - len(edges))]
             worst = worst[error[worst] > 0]
             if not len(worst):
@@ -201,23 +218,131 @@ class _Points:
             edges = np.union1d(edges, np.clip(cuts, edges[worst] + 1, edges[worst + 1] - 1))
         return edges
 
-    def _lloyd(self, centroids_K: F64) -> F64:
-        """Nearest entry, mean of its values, and again until nothing moves."""
+    def _lloyd(self, edges: I64) -> I64:
+        """Means of runs, runs of what is nearest to each mean, and again until nothing moves."""
         for _ in range(_LLOYD_STEPS):
-            cuts = np.searchsorted(self.x, (centroids_K[1:] + centroids_K[:-1]) / 2, side="right")
-            edges = np.concatenate([[0], cuts, [len(self.x)]])
-            kept = np.flatnonzero(np.diff(edges))  # an entry that lost its last value stays where it is
-            moved = centroids_K.copy()
-            moved[kept] = self._means(edges[np.append(kept, len(centroids_K))])
-            moved.sort()
-            if np.array_equal(moved, centroids_K):
+            means = self._means(edges)
+            cuts = np.searchsorted(self.x, (means[1:] + means[:-1]) / 2, side="right")
+            moved = np.unique(np.concatenate([[0], cuts, [len(self.x)]]))
+            if np.array_equal(moved, edges):
                 break
-            centroids_K = moved
-        return centroids_K
+            edges = moved
+        return edges
+
+
+def _distinct(values: Floats | F64, mass: npt.NDArray[Any] | None) -> tuple[F64, F64]:
+    """The distinct values [U] in order, and the mass of each in parts of the largest one of a value."""
+    values = values + values.dtype.type(0)  # -0.0 becomes 0.0: one value, one bit pattern
+    if mass is None:
+        values.sort()
+    else:
+        order = np.argsort(values, kind="stable")
+        order = order[mass[order] > 0]
+        values, mass = values[order], mass[order].astype(np.float64) / mass.max()
+    is_first = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=is_first[1:])
+    first_U = np.flatnonzero(is_first)
+    if mass is None:
+        return values[first_U].astype(np.float64), np.diff(first_U, append=len(values)).astype(np.float64)
+    mass_U = np.add.reduceat(mass, first_U)
+    # What hardly counts is held above the rounding error of the sums.
+    return values[first_U].astype(np.float64), np.maximum(mass_U, mass_U.sum() * _LEAST_MASS)
+
+
+def _gaps_shortened(sorted_U: F64, mass_U: F64, entries: int) -> F64:
+    """The values, those gaps shortened that lie between the runs of every best palette.
+
+    Beside an outlier of 1e30 all sums would lose the digits of the other values. With cuts at the widest gaps, the
+    squared error is at most all mass times the squared sum of the other gaps; a run across a gap has at least half the
+    least mass times the squared gap.
+    """
+    gaps = np.diff(sorted_U)
+    if len(gaps) < entries:
+        return sorted_U
+    others = gaps[gaps <= np.partition(gaps, -entries)[-entries]].sum()
+    longest = 2 * others * np.sqrt(mass_U.sum() / mass_U.min())
+    if gaps.max() <= longest:
+        return sorted_U
+    return np.concatenate([[0.0], np.cumsum(np.minimum(gaps, longest))])
+
+
+def _fit(values: Floats, mass: npt.NDArray[Any] | None, entries: int) -> Floats:
+    """The palette for values and masses, 1-D both."""
+    if mass is not None and not mass.any():
+        mass = None
+    lut = _fit_binned(values, mass, entries) if len(values) >= _MANY else None
+    return _Points.of(values, mass, entries).fit() if lut is None else lut
+
+
+def _fit_binned(values: Floats, mass: npt.NDArray[Any] | None, entries: int) -> Floats | None:
+    """A palette near the best one for many values; None where bins are too coarse for them."""
+    found = _binned(values, mass, entries)
+    if found is None:
+        return None
+    values_U, mass_U, lost = found
+    points = _Points.of(values_U, mass_U, entries)
+    edges = points.near_best(2 * _CELLS_PER_ENTRY)
+    if lost > _LOST * points.errors(edges).sum() / points.n[-1]:
+        return None
+    return np.unique(np.clip(points.palette(edges), values.min(), values.max()))
+
+
+def _binned(values: Floats, mass: npt.NDArray[Any] | None, entries: int) -> tuple[F64, F64, float] | None:
+    """A few values and masses in place of many, and the most that this moves them: squared distance per mass.
+
+    Bins are so narrow that enough of them lie between the first and the last of nearly all values; the few outside are
+    kept as they are. None where bins do not get so narrow.
+    """
+    low, high = float(values.min()), float(values.max())
+    share = min(_OUTSIDE, COUNT / 8 / len(values))
+    for _ in range(_REFINEMENTS):
+        bins = Bins.over(low, high)
+        found = None if bins is None else bins.count(values, mass)
+        if bins is None or found is None:
+            return None
+        inside_U, values_T, mass_T = found
+        sums_U = np.cumsum(inside_U)
+        first, last = np.searchsorted(sums_U, [share * sums_U[-1], (1 - share) * sums_U[-1]])
+        if last - first >= min(_BINS_PER_ENTRY * entries, COUNT // 4):
+            filled = np.flatnonzero(inside_U)
+            masses = np.concatenate([inside_U[filled], mass_T])
+            return np.concatenate([bins.middle(filled), values_T]), masses, (bins.width / 2) ** 2
+        low, high = float(bins.middle(first)) - bins.width / 2, float(bins.middle(last)) + bins.width / 2
+    return None
+
+
+def _assign(values: Floats, lut: Floats, codes: npt.NDArray[np.uint8]) -> None:
+    """Write the code of each value; 1-D all of them."""
+    if lut.ndim != 1 or not 1 <= lut.size <= 256:
+        raise ConfigError(f"assign: lut must be [K] with 1 to 256 entries, got the shape {lut.shape}.")
+    distinct, first = np.unique(lut, return_index=True)
+    place_K, highest = first.astype(np.uint8), _highest_of_lower(distinct)
+    bins = _bins_of_most(values) if len(values) >= _MANY_TO_ASSIGN else None
+    if bins is None:
+        for piece in pieces(len(values)):
+            codes[piece] = place_K[np.searchsorted(highest, values[piece])]
+        return
+    ends_K = bins.of(highest)
+    code_U = place_K[np.searchsorted(ends_K, np.arange(COUNT))].astype(np.int16)
+    code_U[ends_K] = _OPEN
+    for piece in pieces(len(values)):
+        found = code_U[bins.of(values[piece])]
+        still_open = np.flatnonzero(found == _OPEN)
+        codes[piece] = found  # 256 becomes 0 until it is known
+        codes[piece][still_open] = place_K[np.searchsorted(highest, values[piece][still_open])]
+
+
+def _bins_of_most(values: Floats) -> Bins | None:
+    """Bins that tell most values well apart, whatever a few are; None for values that are nearly all the same."""
+    sample = np.sort(values[:: max(1, len(values) // _SAMPLE)])
+    low, high = float(sample[len(sample) // 64]), float(sample[-1 - len(sample) // 64])
+    return Bins.over(low - (high - low), high + (high - low))
 
 
 def _prefix(values: F64) -> F64:
-    return np.concatenate([[0.0], np.cumsum(values)])
+    sums = np.zeros(len(values) + 1)
+    np.cumsum(values, out=sums[1:])
+    return sums
 
 
 def _highest_of_lower(lut_K: Floats) -> Floats:
@@ -231,10 +356,19 @@ def _highest_of_lower(lut_K: Floats) -> Floats:
     return np.where(above, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 
-def _checked_weights(weights: npt.NDArray[Any], shape: tuple[int, ...]) -> F64:
-    wide = np.asarray(weights, np.float64)
-    if wide.shape != shape:
-        raise ConfigError(f"weights must have the shape of the values, {shape}, got {wide.shape}.")
-    if not np.isfinite(wide).all() or (wide < 0).any():
+def checked_weights(weights: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """How much values count.
+
+    Args:
+        weights: any real dtype.
+        shape: of the values.
+
+    Raises:
+        ConfigError: another shape, or one that is not finite or negative.
+    """
+    weights = np.asarray(weights)
+    if weights.shape != shape:
+        raise ConfigError(f"weights must have the shape of the values, {shape}, got {weights.shape}.")
+    if not (weights.min(initial=0) >= 0 and np.isfinite(weights.max(initial=0))):  # either is NaN where one weight is
         raise ConfigError("weights must be finite and not negative, got a NaN, an Inf or a negative one.")
-    return wide
+    return weights

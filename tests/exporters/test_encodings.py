@@ -14,6 +14,7 @@ from qcompress.artifacts import ActivationGrid, Artifact, FloatWeight, IntegerWe
 from qcompress.errors import ConfigError
 from qcompress.granularity import lut_groups
 from qcompress.grid import IntegerRange
+from qcompress.palettes.vector import palettize_vectors
 from qcompress_exporters.encodings import words
 from qcompress_exporters.encodings.base import Encoding, GraphWriter
 from qcompress_exporters.encodings.integer import write_int8
@@ -130,6 +131,14 @@ def test_onnxruntime_decodes_the_artifact_bit_for_bit(encoding: Encoding, bits: 
     got, wanted = decoded(weight, encoding), weight.dequantize()
     assert got.shape == wanted.shape
     assert got.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize(("encoding", "bits"), CASES)
+@pytest.mark.parametrize("vector_dim", [2, 4, 8])
+def test_onnxruntime_decodes_vectors_that_k_means_found(encoding: Encoding, bits: int, vector_dim: int) -> None:
+    values = np.random.default_rng(bits).standard_normal((12, 4, 3, 2)).astype(np.float32)
+    weight = palettize_vectors(values, bits, vector_dim)
+    assert decoded(weight, encoding).tobytes() == weight.dequantize().tobytes()
 
 
 @pytest.mark.parametrize("bits", [3, 5, 6])

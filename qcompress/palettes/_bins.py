@@ -1,0 +1,94 @@
+"""Many values as counts in bins of one width: what there is to know of them for a palette, without sorting them.
+
+Shape suffixes: U = bins, N = values of a piece, T = values outside the bins.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+COUNT: Final = 1 << 16
+PIECE: Final = 1 << 16
+_MOST_OUTSIDE: Final = COUNT
+
+
+def pieces(count: int) -> Iterator[slice]:
+    """The slices, PIECE long, in which many values are gone through."""
+    return (slice(start, start + PIECE) for start in range(0, count, PIECE))
+
+
+@dataclass(frozen=True, slots=True)
+class Bins:
+    """Bins 1 .. COUNT - 2 of one width; the first and the last take what lies below and above.
+
+    A higher value is never in a lower bin.
+
+    Args:
+        low: where bin 2 starts.
+        per_unit: bins in a stretch of 1.
+    """
+
+    low: np.float32
+    per_unit: np.float32
+
+    @classmethod
+    def over(cls, low: float, high: float) -> Self | None:
+        """Bins of which 0 and COUNT - 1 hold nothing in [low, high]; None where float32 cannot tell them apart."""
+        if not low < high:
+            return None
+        with np.errstate(over="ignore"):
+            start, per_unit = np.float32(low), np.float32((COUNT - 4) / (high - low))
+        return cls(start, per_unit) if np.isfinite(per_unit) else None
+
+    def of(self, values_N: Floats) -> I64:
+        """[N]: the bin of each value."""
+        with np.errstate(over="ignore"):
+            place_N = values_N - self.low
+            place_N *= self.per_unit
+        place_N += 2
+        np.maximum(place_N, 0, out=place_N)
+        np.minimum(place_N, COUNT - 1, out=place_N)
+        return place_N.astype(np.int64)
+
+    @property
+    def width(self) -> float:
+        """Of a bin."""
+        return 1 / float(self.per_unit)
+
+    def middle(self, bins: I64) -> F64:
+        """Of each bin."""
+        return np.asarray(float(self.low) + (bins - 1.5) * self.width)
+
+    def count(self, values: Floats, mass: npt.NDArray[np.generic] | None) -> tuple[F64, Floats, F64] | None:
+        """What the bins hold.
+
+        Args:
+            values: 1-D.
+            mass: how much each value counts, finite, not negative, one of them above 0; None: 1.
+
+        Returns:
+            [U], the mass in each bin, 0 in the first and the last; then the values [T] outside and their mass. Masses
+            are in parts of the largest. None where too many are outside.
+        """
+        largest = 1.0 if mass is None else float(mass.max())
+        mass_U, outside, outside_mass, count = np.zeros(COUNT), [], [], 0
+        for piece in pieces(len(values)):
+            values_N = values[piece]
+            mass_N = None if mass is None else mass[piece].astype(np.float64) / largest
+            bins_N = self.of(values_N)
+            mass_U += np.bincount(bins_N, mass_N, COUNT)
+            outside_N = np.flatnonzero((bins_N == 0) | (bins_N == COUNT - 1))
+            outside.append(values_N[outside_N])
+            outside_mass.append(np.ones(len(outside_N)) if mass_N is None else mass_N[outside_N])
+            count += len(outside_N)
+            if count > _MOST_OUTSIDE:
+                return None
+        mass_U[0] = mass_U[-1] = 0
+        return mass_U, np.concatenate(outside), np.concatenate(outside_mass)

@@ -1,0 +1,298 @@
+"""Vector k-means: palettes whose entries are several consecutive weights.
+
+Source: Bachem et al., Scalable k-Means Clustering via Lightweight Coresets, 2018, algorithm 1 (points are drawn half
+evenly, half by their squared distance to the mean); Arthur and Vassilvitskii, k-means++, 2007, section 2, in the greedy
+form of its section 6 (of several candidates the one that lowers the error most); Lloyd's iterations.
+Code: written from the papers; no code copied.
+Deviations: the draws of the coreset are stratified. Where few entries are asked for, several starts are tried. All sums
+run in one order, so that a seed gives the same palette on any number of threads.
+
+Shape suffixes: V = vectors, D = vector_dim, K = palette entries, S = points of the coreset, C = candidates.
+"""
+
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompress import granularity
+from qcompress.artifacts import PalettizedWeight
+from qcompress.errors import ConfigError
+from qcompress.packing import check_bits
+from qcompress.palettes.scalar import checked_weights
+from qcompress.uniform import finite_floats
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+DIMS: Final = (2, 4, 8)
+
+_CORESET_PER_ENTRY: Final = 128
+_LEAST_CORESET: Final = 1 << 14
+_SEEDED: Final = 1 << 13  # points of the coreset among which k-means++ chooses
+_MOST_STARTS: Final = 8  # as many as there are entries fewer than _STARTS
+_STARTS: Final = 128
+_FIRST_STEPS: Final = 10  # of every start
+_STEPS: Final = 60  # of the best one
+_SETTLED: Final = 2e-4  # of the error, less than which a step must gain to be the last
+_FULL_STEPS: Final = 2  # on all vectors
+# Distances are found for this many vectors and entries at once: they stay in the cache.
+_PIECE: Final = 1 << 10
+_BLOCK: Final = 64
+_PAIRS: Final = 1 << 17
+_FAR: Final = 1 / 512  # of the vectors, on either side of a dimension
+_MOST_CELLS: Final = 1 << 12
+_SLACK: Final = 1 + 2**-10  # for rounding
+_TINY: Final = 1e-300
+
+
+def palettize_vectors(
+    weight: npt.NDArray[Any],
+    bits: int,
+    vector_dim: int,
+    axis: int = 0,
+    weights: npt.NDArray[Any] | None = None,
+    seed: int = 0,
+) -> PalettizedWeight:
+    """A weight as codes into one palette of vectors: `vector_dim` consecutive row-major elements have one code.
+
+    Args:
+        weight: float32, float16 or bfloat16, finite; not modified.
+        bits: width of a code, 1 to 8; bits / vector_dim for each weight.
+        vector_dim: 2, 4 or 8; must divide the number of elements.
+        axis: the axis that counts output channels.
+        weights: how much each element counts, shape of `weight`, finite and not negative; None, or all 0: all the same.
+        seed: of the draws.
+
+    Returns:
+        The artifact. Each code is of the nearest entry, of equally near ones the first. The palette is sorted and holds
+        no entry that no code points to.
+
+    Raises:
+        ConfigError: bits or vector_dim outside of these, a size that vector_dim does not divide, another dtype, NaN or
+            Inf, or weights that do not fit.
+
+    >>> w = palettize_vectors(np.array([[1, 2, 5, 6], [5, 6, 1, 2]], np.float32), bits=1, vector_dim=2)
+    >>> w.lut.tolist(), w.codes.tolist()
+    ([[[1.0, 2.0], [5.0, 6.0]]], [0, 1, 1, 0])
+    """
+    check_bits(bits)
+    if vector_dim not in DIMS:
+        raise ConfigError(f"vector_dim must be 2, 4 or 8, got {vector_dim!r}.")
+    values = finite_floats(weight, "palettize")
+    if values.size % vector_dim:
+        raise ConfigError(
+            f"vector_dim must divide the number of elements, got {vector_dim} for the {values.size} of a weight of "
+            f"shape {weight.shape}: take a smaller vector_dim, or scalars."
+        )
+    mass = None if weights is None else checked_weights(weights, weight.shape)
+    if mass is not None and not mass.any():
+        mass = None
+    # In parts of a power of two above the largest: no square overflows.
+    exponent = int(np.frexp(np.abs(values).max(initial=0))[1])
+    points = _Points(
+        x=_columns(np.ldexp(values, -exponent), vector_dim),
+        mass=None if mass is None else _columns(mass / float(mass.max()), vector_dim),
+    )
+    lut_KD, codes = np.zeros((0, vector_dim), np.float32), np.empty(len(points), np.int64)
+    if len(points):  # a weight without elements has a palette without entries
+        order = points.near_together()
+        points = points.at(order)
+        lut_KD = np.unique(points.fit(1 << bits, np.random.default_rng(seed)), axis=0)
+        codes[order] = points.nearest(lut_KD.astype(np.float64))[0]
+    is_used = np.bincount(codes, minlength=len(lut_KD)) > 0
+    return PalettizedWeight(
+        codes=(np.cumsum(is_used) - 1)[codes].astype(np.uint8),
+        lut=np.ldexp(lut_KD[is_used], exponent)[None],
+        bits=bits,
+        axis=axis,
+        weight_shape=weight.shape,
+    )
+
+
+def _columns(values: npt.NDArray[Any], vector_dim: int) -> Floats:
+    return np.array(granularity.vectors(values, vector_dim).T, np.float32, order="C")
+
+
+@dataclass(frozen=True, slots=True)
+class _Points:
+    """Vectors in columns.
+
+    Args:
+        x: [D, V], magnitudes of at most 1.
+        mass: [D, V], how much each element counts; None: 1.
+        share: [V], how many vectors each one stands for; None: 1.
+    """
+
+    x: Floats
+    mass: Floats | None = None
+    share: F64 | None = None
+
+    def __len__(self) -> int:
+        return int(self.x.shape[1])
+
+    def at(self, where_S: I64) -> "_Points":
+        """Some of the vectors."""
+        return _Points(
+            np.take(self.x, where_S, axis=1),
+            None if self.mass is None else np.take(self.mass, where_S, axis=1),
+            None if self.share is None else self.share[where_S],
+        )
+
+    def near_together(self) -> I64:
+        """An order in which vectors near each other mostly follow each other, so that the boxes of pieces are small.
+
+        Cells of like many vectors along each dimension; the few far ones have cells of their own.
+        """
+        if len(self) <= _PIECE:
+            return np.arange(len(self))
+        cells = int(min(len(self) / _PIECE, _MOST_CELLS) ** (1 / len(self.x)))
+        parts = np.concatenate([[_FAR], np.arange(1, cells) / cells, [1 - _FAR]])
+        cell_V = np.zeros(len(self), np.uint16)
+        for x_V in self.x:
+            cuts = np.quantile(x_V[:: -(-len(self) // _SEEDED)], parts)
+            cell_V = cell_V * np.uint16(cells + 2) + np.searchsorted(cuts, x_V).astype(np.uint16)
+        return np.argsort(cell_V, kind="stable")
+
+    def fit(self, entries: int, random: np.random.Generator) -> Floats:
+        """At most `entries` vectors [K, D] with a small total squared distance to the points."""
+        sample = self.coreset(max(_LEAST_CORESET, _CORESET_PER_ENTRY * entries), random)
+        seeded = sample.at(np.arange(0, len(sample), -(-len(sample) // _SEEDED)))
+        starts = [seeded.seeds(entries, random)]
+        if len(starts[0]) < entries:  # few points are distinct, or the others were not drawn
+            sample = seeded = self.distinct()
+            starts = [sample.seeds(entries, random)]
+        while len(starts) < min(_MOST_STARTS, _STARTS // entries):
+            starts.append(seeded.seeds(entries, random))
+        _, lut_KD = min((sample.lloyd(start_KD, _FIRST_STEPS) for start_KD in starts), key=itemgetter(0))
+        _, lut_KD = sample.lloyd(lut_KD, _STEPS)
+        return lut_KD if len(sample) == len(self) else self.lloyd(lut_KD, _FULL_STEPS)[1]
+
+    def coreset(self, count: int, random: np.random.Generator) -> "_Points":
+        """A sample of `count` points with shares, whose error to any palette is near that of all; all where few."""
+        if len(self) <= count:
+            return self
+        mean_D = self.means(np.zeros(len(self), np.int64), np.zeros((1, len(self.x)), np.float32))
+        far_V = self.squared(mean_D)[0].astype(np.float64)
+        even_V = np.ones(len(self)) if self.mass is None else self.mass.sum(axis=0, dtype=np.float64)
+        likely_V = even_V / (2 * even_V.sum()) + far_V / max(2 * far_V.sum(), _TINY)
+        sums_V = np.cumsum(likely_V)
+        drawn = _drawn(sums_V, (np.arange(count) + random.random(count)) / count)
+        return replace(self.at(drawn), share=sums_V[-1] / (count * likely_V[drawn]))
+
+    def distinct(self) -> "_Points":
+        """Equal vectors as one."""
+        x_VD, codes = np.unique(self.x.T, axis=0, return_inverse=True)
+        masses = [np.bincount(codes.ravel(), self._mass(d)) for d in range(len(self.x))]
+        return _Points(np.array(x_VD.T, order="C"), np.array(masses, np.float32))
+
+    def seeds(self, entries: int, random: np.random.Generator) -> Floats:
+        """Greedy k-means++; fewer where fewer vectors are distinct."""
+        share_V = np.ones(len(self)) if self.share is None else self.share
+        chosen = [int(_drawn(np.cumsum(share_V), random.random(1))[0])]
+        squared_V = self.squared(self.x[:, chosen].T)[0]
+        candidates = 2 + int(np.log(entries))
+        while len(chosen) < entries:
+            sums_V = np.cumsum(share_V * squared_V)
+            if sums_V[-1] <= 0:
+                break
+            drawn = _drawn(sums_V, random.random(candidates))
+            squared_CV = np.minimum(self.squared(self.x[:, drawn].T), squared_V)
+            best = int(np.argmin((squared_CV * share_V).sum(axis=1)))
+            chosen.append(int(drawn[best]))
+            squared_V = squared_CV[best]
+        return np.array(self.x[:, chosen].T, order="C")
+
+    def lloyd(self, lut_KD: Floats, steps: int) -> tuple[float, Floats]:
+        """The error before the last step, and the palette after it."""
+        last = np.inf
+        for _ in range(steps):
+            codes_V, squared_V = self.nearest(lut_KD)
+            error_V = squared_V if self.share is None else squared_V * self.share
+            lut_KD = self.means(codes_V, lut_KD)
+            empty = np.flatnonzero(np.bincount(codes_V, minlength=len(lut_KD)) == 0)
+            if len(empty):  # each takes one of the vectors that are worst off
+                worst = np.argsort(-error_V, kind="stable")[: len(empty)]
+                lut_KD[empty[: len(worst)]] = self.x[:, worst].T
+            error = float(error_V.sum(dtype=np.float64))
+            if last - error <= _SETTLED * error:
+                break
+            last = error
+        return error, lut_KD
+
+    def means(self, codes_V: I64, lut_KD: Floats) -> Floats:
+        """The mean of each code's vectors; an element without mass stays as it is."""
+        made_KD = lut_KD.copy()
+        for d, x_V in enumerate(self.x):
+            mass_V = self._mass(d)
+            mass_K = np.bincount(codes_V, mass_V, len(lut_KD))
+            sum_K = np.bincount(codes_V, x_V if mass_V is None else x_V * mass_V, len(lut_KD))
+            np.divide(sum_K, mass_K, out=made_KD[:, d], where=mass_K > 0, casting="same_kind")
+        return made_KD
+
+    def _mass(self, d: int) -> F64 | None:
+        """Of an element, times what the vectors stand for."""
+        if self.mass is None:
+            return self.share
+        mass_V = self.mass[d].astype(np.float64)
+        return np.asarray(mass_V if self.share is None else mass_V * self.share)
+
+    def nearest(self, lut_KD: Floats | F64) -> tuple[I64, Floats | F64]:
+        """The code of each vector and its squared distance, in the precision of the palette.
+
+        The code takes the place of the distance's lowest bits, so that one minimum finds both. Vectors are gone through
+        piece by piece, with the entries that may be nearest to one of a piece.
+        """
+        integer: Any = np.int32 if lut_KD.dtype == np.float32 else np.int64
+        code_bits = integer((1 << max(1, (len(lut_KD) - 1).bit_length())) - 1)
+        best_V = np.full(len(self), np.iinfo(integer).max, integer)
+        size = min(max(_PIECE, _PAIRS // len(lut_KD)), 8 * _PIECE)
+        starts_P = np.arange(0, len(self), size)
+        may_KP = self._may_be_nearest(lut_KD, starts_P)
+        for start, may_K in zip(starts_P, may_KP.T, strict=True):
+            codes = np.flatnonzero(may_K).astype(integer)
+            piece = slice(start, start + size)
+            for first in range(0, len(codes), _BLOCK):
+                block = codes[first : first + _BLOCK]
+                both = self.squared(lut_KD[block], piece).view(integer)
+                both &= ~code_bits
+                both |= block[:, None]
+                np.minimum(best_V[piece], both.min(axis=0), out=best_V[piece])
+        return (best_V & code_bits).astype(np.int64), (best_V & ~code_bits).view(lut_KD.dtype)
+
+    def _may_be_nearest(self, lut_KD: Floats | F64, starts_P: I64) -> npt.NDArray[np.bool_]:
+        """[K, P]: whether an entry is no farther from a piece's box than another is at most from all of it."""
+        least_KP = np.zeros((len(lut_KD), len(starts_P)), lut_KD.dtype)
+        most_KP = np.zeros_like(least_KP)
+        for d in range(len(self.x)):
+            entry_K = lut_KD[:, d, None]
+            below_KP = np.minimum.reduceat(self.x[d], starts_P) - entry_K
+            above_KP = entry_K - np.maximum.reduceat(self.x[d], starts_P)
+            nearest_KP = np.maximum(np.maximum(below_KP, above_KP), 0) ** 2
+            farthest_KP = np.minimum(below_KP, above_KP) ** 2
+            if self.mass is not None:
+                nearest_KP *= np.minimum.reduceat(self.mass[d], starts_P)
+                farthest_KP *= np.maximum.reduceat(self.mass[d], starts_P)
+            least_KP += nearest_KP
+            most_KP += farthest_KP
+        return np.asarray(least_KP <= _SLACK * most_KP.min(axis=0))
+
+    def squared(self, lut_KD: Floats | F64, piece: slice = slice(None)) -> Floats | F64:
+        """[K, V]: squared distances, each element counted by its mass."""
+        total: Any = None
+        for d, x_V in enumerate(self.x[:, piece]):
+            apart = lut_KD[:, d, None] - x_V
+            apart *= apart
+            if self.mass is not None:
+                apart *= self.mass[d, piece]
+            total = apart if total is None else np.add(total, apart, out=total)
+        return np.asarray(total)
+
+
+def _drawn(sums_V: F64, parts: F64) -> I64:
+    """Where parts of the last sum, below 1, are reached."""
+    last = np.searchsorted(sums_V, sums_V[-1])
+    return np.asarray(np.minimum(np.searchsorted(sums_V, parts * sums_V[-1], side="right"), last))
