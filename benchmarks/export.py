@@ -58,7 +58,7 @@ def measure(net: Net, args: argparse.Namespace) -> list[dict[str, Any]]:
 def row(program: FloatProgram, bits: int, data: Dataset, rounds: int) -> dict[str, Any]:
     """Export at one width and measure the file."""
     start = time.process_time()
-    small = compress_program(program, Plan.from_flags(bits=bits))
+    small = compress_program(program, Plan.from_flags(bits=bits), effort="fast")
     compress_s = time.process_time() - start
     built = build(small)
     size = built.report.size

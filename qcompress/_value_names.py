@@ -1,7 +1,7 @@
 """What the inputs and outputs of a program are called."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -14,8 +14,8 @@ def input_names(exported: ExportedProgram, names: tuple[str, ...] | None = None)
     spec = exported.call_spec.in_spec
     if spec is None or spec.num_leaves != len(plain):
         return plain
-    paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(plain))), spec))[0]
-    keys = [key_name(path[2:]) for path, _ in paths]  # path: (args | kwargs) -> argument -> keys
+    paths = _paths(pytree.tree_unflatten(list(range(len(plain))), spec))
+    keys = [key_name(path[2:]) for path in paths]  # path: (args | kwargs) -> argument -> keys
     counts = Counter([k for k in keys if k] + [n for k, n in zip(keys, plain, strict=True) if not k])
     return tuple(k if k and counts[k] == 1 else n for k, n in zip(keys, plain, strict=True))
 
@@ -24,13 +24,21 @@ def output_names(exported: ExportedProgram) -> tuple[str, ...]:
     """Names of the outputs: the keys of a dict, else `output`, `output_1`, ..."""
     count = len(exported.graph_signature.user_outputs)
     spec = exported.call_spec.out_spec
-    paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(count)), spec))[0]
     names: list[str] = []
-    for path, _ in paths:
+    for path in _paths(pytree.tree_unflatten(list(range(count)), spec)):
         base = key_name(path) or "output"
         taken = sum(n == base or n.startswith(f"{base}_") for n in names)
         names.append(base if base not in names else f"{base}_{taken}")
     return tuple(names)
+
+
+def _paths(tree: Any) -> list[Sequence[Any]]:
+    """The path to each leaf; without keys where a container of some library tells none."""
+    tree = dict(tree) if isinstance(tree, Mapping) else tree  # a ModelOutput of transformers, for one
+    try:
+        return [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    except ValueError:
+        return [() for _ in pytree.tree_leaves(tree)]
 
 
 def key_name(path: Sequence[Any]) -> str:

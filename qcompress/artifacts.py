@@ -148,10 +148,10 @@ class PalettizedWeight:
 
     def dequantize(self) -> Floats:
         """The float32 weight: lut[group of the output channel, code] * scale."""
-        values = self.looked_up(self.lut).astype(np.float32)
+        values = self.looked_up(self.lut.astype(np.float32))
         if self.scale is not None:
-            values = values * spread(self.scale, self.shape, self.axis)
-        return np.array(values, np.float32, order="C")
+            values *= spread(self.scale, self.shape, self.axis)
+        return np.ascontiguousarray(values).reshape(self.shape)
 
     def looked_up(self, lut: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """What the codes point to in a table, in the weight's shape.
@@ -163,7 +163,12 @@ class PalettizedWeight:
             return granularity.from_vectors(lut[0][self.codes], self.shape)
         codes_OR = granularity.rows(self.codes, self.axis)
         group_O = granularity.group_of_row(self._channels, self.rows_per_lut)
-        return granularity.from_rows(lut[group_O[:, None], codes_OR], self.shape, self.axis)
+        found_OR = np.empty(codes_OR.shape, lut.dtype)
+        step = max(1, _CHUNK // max(1, codes_OR.shape[1]))  # what numpy looks up by becomes int64 first
+        for start in range(0, len(codes_OR), step):
+            piece = slice(start, start + step)
+            found_OR[piece] = lut[group_O[piece, None], codes_OR[piece]]
+        return granularity.from_rows(found_OR, self.shape, self.axis)
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
         """Stored form: codes, lut and scale by suffix."""
@@ -358,6 +363,7 @@ ARTIFACTS: Final[Mapping[str, type[PalettizedWeight] | type[IntegerWeight] | typ
     "float": FloatWeight,
 }
 
+_CHUNK: Final = 1 << 18  # values that are looked up at once
 FLOAT_DTYPES: Final = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
@@ -649,10 +655,10 @@ def digest(values: npt.NDArray[Any]) -> str:
     """
     values = np.asarray(values, order="C")
     head = f"{values.dtype.str}{list(values.shape)}".encode()
-    return short_digest(head, values.tobytes())
+    return short_digest(head, values.reshape(-1).view(np.uint8).data)  # no copy
 
 
-def short_digest(*parts: bytes) -> str:
+def short_digest(*parts: bytes | memoryview) -> str:
     """11 characters (66 bits) of the SHA-256 over `parts`, URL-safe.
 
     >>> short_digest(b"abc") == short_digest(b"a", b"bc")

@@ -233,7 +233,8 @@ def _canonical(
         *(f"The model changes its buffer {n} as it runs; the file keeps the value of now." for n in _mutated(exported)),
     )
     _check_outputs(exported)
-    exported = _with_own_tensors(_prune(_functional(_prune(exported))))
+    exported = _prune(_functional(_prune(exported)))
+    exported = exported if options.shares else _with_own_tensors(exported)
     state = _checked_state(exported)
     inputs = _check_names(options.input_names, input_names(exported), "--input-names", "inputs")
     clash = sorted(state & set(inputs))

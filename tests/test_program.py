@@ -1,12 +1,14 @@
 """Tracing, folding and layer kinds, on nets that have every kind of layer."""
 
 import io
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from nets import Residual, Tied, image, randomized, sentences, traced
 from qcompress.batchnorm import fold_batchnorm
@@ -481,3 +483,32 @@ def test_an_output_cannot_take_the_name_of_an_input() -> None:
     options = ProgramOptions(inputs={"x": image(shape=(4,))}, output_names=("input",))
     with pytest.raises(ConfigError, match=r"^--output-names: input names an input or a tensor of the model already"):
         from_module(nn.Linear(4, 3).eval(), options)
+
+
+class Outputs(OrderedDict[str, torch.Tensor]):
+    """A dict of some library's own, which tells torch how to take it apart but not by what keys."""
+
+
+def test_outputs_of_a_container_without_key_paths_go_by_its_keys():
+    pytree.register_pytree_node(
+        Outputs,
+        lambda made: (list(made.values()), list(made)),
+        lambda values, keys: Outputs(zip(keys, values, strict=True)),
+        serialized_type_name="tests.Outputs",
+    )
+
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> Outputs:
+            return Outputs(hidden=x.relu(), pooled=x.mean(1))
+
+    assert traced(Net().eval(), x=image(2, shape=(4,))).output_names == ("hidden", "pooled")
+
+
+def test_a_program_shares_tensors_only_where_it_may():
+    module = nn.Linear(4, 3).eval()
+    inputs = {"input": image(2, shape=(4,))}
+    own, shared = (from_module(module, ProgramOptions(inputs=inputs, shares=shares)) for shares in (False, True))
+    with torch.no_grad():
+        module.weight.zero_()
+    assert own.state()["weight"].any()
+    assert not shared.state()["weight"].any()

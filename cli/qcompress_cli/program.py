@@ -34,6 +34,7 @@ def open_program(source: Source, given: Settings, ui: Ui, options: ProgramOption
     program = source.program(
         replace(
             options,
+            shares=True,  # nothing but this command has the model
             inputs=inputs,
             dynamic={(d.name, d.axis): d.label for d in given.dynamic} or options.dynamic,
             input_names=given.input_names or options.input_names,

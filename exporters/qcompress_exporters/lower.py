@@ -100,7 +100,8 @@ def lower(trace: Trace, artifacts: Mapping[str, Artifact], opset: int, *, sign: 
     del graph.input[:], graph.node[:]
     graph.input.extend(inputs)
     graph.node.extend([*writer.nodes, *nodes])
-    graph.initializer.extend(writer.initializers)
+    while writer.initializers:  # one by one: a large model is not held twice
+        graph.initializer.append(writer.initializers.pop(0))
     return Lowered(model, encodings)
 
 

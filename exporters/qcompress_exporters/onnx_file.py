@@ -29,6 +29,7 @@ from qcompress_exporters.encodings.palette import ENCODINGS, choose
 from qcompress_exporters.encodings.words import Words
 from qcompress_exporters.lower import FORMATS, Lowered, lower, lower_dynamic, lower_integer
 from qcompress_exporters.marks import PADDED, SHARED, LayerReport, Quantized
+from qcompress_exporters.nbytes import nbytes_with
 from qcompress_exporters.targets import BASE_OPSET, DEFAULT_TARGET, Target
 from qcompress_exporters.trace import Trace, trace
 
@@ -171,13 +172,13 @@ def build(
         artifacts = {name: _halved(a) for name, a in artifacts.items()}
     elif float_leftovers != "float32":
         raise ConfigError(f"float_leftovers must be float32 or float16, got {float_leftovers!r}.")
-    original = float_file(graph, model.program.state())
+    original = float_file_nbytes(graph, model.program.state())
     lowered, opset, found = _at_best_opset(_lowering(model, graph, artifacts, format or QDQ), artifacts, runtime)
     data = lowered.serialize(
         {
             metadata.VERSION: package_metadata.version("qcompress"),
             metadata.TARGET: runtime.text,
-            metadata.ORIGINAL_BYTES: str(len(original)),
+            metadata.ORIGINAL_BYTES: str(original),
             metadata.PLAN: model.plan_digest,
             metadata.SOURCE: model.source_digest,
             **({metadata.SITES: metadata.sites_text(model.compute, sites)} if sites else {}),
@@ -190,7 +191,7 @@ def build(
         path=None,
         target=runtime.text,
         opset=opset,
-        size=SizeReport(ideal=ideal, payload=lowered.payload, file=len(data), original=len(original), count=count),
+        size=SizeReport(ideal=ideal, payload=lowered.payload, file=len(data), original=original, count=count),
         tensors=tuple(_tensor_report(n, a, lowered.encodings[n], opset, runtime, found) for n, a in artifacts.items()),
         notes=(*model.notes, *graph.notes),
         compute=model.compute,
@@ -255,6 +256,17 @@ def float_file(graph: Trace, state: Mapping[str, Any]) -> bytes:
     return lower(graph, floats, BASE_OPSET, sign=False).serialize()
 
 
+def float_file_nbytes(graph: Trace, state: Mapping[str, Any]) -> int:
+    """The length of `float_file`, without the memory that it takes."""
+    empty = {n: FloatWeight(values=state[n].detach().flatten()[:0].cpu().numpy(), reason="") for n in graph.state_names}
+    model = lower(graph, empty, BASE_OPSET, sign=False).model
+    open_tensors = [t for t in model.graph.initializer if t.name in empty]
+    for tensor in open_tensors:
+        tensor.dims[:] = state[tensor.name].shape
+        tensor.ClearField("raw_data")
+    return nbytes_with(model, {t.name: state[t.name].nbytes for t in open_tensors})
+
+
 def _at_best_opset(lower: Lower, artifacts: Mapping[str, Artifact], target: Target) -> tuple[Lowered, int, str]:
     """The lowest opset that the widths need; a higher one where its native types save enough of the file.
 
@@ -264,16 +276,16 @@ def _at_best_opset(lower: Lower, artifacts: Mapping[str, Artifact], target: Targ
     widths = {a.bits for a in artifacts.values() if isinstance(a, PalettizedWeight | IntegerWeight)}
     best_opset = max((_opset_needed(bits, target) for bits in widths), default=BASE_OPSET)
     best = lower(best_opset)
-    nbytes, tried = len(best.serialize()), {_choices(widths, best_opset)}
+    nbytes, tried = best.model.ByteSize(), {_choices(widths, best_opset)}
     found = f"opset {best_opset} is needed anyway"
     for opset in (o for o in target.opsets if o > best_opset):
         if _choices(widths, opset) in tried:
             continue
         tried.add(_choices(widths, opset))
         higher = lower(opset)
-        saved = 1 - len(higher.serialize()) / nbytes
+        saved = 1 - higher.model.ByteSize() / nbytes
         if saved >= _WORTH_AN_OPSET:
-            best, best_opset, nbytes = higher, opset, len(higher.serialize())
+            best, best_opset, nbytes = higher, opset, higher.model.ByteSize()
             found = f"native types (opset {opset}) save {saved:.1%} of the file"
         else:
             found = f"native types (opset {opset}) would save {saved:.1%} of the file, less than {_WORTH_AN_OPSET:.0%}"
@@ -316,7 +328,7 @@ def _tensor_report(
         bits=bits,
         bits_per_weight=bits_per_weight(artifact),
         nbytes=artifact.nbytes,
-        float_nbytes=int(np.prod(artifact.shape)) * artifact.dequantize().itemsize,
+        float_nbytes=int(np.prod(artifact.shape)) * _float_itemsize(artifact),
         encoding=encoding,
         why=why,
     )
@@ -324,6 +336,11 @@ def _tensor_report(
 
 def _itemsize(artifact: Artifact) -> int:
     return artifact.values.itemsize if isinstance(artifact, FloatWeight) else 4
+
+
+def _float_itemsize(artifact: Artifact) -> int:
+    """Of what the graph computes with."""
+    return artifact.dequantize().itemsize if isinstance(artifact, FloatWeight) else 4
 
 
 def _halved(artifact: Artifact) -> Artifact:

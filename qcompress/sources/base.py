@@ -68,12 +68,14 @@ class ProgramOptions:
         dynamic: names of dynamic axes, {(input name, axis): axis name}; None: the first axis of every input, `batch`.
         input_names: names for the graph's inputs; None: forward's argument names.
         output_names: names for the graph's outputs; None: `output`, `output_1`, or the keys of a dict.
+        shares: whether the program may keep the model's own tensors: nobody else will change them.
     """
 
     inputs: Mapping[str, npt.NDArray[Any]] | None = None
     dynamic: Mapping[tuple[str, int], str] | None = None
     input_names: tuple[str, ...] | None = None
     output_names: tuple[str, ...] | None = None
+    shares: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

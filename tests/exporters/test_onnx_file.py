@@ -16,7 +16,7 @@ from qcompress.posthoc.compress import compress, compress_program
 from qcompress_exporters import export
 from qcompress_exporters.lower import lower
 from qcompress_exporters.metadata import read
-from qcompress_exporters.onnx_file import build, float_file
+from qcompress_exporters.onnx_file import build, float_file, float_file_nbytes
 from qcompress_exporters.sessions import optimized_ops, run, session
 from qcompress_exporters.trace import trace
 
@@ -200,3 +200,9 @@ def test_leftovers_too_small_for_float16_stay_float32() -> None:
         net.bias.fill_(1e-8)
     small = compress(net, Plan.from_flags(bits=2), example_inputs=(torch.zeros(1, 64),))
     assert {t.encoding for t in build(small, float_leftovers="float16").report.left_in_float} == {"float32"}
+
+
+def test_the_length_of_the_float_file_is_told_without_its_bytes() -> None:
+    for program in (traced(randomized(Wide()), x=image()), traced(Tied().eval(), **sentences())):
+        graph = trace(program)
+        assert float_file_nbytes(graph, program.state()) == len(float_file(graph, program.state()))
