@@ -49,8 +49,16 @@ class Batches(CalibrationDataReader):
         return next(self._left, None)
 
 
-def static(original: bytes, calibration: Dataset, name: str, *, batch: int, chunk: int | None = None) -> bytes:
-    """`quantize_static` as its documentation says: preprocessed, QDQ, uint8 activations, int8 weights per channel.
+def static(
+    original: bytes,
+    calibration: Dataset,
+    name: str,
+    *,
+    batch: int,
+    chunk: int | None = None,
+    weight_type: QuantType = QuantType.QInt8,
+) -> bytes:
+    """`quantize_static` as its documentation says: preprocessed, QDQ, uint8 activations, weights per channel.
 
     Args:
         original: the float file.
@@ -58,6 +66,7 @@ def static(original: bytes, calibration: Dataset, name: str, *, batch: int, chun
         name: one of CALIBRATIONS.
         batch: samples in a batch.
         chunk: batches that are in memory at once; None: all of them.
+        weight_type: int8 or int4.
     """
     method, options = CALIBRATIONS[name]
     chunks = {"CalibStridedMinMax": chunk} if chunk and method is not CalibrationMethod.MinMax else {}
@@ -72,7 +81,7 @@ def static(original: bytes, calibration: Dataset, name: str, *, batch: int, chun
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
+            weight_type=weight_type,
             calibrate_method=method,
             extra_options={**options, **chunks},
         )

@@ -1,13 +1,23 @@
-"""The two real nets of the benchmarks, with their images."""
+"""The two real nets of the benchmarks, and the one of samples/digits, with their images."""
 
+import contextlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from qcompress.data import Dataset, load_data
 from qcompress.program import FloatProgram
 from qcompress.sources import ProgramOptions, SourceOptions, load_source
+from qcompress.sources.arch import module_of_state_dict
+
+SAMPLE = Path(__file__).parents[1] / "samples" / "digits"
 
 
 @dataclass(frozen=True)
@@ -16,11 +26,12 @@ class Net:
 
     Args:
         weights: file of its weights.
-        arch: its architecture, in a file that also holds `preprocess`.
+        arch: its architecture.
         images: images with labels that it is tested on.
         calibration: images that it is calibrated on, none of them tested on.
         calibration_samples: how many of those.
         shape: of one input.
+        transform: the function in the architecture's file that makes inputs of images; None: they are inputs.
     """
 
     weights: str
@@ -29,12 +40,19 @@ class Net:
     calibration: str
     calibration_samples: int
     shape: tuple[int, ...]
+    transform: str | None = "preprocess"
 
     def program(self, folder: Path) -> FloatProgram:
         """The net as it came, BatchNorm not folded."""
-        source = load_source(folder / self.weights, options=SourceOptions(arch=f"{folder}/{self.arch}"))
+        source = load_source(folder / self.weights, options=self._options(folder))
         example = np.random.default_rng(0).standard_normal(self.shape).astype(np.float32)
         return source.program(ProgramOptions(inputs={"x": example}))
+
+    def module(self, folder: Path) -> torch.nn.Module:
+        """The same net as its author's module."""
+        options = self._options(folder)
+        source = load_source(folder / self.weights, options=options)
+        return module_of_state_dict(source.tensors(), options, self.weights).eval()
 
     def test_data(self, folder: Path) -> Dataset:
         """What accuracy is measured on."""
@@ -44,9 +62,13 @@ class Net:
         """What activations are calibrated on."""
         return self._data(folder, self.calibration).head(self.calibration_samples)
 
+    def _options(self, folder: Path) -> SourceOptions:
+        return SourceOptions(arch=f"{folder}/{self.arch}")
+
     def _data(self, folder: Path, spec: str) -> Dataset:
         module = self.arch.partition(":")[0]
-        return load_data(f"{folder}/{spec}", transform=f"{folder}/{module}:preprocess")
+        transform = None if self.transform is None else f"{folder}/{module}:{self.transform}"
+        return load_data(f"{folder}/{spec}", transform=transform)
 
 
 NETS = {
@@ -67,3 +89,22 @@ NETS = {
         shape=(1, 3, 224, 224),
     ),
 }
+
+DIGITS = Net(
+    "state.pt",
+    "net.py:DigitsNet",
+    images="test.npz:image=x,y=y",
+    calibration="calibration.npz:image=x",
+    calibration_samples=256,
+    shape=(1, 1, 8, 8),
+    transform=None,
+)
+
+
+@contextlib.contextmanager
+def trained_digits() -> Iterator[Path]:
+    """The folder of DIGITS: the sample trains it, in some seconds and from its fixed seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, SAMPLE / "train.py", "--out", folder], check=True, stdout=subprocess.DEVNULL)
+        shutil.copy(SAMPLE / "net.py", folder)
+        yield Path(folder)

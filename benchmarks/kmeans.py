@@ -10,13 +10,10 @@ requirements.txt; one that is not installed is left out. `--quick` leaves out wh
 import argparse
 import contextlib
 import importlib
-import io
 import json
-import logging
 import time
 import tracemalloc
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from _common import Bar, quiet
 
 from qcompress.palettes.scalar import palettize
 from qcompress.palettes.vector import palettize_vectors
@@ -61,21 +59,6 @@ class Row:
     def seconds(self) -> float:
         """The median."""
         return float(np.median(self.cpu_s))
-
-
-@dataclass(frozen=True)
-class Bar:
-    """What a figure is held to: at least, or at most."""
-
-    what: str
-    value: float
-    limit: float
-    at_least: bool = False
-
-    @property
-    def verdict(self) -> str:
-        """`pass` or `FAIL`."""
-        return "pass" if (self.value >= self.limit if self.at_least else self.value <= self.limit) else "FAIL"
 
 
 @dataclass
@@ -145,8 +128,7 @@ class Results:
 
     def _hold(self, bar: Bar) -> None:
         self.bars.append(bar)
-        sign = ">=" if bar.at_least else "<="
-        print(f"  {bar.verdict:5} {bar.what}: {bar.value:.7g} {sign} {bar.limit:g}", flush=True)
+        print(f"  {bar}", flush=True)
 
 
 def main() -> None:
@@ -287,17 +269,6 @@ def sklearn(kind: str, bits: int, vector_dim: int) -> Callable[[int], Tool]:
         return run
 
     return seeded
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what peers print, log and warn."""
-    logging.disable(logging.CRITICAL)
-    sink = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        warnings.simplefilter("ignore")
-        yield
-    logging.disable(logging.NOTSET)
 
 
 def one_thread() -> contextlib.AbstractContextManager[Any]:

@@ -1,38 +1,105 @@
-"""Compression without training or labels: accuracy, KL and bytes of real files, by bits and recipe.
+"""Compression without training or labels, beside other tools: bytes, accuracy, KL, time and memory, held to bars.
 
-    python benchmarks/posthoc.py --data DIR [--nets resnet20 ...] [--bits 4 3 2] [--recipes fast ...] [--json FILE]
+    python benchmarks/posthoc.py --data DIR [--nets digits resnet20 mobilenet] [--bits 4 3 2] [--recipes fast ...]
+                                 [--no-peers] [--json FILE]
 
-DIR holds the nets and images of `_nets.py`. Everything is measured through onnxruntime on the files that were written.
+DIR holds the nets and images of `_nets.py`; `digits` needs none. Recipes: `fast` takes the nearest levels, `no data`
+solves weights on synthesised inputs, the solvers solve them on calibration images without labels. Peers are those of
+`_peers.py`; one that is not installed is left out. Files are measured through onnxruntime as they were written. Peers
+that write none for it (`*`) run in torch, and their bytes are the least that a file would take.
+
+Each row is made in a fresh process. CPU seconds are those from the traced net to the file, for onnxruntime's from the
+float file, and without any file where none is written. The peak is the largest resident set of that process until then,
+with all imports and the net: the float row shows how much these take.
 """
 
 import argparse
+import contextlib
+import importlib
 import json
+import os
 import resource
-import sys
 import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _nets import NETS
+from _common import Bar, quiet
+from _nets import DIGITS, NETS, trained_digits
+from _peers import INSTALL, PEERS, Palettized, Subject, folded_module
 
 from qcompress.batchnorm import fold_batchnorm
+from qcompress.data import Dataset
 from qcompress.metrics import compare, load_metric
 from qcompress.plan import Plan
-from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.compress import Effort, compress_program
+from qcompress.program import FloatProgram
+from qcompress.solvers import SOLVERS
 from qcompress_exporters import build
 from qcompress_exporters.checks import outputs_of
 from qcompress_exporters.onnx_file import float_file
 from qcompress_exporters.trace import trace
 
-CALIBRATION = {"resnet20": 512, "mobilenet": 128}
-RECIPES = {  # name -> effort, and whether it gets the calibration images
-    "fast": ("fast", False),
-    "no data": ("balanced", False),
-    "balanced": ("balanced", True),
+CALIBRATION = {"digits": 256, "resnet20": 512, "mobilenet": 128}
+FLOAT, FLOAT_BITS = "float", 32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How we compress.
+
+    Args:
+        effort: of `compress_program`.
+        solver: likewise.
+        has_data: whether it gets the calibration images.
+    """
+
+    effort: Effort
+    solver: str = "gptq"
+    has_data: bool = False
+
+
+RECIPES = {
+    "fast": Recipe("fast"),
+    "no data": Recipe("balanced"),
+    **{solver: Recipe("balanced", solver, has_data=True) for solver in SOLVERS},
 }
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row to be made: the net, the folder that it is in, the bits of its weights, and FLOAT, a recipe or a peer."""
+
+    net: str
+    folder: Path
+    bits: int
+    recipe: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of a task.
+
+    Args:
+        nbytes: of the file.
+        has_file: whether there is one.
+        cpu_s: CPU seconds of compression, and of writing the file.
+        peak_mb: largest resident set of the process until then.
+        outputs: of the test images.
+        labels: of these.
+    """
+
+    nbytes: int
+    has_file: bool
+    cpu_s: float
+    peak_mb: float
+    outputs: dict[str, Any]
+    labels: Any
 
 
 @dataclass(frozen=True)
@@ -42,22 +109,26 @@ class Row:
     Args:
         net: its name.
         bits: of every weight.
-        recipe: a key of RECIPES.
+        recipe: FLOAT, a key of RECIPES or of PEERS.
         nbytes: of the file.
+        has_file: whether there is one; if not, `nbytes` is what it would take at least.
         top1: on the test images.
-        low: lower end of the paired 95 % interval of the drop in top-1 against the float file.
+        drop: how much less that is than the float file's.
+        low: lower end of the paired 95 % interval of the drop.
         high: its upper end.
         agreement: share of images with the float file's answer.
         kl: mean Kullback-Leibler divergence of the answers from the float file's, nats.
-        cpu_s: CPU seconds of compression alone.
-        peak_mb: largest resident set of the process so far.
+        cpu_s: see Made.
+        peak_mb: see Made.
     """
 
     net: str
     bits: int
     recipe: str
     nbytes: int
+    has_file: bool
     top1: float
+    drop: float
     low: float
     high: float
     agreement: float
@@ -66,66 +137,132 @@ class Row:
     peak_mb: float
 
 
+AT_LEAST = {"nbytes": False, "drop": False, "top1": True, "agreement": True}
+LIMITS: dict[tuple[str, int, str], dict[str, float]] = {
+    ("resnet20", 4, "gptq"): {"nbytes": 160_000, "top1": 0.860},
+    ("resnet20", 3, "gptq"): {"nbytes": 125_000, "top1": 0.858},
+    ("resnet20", 2, "gptq"): {"nbytes": 95_000, "top1": 0.835},
+    ("resnet20", 4, "no data"): {"top1": 0.855},
+    ("resnet20", 3, "no data"): {"top1": 0.835},
+    ("resnet20", 2, "no data"): {"top1": 0.65},
+    ("mobilenet", 4, "gptq"): {"nbytes": 1_450_000, "drop": 0.02, "agreement": 0.85},
+    ("mobilenet", 3, "gptq"): {"nbytes": 1_100_000, "drop": 0.10},
+}
+
+
 def main() -> None:
-    """Measure, print a table, and write JSON."""
+    """Measure, print a table and bars, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--nets", nargs="+", default=list(CALIBRATION), choices=list(CALIBRATION))
-    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], choices=range(1, 9))
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{'net':10} bits {'recipe':9} {'bytes':>10} {'top-1':>7} {'drop, 95 %':>16} {'agree':>7} {'KL':>7} CPU s")
+    os.environ["OMP_NUM_THREADS"] = "1"  # also scikit-learn's, in the processes to come
+    peers = [name for name, peer in PEERS.items() if args.peers and peer.is_installed]
+    absent = [name for name, peer in PEERS.items() if args.peers and not peer.is_installed]
+    if absent:
+        print(f"left out, not installed: {', '.join(absent)}. {INSTALL}")
+    print(
+        f"{'net':9} bits {'recipe':11} {'bytes':>11} {'top-1':>7} {'drop, 95 %':>16} {'agree':>7} {'KL':>7} "
+        f"{'CPU s':>6} peak MB"
+    )
     rows = []
     for name in args.nets:
-        for row in measure(name, args.data, args.bits, args.recipes):
-            rows.append(row)
-            drop = f"{row.low:+.2%} {row.high:+.2%}"
-            print(
-                f"{row.net:10} {row.bits:4} {row.recipe:9} {row.nbytes:10,} {row.top1:7.2%} {drop:>16} "
-                f"{row.agreement:7.2%} {row.kl:7.4f} {row.cpu_s:5.1f}",
-                flush=True,
-            )
+        with trained_digits() if name == "digits" else contextlib.nullcontext(args.data) as folder:
+            for row in measure(Task(name, folder, bits, recipe) for bits, recipe in asked(args, peers)):
+                rows.append(row)
+                show(row)
+    bars = list(bars_of(rows))
+    for bar in bars:
+        print(bar)
     if args.json is not None:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        found = {"rows": [asdict(r) for r in rows], "bars": [{**asdict(b), "verdict": b.verdict} for b in bars]}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measure(name: str, folder: Path, widths: list[int], recipes: list[str]) -> "list[Row]":
-    """The files of one net."""
-    net = NETS[name]
-    program, data = net.program(folder), net.test_data(folder)
-    calibration = net.calibration_data(folder).head(CALIBRATION[name])
-    batches, metric = [dict(batch.inputs) for batch in data.batches(50)], load_metric("top1")
-    folded = fold_batchnorm(program)
-    wanted = outputs_of(float_file(trace(folded), folded.state()), batches, "deployed")
-    rows = []
-    for bits in widths:
-        for recipe in recipes:
-            effort, has_data = RECIPES[recipe]
-            given = calibration if has_data else None
+def asked(args: argparse.Namespace, peers: list[str]) -> Iterator[tuple[int, str]]:
+    """Bits and recipes of a net's rows: the float file, ours with the peers beside them, and peers of 8 bits alone."""
+    yield FLOAT_BITS, FLOAT
+    for bits in args.bits:
+        yield from ((bits, recipe) for recipe in args.recipes)
+        yield from ((bits, name) for name in peers if PEERS[name].bits in (None, bits))
+    if 8 not in args.bits:
+        yield from ((8, name) for name in peers if PEERS[name].bits == 8)
+
+
+def measure(tasks: Iterable[Task]) -> Iterator[Row]:
+    """The rows of one net, the float file first."""
+    metric, wanted = load_metric("top1"), None
+    for task in tasks:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            made = process.submit(make, task).result()
+        wanted = wanted or made.outputs
+        found = compare(metric, wanted, made.outputs, made.labels)
+        low, high = found.interval or (float("nan"), float("nan"))
+        yield Row(
+            task.net,
+            task.bits,
+            task.recipe,
+            made.nbytes,
+            made.has_file,
+            found.compressed,
+            found.drop,
+            low,
+            high,
+            *closeness(wanted, made.outputs),
+            made.cpu_s,
+            made.peak_mb,
+        )
+
+
+def make(task: Task) -> Made:
+    """Compress and test; runs in a process of its own, which gets the test images last."""
+    torch.set_num_threads(1)
+    net = DIGITS if task.net == "digits" else NETS[task.net]
+    program = net.program(task.folder)
+    calibration = net.calibration_data(task.folder).head(CALIBRATION[task.net])
+    if task.recipe in PEERS:
+        folded = fold_batchnorm(program)
+        subject = Subject(float_of(program), folded_module(net.module(task.folder), folded), calibration)
+        with quiet():
+            importlib.import_module(PEERS[task.recipe].needs)
             start = time.process_time()
-            small = compress_program(program, Plan.from_flags(bits=bits), calibration=given, effort=effort)
-            cpu_s = time.process_time() - start
-            file = build(small).data
-            got = outputs_of(file, batches, "deployed")
-            found = compare(metric, wanted, got, data.labels)
-            low, high = found.interval or (float("nan"), float("nan"))
-            rows.append(
-                Row(
-                    name,
-                    bits,
-                    recipe,
-                    len(file),
-                    found.compressed,
-                    low,
-                    high,
-                    *closeness(wanted, got),
-                    cpu_s,
-                    peak_mb(),
-                )
-            )
-    return rows
+            small = PEERS[task.recipe].make(subject, task.bits)
+    else:
+        start = time.process_time()
+        small = float_of(program) if task.recipe == FLOAT else ours(program, calibration, task)
+    cpu_s, peak_mb = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    data = net.test_data(task.folder)
+    batches = [dict(batch.inputs) for batch in data.batches(50)]
+    if isinstance(small, bytes):
+        return Made(len(small), True, cpu_s, peak_mb, outputs_of(small, batches, "deployed"), data.labels)
+    outputs = torch_outputs(small, batches, program.output_names)
+    return Made(small.nbytes, False, cpu_s, peak_mb, outputs, data.labels)
+
+
+def float_of(program: FloatProgram) -> bytes:
+    """The float file, BatchNorm folded."""
+    folded = fold_batchnorm(program)
+    return float_file(trace(folded), folded.state())
+
+
+def ours(program: FloatProgram, calibration: Dataset, task: Task) -> bytes:
+    """Our file."""
+    recipe = RECIPES[task.recipe]
+    given = calibration if recipe.has_data else None
+    plan = Plan.from_flags(bits=task.bits)
+    return build(compress_program(program, plan, calibration=given, effort=recipe.effort, solver=recipe.solver)).data
+
+
+def torch_outputs(small: Palettized, batches: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:
+    """What a module with one input and one output gives."""
+    (name,) = names
+    with torch.no_grad():
+        found = [small.module(torch.from_numpy(value)).numpy() for batch in batches for value in batch.values()]
+    return {name: np.concatenate(found)}
 
 
 def closeness(wanted: dict[str, Any], got: dict[str, Any]) -> tuple[float, float]:
@@ -137,10 +274,23 @@ def closeness(wanted: dict[str, Any], got: dict[str, Any]) -> tuple[float, float
     return float((original.argmax(1) == compressed.argmax(1)).mean()), float(kl)
 
 
-def peak_mb() -> float:
-    """Largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def show(row: Row) -> None:
+    """Print a line of the table."""
+    nbytes, drop = f"{row.nbytes:,}{' ' if row.has_file else '*'}", f"{row.low:+.2%} {row.high:+.2%}"
+    print(
+        f"{row.net:9} {row.bits:4} {row.recipe:11} {nbytes:>11} {row.top1:7.2%} {drop:>16} {row.agreement:7.2%} "
+        f"{row.kl:7.4f} {row.cpu_s:6.1f} {row.peak_mb:7.0f}",
+        flush=True,
+    )
+
+
+def bars_of(rows: list[Row]) -> Iterator[Bar]:
+    """The figures of these rows that are held to something."""
+    for row in rows:
+        for figure, limit in LIMITS.get((row.net, row.bits, row.recipe), {}).items():
+            what = f"{row.net} {row.bits} bits {row.recipe}, {figure}"
+            yield Bar(what, getattr(row, figure), limit, AT_LEAST[figure])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
