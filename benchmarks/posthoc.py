@@ -4,9 +4,10 @@
                                  [--no-peers] [--json FILE]
 
 DIR holds the nets and images of `_nets.py`; `digits` needs none. Recipes: `fast` takes the nearest levels, `no data`
-solves weights on synthesised inputs, the solvers solve them on calibration images without labels. Peers are those of
-`_peers.py`; one that is not installed is left out. Files are measured through onnxruntime as they were written. Peers
-that write none for it (`*`) run in torch, and their bytes are the least that a file would take.
+solves weights on synthesised inputs, the solvers solve them on calibration images without labels, `best` tunes all
+layers together where that pays. Peers are those of `_peers.py`; one that is not installed is left out. Files are
+measured through onnxruntime as they were written. Peers that write none for it (`*`) run in torch, and their bytes are
+the least that a file would take.
 
 Each row is made in a fresh process. CPU seconds are those from the traced net to the file, for onnxruntime's from the
 float file, and without any file where none is written. The peak is the largest resident set of that process until then,
@@ -68,6 +69,7 @@ RECIPES = {
     "fast": Recipe("fast"),
     "no data": Recipe("balanced"),
     **{solver: Recipe("balanced", solver, has_data=True) for solver in SOLVERS},
+    "best": Recipe("best", has_data=True),
 }
 
 
@@ -142,6 +144,8 @@ LIMITS: dict[tuple[str, int, str], dict[str, float]] = {
     ("resnet20", 4, "gptq"): {"nbytes": 160_000, "top1": 0.860},
     ("resnet20", 3, "gptq"): {"nbytes": 125_000, "top1": 0.858},
     ("resnet20", 2, "gptq"): {"nbytes": 95_000, "top1": 0.835},
+    ("resnet20", 2, "best"): {"nbytes": 95_000, "top1": 0.842},
+    ("resnet20", 1, "best"): {"nbytes": 60_000},
     ("resnet20", 4, "no data"): {"top1": 0.855},
     ("resnet20", 3, "no data"): {"top1": 0.835},
     ("resnet20", 2, "no data"): {"top1": 0.65},

@@ -27,7 +27,6 @@ def round_to_nearest(
     reduce_range: bool = False,
     per_channel: bool = True,
     clip: bool = False,
-    least: Floats | None = None,
 ) -> IntegerWeight:
     """A weight on a symmetric grid of signed codes, the largest of which stands for the largest magnitude.
 
@@ -39,7 +38,6 @@ def round_to_nearest(
             larger ones.
         per_channel: one scale for each output channel; else one for the tensor.
         clip: whether scales may be smaller, so that a few large values are clipped and the squared error is least.
-        least: float32 [O], what the scales are at least; None: nothing.
 
     Returns:
         The artifact, without zero points. Its scale is max|w| / p, p the largest code, or less with `clip`; 1.0 where
@@ -60,12 +58,11 @@ def round_to_nearest(
         )
     wide = finite_floats(values, "round")
     limits = IntegerRange(min(bits, REDUCED_BITS) if reduce_range else bits, signed=True)
-    scale = symmetric_scale(wide, limits.p, axis if per_channel else None, least)
+    scale = symmetric_scale(wide, limits.p, axis if per_channel else None)
     if clip:
         rows_OK = granularity.rows(wide, axis) if scale.ndim else wide.reshape(1, -1)
         clipped = np.maximum(clipped_scale(rows_OK.astype(np.float64), limits), np.finfo(np.float32).tiny)
         scale = clipped.astype(np.float32).reshape(scale.shape)
-        scale = scale if least is None else np.maximum(scale, least if scale.ndim else least.max())
     codes = np.clip(np.rint(in_steps(wide, scale, axis)), limits.n, limits.p)
     return IntegerWeight(
         codes=np.array(codes, np.int8, order="C"), scale=scale, bits=bits, axis=axis if scale.ndim else None
@@ -102,14 +99,13 @@ def clipped_scale(rows_OK: F64, limits: IntegerRange, importance_OK: F64 | None 
     return best_O
 
 
-def symmetric_scale(values: Floats, largest: int, axis: int | None, least: Floats | None = None) -> Floats:
+def symmetric_scale(values: Floats, largest: int, axis: int | None) -> Floats:
     """The step with which `largest` of them reach the largest magnitude.
 
     Args:
         values: float32, finite.
         largest: the largest code, at least 1.
         axis: each of its indices has its own step; None: one for all.
-        least: float32 [O], what each step is at least.
 
     Returns:
         float32 [O], 0-d without an axis (or for a 0-d weight); 1.0 where the step is no normal float32 above 0.
@@ -122,8 +118,7 @@ def symmetric_scale(values: Floats, largest: int, axis: int | None, least: Float
     else:
         magnitude = np.abs(granularity.rows(values, axis)).max(axis=1, initial=0)
     scale = np.asarray(magnitude / np.float32(largest), np.float32)
-    scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
-    return scale if least is None else np.asarray(np.maximum(scale, least if scale.ndim else least.max()), np.float32)
+    return np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
 
 
 def in_steps(values: Floats, scale: Floats, axis: int) -> npt.NDArray[np.float64]:

@@ -112,9 +112,9 @@ _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
 )
 @click.option(
     "--effort",
-    type=click.Choice(["fast", "balanced"]),
+    type=click.Choice(["fast", "balanced", "best"]),
     help="fast: each weight to its nearest level. balanced (default): weights and biases solved layer after layer on "
-    "--calibration, or on inputs synthesised from BatchNorm statistics.",
+    "--calibration, or on inputs synthesised from BatchNorm statistics. best: then all layers tuned together.",
 )
 @click.option(
     "--no-synthetic",
@@ -275,11 +275,12 @@ def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, 
     if flags["no_synthetic"] and given.calibration is not None:
         raise ConfigError("--no-synthetic is about exports without calibration data: leave out it or --calibration.")
 
-    from qcompress.posthoc.compress import compress_program, resolved_compute, resolved_plan
+    from qcompress.posthoc.compress import check_effort, compress_program, resolved_compute, resolved_plan
 
     program = open_program(source, given, ui)
     resolved = resolved_plan(program, plan)
     compute = resolved_compute(resolved, flags["compute"])
+    check_effort(flags["effort"], compute)
     combinations.check_file(compute, flags["format"], flags["memory"])
     _check_grid_flags(flags, compute)
     output = output_for(resolved, compute)
@@ -300,6 +301,7 @@ def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, 
         track_batches=lambda batches: ui.track(batches, "calibrating"),
         track_layers=lambda names: ui.track(names, "solving"),
         track_synthesis=lambda steps: ui.track(steps, "synthesising"),
+        track_tuning=lambda steps: ui.track(steps, "tuning"),
     )
     return small, resolved, output
 

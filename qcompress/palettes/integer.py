@@ -36,7 +36,6 @@ def palettize_int8(
     *,
     reduce_range: bool = False,
     per_channel: bool = True,
-    least: npt.NDArray[np.float32] | None = None,
 ) -> PalettizedWeight:
     """A weight as codes into int8 palettes with the least total squared error for its scales.
 
@@ -47,7 +46,6 @@ def palettize_int8(
         axis: the axis that counts output channels.
         reduce_range: entries stay in [-63, 63], for CPUs without VNNI, which saturate the sums of larger ones.
         per_channel: one scale for each output channel; else one for the tensor.
-        least: float32 [O], what the scales are at least; None: nothing.
 
     Returns:
         The artifact. Its scale is max|w| / 127 (63). Palettes are sorted and hold no entry that no code points to; one
@@ -63,7 +61,7 @@ def palettize_int8(
     check_bits(bits)
     wide = finite_floats(weight, "palettize")
     largest = LARGEST_REDUCED if reduce_range else LARGEST
-    scale = symmetric_scale(wide, largest, axis if per_channel else None, least)
+    scale = symmetric_scale(wide, largest, axis if per_channel else None)
     steps_OR = granularity.rows(in_steps(wide, scale, axis), axis)
     mass_OR = np.broadcast_to(spread(scale, steps_OR.shape, 0).astype(np.float64) ** 2, steps_OR.shape)
     codes_OR = np.zeros(steps_OR.shape, np.uint8)

@@ -6,12 +6,21 @@ computes with, not what it rounds.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompress.artifacts import ActivationGrid, Artifact, Floats, FloatWeight, integer_values
+from qcompress import granularity
+from qcompress.artifacts import (
+    ActivationGrid,
+    Artifact,
+    Floats,
+    FloatWeight,
+    IntegerWeight,
+    PalettizedWeight,
+    integer_values,
+)
 from qcompress.compressed import CompressedModel
 from qcompress.layers import bias_of, weight_layers
 from qcompress.program import FloatProgram, state_nodes
@@ -58,10 +67,10 @@ def _biases(
             yield _Bias(state[bias], name, values_O, grids[sites[name]], scale, sums_O)
 
 
-def least_scales(
+def fitting(
     program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Sequence[ActivationGrid]
-) -> dict[str, Floats]:
-    """Scales of weights whose bias would not fit 32 bits: channels of next to nothing but a bias.
+) -> dict[str, Artifact]:
+    """Weights whose biases fit 32 bits: channels of next to nothing but a bias get a scale that is large enough.
 
     Args:
         program: BatchNorm folded.
@@ -69,14 +78,47 @@ def least_scales(
         grids: of its sites.
 
     Returns:
-        float32 [O], what the scales of these weights must be at least, by name.
+        The artifacts, those of such weights with larger scales and the codes that are then nearest.
     """
-    found = {}
+    found = dict(artifacts)
     for bias in _biases(program, artifacts, grids):
-        least_O = np.abs(bias.values) / (float(bias.grid.scale) * _LARGEST)
-        if (least_O > bias.scale).any():
-            found[bias.weight] = least_O.astype(np.float32)
+        least_O = (np.abs(bias.values) / (float(bias.grid.scale) * _LARGEST)).astype(np.float32)
+        weight = artifacts[bias.weight]
+        if (least_O > bias.scale).any() and isinstance(weight, IntegerWeight | PalettizedWeight):
+            found[bias.weight] = raised(weight, least_O)
     return found
+
+
+def raised(weight: IntegerWeight | PalettizedWeight, least_O: Floats) -> IntegerWeight | PalettizedWeight:
+    """A weight with scales that are not less than some.
+
+    Args:
+        weight: codes on a symmetric grid, or a palette, with scales.
+        least_O: for each output channel; the largest counts where there is one scale for all.
+
+    Returns:
+        Channels whose scale was less have the codes nearest to what they stood for; all others stay as they are.
+
+    >>> w = IntegerWeight(codes=np.array([[4, -2], [7, 1]], np.int8), scale=np.ones(2, np.float32), bits=4, axis=0)
+    >>> found = raised(w, np.array([2.0, 0.5], np.float32))
+    >>> found.codes.tolist(), found.scale.tolist()
+    ([[2, -1], [7, 1]], [2.0, 1.0])
+    """
+    assert weight.scale is not None
+    scale = np.asarray(np.maximum(weight.scale, least_O if weight.scale.ndim else least_O.max()), np.float32)
+    axis = weight.axis or 0
+    values_OK = granularity.rows(weight.dequantize().astype(np.float64), axis)
+    codes_OK = np.array(granularity.rows(weight.codes, axis))
+    every_O = np.broadcast_to(scale, len(codes_OK))
+    for channel in np.flatnonzero(every_O > np.broadcast_to(weight.scale, len(codes_OK))):
+        steps_K = values_OK[channel] / every_O[channel]
+        if isinstance(weight, IntegerWeight):
+            codes_OK[channel] = np.rint(steps_K)
+        else:
+            lut = weight.lut[granularity.group_of_row(len(codes_OK), weight.rows_per_lut)[channel]].astype(np.float64)
+            codes_OK[channel] = np.abs(steps_K[:, None] - lut).argmin(axis=1)
+    codes: Any = np.array(granularity.from_rows(codes_OK, weight.shape, axis), order="C")
+    return replace(weight, codes=codes, scale=scale)
 
 
 def in_steps(model: CompressedModel) -> CompressedModel:

@@ -1,6 +1,6 @@
 """Post-hoc compression: a float program and a plan in, a compressed model out."""
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, get_args
 
@@ -11,7 +11,7 @@ import torch
 from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight
 from qcompress.batchnorm import fold_batchnorm
 from qcompress.combinations import check_calibration, settled_compute
-from qcompress.compressed import CompressedModel, Compute
+from qcompress.compressed import CompressedModel, Compute, LayerGain
 from qcompress.data import Dataset, as_dataset
 from qcompress.errors import ConfigError, SourceError
 from qcompress.layers import weight_layers
@@ -19,11 +19,12 @@ from qcompress.palettes.integer import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.plan import Plan, ResolvedPlan, TensorPlan, resolve
 from qcompress.posthoc.activations import BATCH, calibrate, constant_inputs, whole_batches
-from qcompress.posthoc.biases import in_steps, least_scales
+from qcompress.posthoc.biases import fitting, in_steps
 from qcompress.posthoc.schemes import Codes, better, codes_for
 from qcompress.posthoc.solve import solve_weights
 from qcompress.posthoc.synthesis import synthesize
-from qcompress.program import FloatProgram
+from qcompress.posthoc.tune import output_error, tune
+from qcompress.program import Arrays, FloatProgram
 from qcompress.sites import Placement, activation_sites, mark
 from qcompress.solvers import SOLVERS
 from qcompress.sources.base import LazyArray, ProgramOptions, SourceTensor
@@ -33,6 +34,7 @@ from qcompress.uniform import round_to_nearest
 _FOLDING_TOLERANCE: Final = 1e-2
 _AS_GOOD: Final = 10 ** (0.5 / 10)  # squared error that one scale for a tensor may cost: 0.5 dB
 _UNCLIPPED: Final = 8  # bits at which clipping gains nothing
+_HELD_BACK: Final = 8  # one batch of so many says whether tuning helped
 _PARAMETRIZED: Final = ".parametrizations."
 # Kinds of layers that compute in integers.
 _INTEGER_KINDS: Final[Mapping[Compute, tuple[str, ...]]] = {
@@ -41,7 +43,7 @@ _INTEGER_KINDS: Final[Mapping[Compute, tuple[str, ...]]] = {
     "dynamic8": ("linear",),
 }
 
-Effort = Literal["fast", "balanced"]
+Effort = Literal["fast", "balanced", "best"]
 Track = Callable[[Iterable[Any]], Iterable[Any]]
 Notes = tuple[str, ...]
 
@@ -74,9 +76,10 @@ def compress(
         placement: where activations are quantized; see `sites.activation_sites`.
         reduce_range: 8-bit weights keep to 7 bits, for CPUs whose sums of products saturate (no VNNI).
         effort: `fast` takes the nearest levels, `balanced` solves weights and biases on the calibration data; None:
-            balanced where there is such data, or what can stand in for it.
+            balanced where there is such data, or what can stand in for it. `best` tunes all layers together after it,
+            and is for compute float alone.
         synthetic: whether inputs are synthesised where there is no calibration data; see `posthoc.synthesis`.
-        solver: of `balanced`, a key of `solvers.SOLVERS`.
+        solver: of `balanced` and `best`, a key of `solvers.SOLVERS`.
 
     Returns:
         One artifact per tensor; `export` of the exporters writes it.
@@ -126,6 +129,7 @@ def compress_program(
     track_batches: Track = iter,
     track_layers: Track = iter,
     track_synthesis: Track = iter,
+    track_tuning: Track = iter,
 ) -> CompressedModel:
     """Compress a program; see `compress`.
 
@@ -147,12 +151,13 @@ def compress_program(
         track_batches: the same for batches of calibration data.
         track_layers: the same for layers while they are solved.
         track_synthesis: the same for the steps in which inputs are synthesised.
+        track_tuning: the same for those in which all layers are tuned together.
     """
     check_finite(program)
     resolved = resolve(plan, program_tensors(program))
     compute = resolved_compute(resolved, compute)
     check_calibration(compute, calibration is not None)
-    check_effort(effort)
+    check_effort(effort, compute)
     if solver not in SOLVERS:
         raise ConfigError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
     if calibration is not None:
@@ -186,53 +191,89 @@ def compress_program(
         compute=compute,
     )
 
-    def solved(small: CompressedModel, fixed: Container[str]) -> CompressedModel:
+    def solved(small: CompressedModel) -> CompressedModel:
         if inputs is None or effort == "fast":
             return small
         data, grids = whole_batches(program, inputs), list(small.activations.values())
-        found, gains = solve_weights(
-            mark(folded, list(small.activations)) if grids else folded,
-            {t.name: t for t in resolved.compressed if t.name not in fixed},
-            small.artifacts, [batch.inputs for batch in data.batches(program.fixed_batch or BATCH)],
-            solver=solver, integer_kinds=_INTEGER_KINDS[compute], reduce_range=reduce_range, grids=grids, device=device,
-            track=track_layers,
-        )  # fmt: skip
+        batches = [batch.inputs for batch in data.batches(program.fixed_batch or BATCH)]
+
+        def solve(batches: Sequence[Arrays]) -> tuple[dict[str, Artifact], list[LayerGain]]:
+            return solve_weights(
+                mark(folded, list(small.activations)) if grids else folded,
+                {t.name: t for t in resolved.compressed}, small.artifacts, batches,
+                solver=solver, integer_kinds=_INTEGER_KINDS[compute], reduce_range=reduce_range, grids=grids,
+                device=device, track=track_layers,
+            )  # fmt: skip
+
+        def tuned(artifacts: Mapping[str, Artifact], batches: Sequence[Arrays]) -> dict[str, Artifact]:
+            return tune(folded, artifacts, batches, device=device, track=track_tuning)
+
+        found, gains = solve(batches)
         source = f"{data.samples:,} samples of {data.name}" if calibration is not None else data.name
-        return replace(small, artifacts=found, gains=tuple(gains), solved_on=source)
+        notes = small.notes
+        if effort == "best":
+            held_back = batches[: len(batches) // _HELD_BACK]
+            gain = _gain_of_tuning(folded, solve, tuned, batches[len(held_back) :], held_back, device)
+            notes = (*notes, gain.note)
+            found = tuned(found, batches) if gain.pays else found
+        return replace(small, artifacts=found, gains=tuple(gains), solved_on=source, notes=notes)
 
     if compute != "int8" or calibration is None:
-        return solved(small, ())
+        return solved(small)
     widths = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
     found = calibrate(
         folded if effort != "fast" else folded.with_state({name: a.dequantize() for name, a in artifacts.items()}),
         activation_sites(folded, widths, placement),
         calibration, method=calibration_method, percentile=percentile, device=device, track=track_batches,
     )  # fmt: skip
-    wider = {
-        name: _artifact(state[name], by_name[name], _How(layers[name].axis, True, False, reduce_range, least))
-        for name, least in least_scales(folded, artifacts, [c.grid for c in found]).items()
-    }
+    grids = [c.grid for c in found]
     calibrated = replace(
         small,
-        artifacts=artifacts | wider,
+        artifacts=fitting(folded, artifacts, grids),
         activations={c.grid.site: c.grid for c in found},
         saturation={c.grid.site: c.saturation for c in found},
         notes=(*small.notes, *constant_inputs(calibration)),
     )
-    computed = solved(calibrated, wider)
-    for name, least in least_scales(folded, computed.artifacts, [c.grid for c in found]).items():
-        wider[name] = _artifact(state[name], by_name[name], _How(layers[name].axis, True, False, reduce_range, least))
-    return in_steps(replace(computed, artifacts={**computed.artifacts, **wider}))
+    computed = solved(calibrated)
+    return in_steps(replace(computed, artifacts=fitting(folded, computed.artifacts, grids)))
 
 
-def check_effort(effort: Effort | None) -> None:
-    """Refuse another word.
+@dataclass(frozen=True, slots=True)
+class _TuningGain:
+    """Whether tuning all layers together pays on inputs that it has not seen, and what a user should be told."""
+
+    pays: bool
+    note: str
+
+
+def _gain_of_tuning(
+    folded: FloatProgram,
+    solve: Callable[[Sequence[Arrays]], tuple[dict[str, Artifact], list[LayerGain]]],
+    tuned: Callable[[Mapping[str, Artifact], Sequence[Arrays]], dict[str, Artifact]],
+    batches: Sequence[Arrays],
+    held_back: Sequence[Arrays],
+    device: str,
+) -> _TuningGain:
+    if not held_back:
+        return _TuningGain(False, f"too few inputs to tune on: effort best takes {_HELD_BACK * BATCH} or more.")
+    found, _ = solve(batches)
+    before, after = (output_error(folded, a, held_back, device=device) for a in (found, tuned(found, batches)))
+    samples = sum(len(next(iter(batch.values()))) for batch in held_back)
+    what = f"error of the outputs over their variance on {samples} samples that were held back"
+    end = "so all layers were tuned" if after < before else "no gain, so all stays as it was solved"
+    return _TuningGain(after < before, f"{what}: {before:.4f} solved, {after:.4f} tuned together; {end}.")
+
+
+def check_effort(effort: Effort | None, compute: Compute) -> None:
+    """Refuse another word, and one that is not for what layers compute in.
 
     Raises:
         ConfigError: names those that there are.
     """
     if effort not in (None, *get_args(Effort)):
         raise ConfigError(f"effort must be one of {', '.join(get_args(Effort))}, got {effort!r}.")
+    if effort == "best" and compute != "float":
+        raise ConfigError(f"effort best tunes weights for compute float alone, got compute {compute}: take balanced.")
 
 
 def _effort_without_data(effort: Effort | None, inputs: Dataset | None, synthetic: bool) -> tuple[Effort, Notes]:
@@ -314,14 +355,12 @@ class _How:
         integer: whether integer kernels shall compute with it.
         one_scale: whether the kernel is faster with one scale for the tensor than with one for each output channel.
         reduce_range: whether 8-bit codes keep to 7 bits.
-        least: what its scales are at least; None: nothing.
     """
 
     axis: int
     integer: bool
     one_scale: bool
     reduce_range: bool
-    least: npt.NDArray[np.float32] | None = None
 
 
 def _artifact(values: npt.NDArray[Any], tensor: TensorPlan | None, how: _How) -> Artifact:
@@ -349,7 +388,7 @@ def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Ar
     def made(*, per_channel: bool) -> PalettizedWeight:
         return palettize_int8(
             values, tensor.bits, tensor.rows_per_lut, how.axis,
-            reduce_range=how.reduce_range, per_channel=per_channel, least=how.least,
+            reduce_range=how.reduce_range, per_channel=per_channel,
         )  # fmt: skip
 
     by_channel = made(per_channel=True)
@@ -360,9 +399,7 @@ def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Ar
 
 
 def _uniform(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Artifact:
-    return round_to_nearest(
-        values, tensor.bits, how.axis, reduce_range=how.reduce_range, clip=tensor.bits < _UNCLIPPED, least=how.least
-    )
+    return round_to_nearest(values, tensor.bits, how.axis, reduce_range=how.reduce_range, clip=tensor.bits < _UNCLIPPED)
 
 
 def _error(small: Artifact, values: npt.NDArray[Any]) -> float:

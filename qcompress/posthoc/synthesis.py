@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import torch
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 from torch.nn import functional
 
 from qcompress.batchnorm import BATCH_NORMS, statistics
 from qcompress.data import Dataset
+from qcompress.posthoc.differentiable import Differentiable
 from qcompress.program import FloatProgram, state_nodes, user_inputs, value_of
 
 _SAMPLES: Final = 128
@@ -95,24 +96,21 @@ def _noise(shape: list[int], generator: torch.Generator) -> torch.Tensor:
     return total / 3
 
 
-class _Mismatch(Interpreter):
+class _Mismatch(Differentiable):
     """How far values at the BatchNorms are from what these have stored, for inputs of a program.
 
     At each BatchNorm, the mean over channels of the divergence KL(N(m, v) || N(mean, var)), m and v those of the batch.
     """
 
     def __init__(self, program: FloatProgram, device: str) -> None:
-        super().__init__(program.exported.graph_module)
-        state, names = program.state(), state_nodes(program.exported)
+        super().__init__(program)
         self._norms = set(_norms(program))
-        self._state = {node: state[name].detach().to(device) for node, name in names.items()}
-        self._placeholders = program.exported.graph.find_nodes(op="placeholder")
+        self._state = {name: value.detach().to(device) for name, value in program.state().items()}
         self._sum = torch.zeros(())
 
     def __call__(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        left = iter(inputs)
         self._sum = torch.zeros((), device=inputs[0].device)
-        self.run(*[self._state[n] if n in self._state else next(left) for n in self._placeholders])
+        self.outputs(self._state, inputs)
         return self._sum / len(self._norms)
 
     def run_node(self, n: Node) -> Any:
