@@ -15,6 +15,7 @@ FIELDS: Final = {
     "activation_bits": "an integer in [1, 8]",
     "scheme": "'palette', 'uniform' or 'auto'",
     "rows_per_lut": "'auto' or an integer of at least 1",
+    "vector_dim": "1, 2, 4 or 8",
     "skip": "true or false",
 }
 
@@ -63,6 +64,7 @@ class Settings:
         activation_bits: bits per code of what the layer computes with its weight, 1 to 8; set nowhere: floats.
         scheme: `palette`, `uniform` for codes on an even grid, `auto` for the one with fewer bytes at the same error.
         rows_per_lut: output channels that share a palette, or `auto`.
+        vector_dim: consecutive weights that share a code of a palette; set nowhere: 1.
         skip: whether a tensor is left in float.
 
     Raises:
@@ -73,6 +75,7 @@ class Settings:
     activation_bits: Width | None = None
     scheme: Scheme | None = None
     rows_per_lut: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] | None = None
+    vector_dim: Literal[1, 2, 4, 8] | None = None
     skip: StrictBool | None = None
 
     def given(self) -> dict[str, Any]:

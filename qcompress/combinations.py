@@ -16,7 +16,9 @@ QDQ: Final = "qdq"  # the default
 FORMATS: Final = (QDQ, "integer")
 MEMORIES: Final = ("unpacked", "packed")
 
-_FLAGS: Final = {name: f"--{name.replace('_', '-')}" for name in ("bits", "activation_bits", "scheme", "rows_per_lut")}
+_FLAGS: Final = {
+    name: f"--{name.replace('_', '-')}" for name in ("bits", "activation_bits", "scheme", "rows_per_lut", "vector_dim")
+}
 
 
 def check(
@@ -28,6 +30,7 @@ def check(
     bits: int | None = None,
     activation_bits: int | None = None,
     rows_per_lut: int | None = None,
+    vector_dim: int = 1,
     origins: Mapping[str, str] = _FLAGS,
 ) -> "Compute":
     """Refuse words that do not go together.
@@ -40,6 +43,7 @@ def check(
         bits: of weights.
         activation_bits: of what layers take.
         rows_per_lut: output channels that share a palette.
+        vector_dim: weights that share a code.
         origins: where each of the last four was said.
 
     Returns:
@@ -52,7 +56,7 @@ def check(
     ('float', 'int8', 'dynamic8')
     """
     if scheme is not None:
-        check_weight(scheme, bits, rows_per_lut, origins)
+        check_weight(scheme, bits, rows_per_lut, origins, vector_dim=vector_dim)
     said = None if activation_bits is None else f"activation_bits = {activation_bits} ({origins['activation_bits']})"
     settled = settled_compute(compute, said)
     check_file(settled, format, memory)
@@ -60,9 +64,15 @@ def check(
 
 
 def check_weight(
-    scheme: str, bits: int | None, rows_per_lut: int | None, origins: Mapping[str, str], *, name: str = ""
+    scheme: str,
+    bits: int | None,
+    rows_per_lut: int | None,
+    origins: Mapping[str, str],
+    *,
+    name: str = "",
+    vector_dim: int = 1,
 ) -> None:
-    """A uniform grid has no palette to share, and none of 1 bit.
+    """A uniform grid has no palette to share, none of 1 bit and none of vectors; vectors have one palette for all.
 
     Args:
         scheme: `palette` or `uniform`.
@@ -70,13 +80,22 @@ def check_weight(
         rows_per_lut: None: all of them.
         origins: where each was said.
         name: of the tensor; empty for all.
+        vector_dim: weights that share a code.
 
     Raises:
         ConfigError: names the words, and what to do.
     """
+    who = f"{name}: " if name else ""
+    if vector_dim > 1 and (scheme != "palette" or rows_per_lut is not None):
+        other = "scheme" if scheme != "palette" else "rows_per_lut"
+        value = f'"{scheme}"' if other == "scheme" else rows_per_lut
+        raise ConfigError(
+            f"{who}vector_dim = {vector_dim} ({origins['vector_dim']}) is about one palette for a whole weight, and "
+            f"{other} = {value} ({origins[other]}) asks for something else: leave one of them out."
+        )
     if scheme != "uniform":
         return
-    who, what = f"{name}: " if name else "", f'scheme = "uniform" ({origins["scheme"]})'
+    what = f'scheme = "uniform" ({origins["scheme"]})'
     if rows_per_lut is not None:
         raise ConfigError(
             f"{who}rows_per_lut = {rows_per_lut} ({origins['rows_per_lut']}) is about palettes, and {what} has none: "

@@ -81,13 +81,14 @@ class Plan:
         rows_per_lut: int | Literal["auto"] | None = None,
         scheme: str | None = None,
         activation_bits: int | None = None,
+        vector_dim: int | None = None,
     ) -> Self:
         """The plan that flags alone make.
 
         >>> Plan.from_flags(bits=2).default.bits
         2
         """
-        return cls().with_flags(bits, rows_per_lut, scheme, activation_bits)
+        return cls().with_flags(bits, rows_per_lut, scheme, activation_bits, vector_dim)
 
     def with_flags(
         self,
@@ -95,13 +96,17 @@ class Plan:
         rows_per_lut: int | Literal["auto"] | None = None,
         scheme: str | None = None,
         activation_bits: int | None = None,
+        vector_dim: int | None = None,
     ) -> Self:
         """This plan with flags in place of what `[default]` says; None: flag not given.
 
         Raises:
             ConfigError: a value that the field cannot have.
         """
-        flags = {"bits": bits, "rows_per_lut": rows_per_lut, "scheme": scheme, "activation_bits": activation_bits}
+        flags = {
+            "bits": bits, "rows_per_lut": rows_per_lut, "scheme": scheme, "activation_bits": activation_bits,
+            "vector_dim": vector_dim,
+        }  # fmt: skip
         given = {name: value for name, value in flags.items() if value is not None}
         values, origins = {**self.default.given(), **given}, {**self.origins}
         if bits is not None:  # says what to do with every weight, in place of leaving them out
@@ -251,6 +256,12 @@ class TensorPlan:
         assert self.settings is not None
         return None if self.settings.rows_per_lut == "auto" else self.settings.rows_per_lut
 
+    @property
+    def vector_dim(self) -> int:
+        """Consecutive weights that share a code."""
+        assert self.settings is not None
+        return self.settings.vector_dim or 1
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,7 +338,10 @@ def resolve(plan: Plan, tensors: Iterable[SourceTensor | tuple[str, str]]) -> Re
         )
     for tensor in resolved:
         if tensor.settings is not None:
-            check_weight(tensor.scheme, tensor.bits, tensor.rows_per_lut, tensor.origins, name=tensor.name)
+            check_weight(
+                tensor.scheme, tensor.bits, tensor.rows_per_lut, tensor.origins, name=tensor.name,
+                vector_dim=tensor.vector_dim,
+            )  # fmt: skip
     return ResolvedPlan(tensors=resolved)
 
 

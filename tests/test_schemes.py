@@ -1,6 +1,7 @@
 """Which codes a plan allows, and which of two schemes is the better."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -8,10 +9,13 @@ from torch import nn
 from nets import traced
 from qcompress.artifacts import IntegerWeight, PalettizedWeight
 from qcompress.data import Dataset
+from qcompress.errors import ConfigError
 from qcompress.plan import Plan, resolve
 from qcompress.posthoc.compress import compress_program, program_tensors
 from qcompress.posthoc.schemes import better, codes_for
 from qcompress.uniform import round_to_nearest
+from qcompress_exporters import build
+from qcompress_exporters.decode import decoded, mismatches
 
 
 def linear(weight: np.ndarray) -> nn.Module:
@@ -73,3 +77,41 @@ def test_auto_takes_the_better_one(name, effort):
     plan = Plan.from_flags(bits=2 if name == "clusters" else 4, scheme="auto")
     found = compress_program(program_of(weight), plan, calibration=given, effort=effort)
     assert isinstance(found.artifacts["weight"], wanted)
+
+
+@pytest.mark.parametrize("vector_dim", [2, 4, 8])
+def test_vectors_from_a_plan_to_a_file(vector_dim):
+    weight = np.random.default_rng(0).standard_normal((48, 64)).astype(np.float32)
+    size = np.random.default_rng(1).lognormal(0, 1, 64).astype(np.float32)
+    x, new = (np.random.default_rng(s).standard_normal((256, 64)).astype(np.float32) * size for s in (2, 3))
+    program, plan = program_of(weight), Plan.from_flags(bits=4, vector_dim=vector_dim)
+    small = {
+        effort: compress_program(program, plan, calibration=Dataset(inputs={"input": x}), effort=effort)
+        for effort in ("fast", "balanced")
+    }
+    errors = [np.square((m.artifacts["weight"].dequantize() - weight) @ new.T).sum() for m in small.values()]
+    assert errors[1] < 0.95 * errors[0]
+    artifact = small["balanced"].artifacts["weight"]
+    assert (artifact.vector_dim, artifact.bits) == (vector_dim, 4)
+    assert artifact.nbytes == 48 * 64 * 4 // vector_dim // 8 + 16 * vector_dim * 4
+    built = build(small["balanced"])
+    assert mismatches(onnx.load_from_string(built.data), decoded(onnx.load_from_string(built.data))) == []
+
+
+def test_vectors_are_refused_where_they_cannot_be():
+    program = program_of(np.ones((3, 5), np.float32))
+    with pytest.raises(ConfigError, match=r"weight: vector_dim = 2 \(--vector-dim\) must divide the 15 weights"):
+        compress_program(program, Plan.from_flags(bits=4, vector_dim=2), effort="fast")
+    for other, value in (("scheme", "uniform"), ("rows_per_lut", 2)):
+        with pytest.raises(ConfigError, match=rf"vector_dim = 2 \(--vector-dim\) is about one .* {other} = "):
+            compress_program(program, Plan.from_flags(bits=4, vector_dim=2, **{other: value}), effort="fast")
+    with pytest.raises(ConfigError, match="--vector-dim must be 1, 2, 4 or 8, got 3"):
+        Plan.from_flags(bits=4, vector_dim=3)
+
+
+def test_vectors_beside_int8_layers_compute_in_float():
+    program = program_of(np.random.default_rng(0).standard_normal((48, 64)).astype(np.float32))
+    data = Dataset(inputs={"input": np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32)})
+    small = compress_program(program, Plan.from_flags(bits=4, vector_dim=2, activation_bits=8), calibration=data)
+    (layer,) = build(small).report.layers
+    assert (layer.compute, bool(layer.why)) == ("float", True)

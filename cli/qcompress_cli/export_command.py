@@ -38,8 +38,9 @@ def _rows_per_lut(text: str) -> int | str:
 
 # What a compressed folder has settled already.
 _NOT_FOR_COMPRESSED: Final = (
-    "bits", "scheme", "rows_per_lut", "plan", "activation_bits", "compute", "calibration_method", "percentile",
-    "placement", "reduce_range", "effort", "no_synthetic", "input_names", "output_names", "dynamic", "input_shape",
+    "bits", "scheme", "rows_per_lut", "vector_dim", "plan", "activation_bits", "compute", "calibration_method",
+    "percentile", "placement", "reduce_range", "effort", "no_synthetic", "input_names", "output_names", "dynamic",
+    "input_shape",
 )  # fmt: skip
 # What is about the grids of int8 compute.
 _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
@@ -59,6 +60,11 @@ _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
     type=click.Choice(["palette", "uniform", "auto"]),
     help="What codes of weights stand for: entries of a table (default), steps of an even grid, or, weight by weight, "
     "whichever takes fewer bytes for the same error.",
+)
+@click.option(
+    "--vector-dim",
+    type=click.Choice(["1", "2", "4", "8"]),
+    help="Consecutive weights that share a code of a palette; default: 1. Bits per weight: bits / vector-dim.",
 )
 @click.option(
     "--activation-bits",
@@ -314,6 +320,7 @@ def _plan(given: Settings, flags: dict[str, Any]) -> Plan:
         rows_per_lut=flags["rows_per_lut"],
         scheme=flags["scheme"],
         activation_bits=flags["activation_bits"],
+        vector_dim=None if flags["vector_dim"] is None else int(flags["vector_dim"]),
     )
     if not (plan.kind or plan.name):
         default = plan.default
@@ -325,6 +332,7 @@ def _plan(given: Settings, flags: dict[str, Any]) -> Plan:
             bits=default.bits,
             activation_bits=default.activation_bits,
             rows_per_lut=None if default.rows_per_lut == "auto" else default.rows_per_lut,
+            vector_dim=default.vector_dim or 1,
             origins={field: plan.where(("default", field)) for field in default.given()},
         )
         combinations.check_calibration(compute, given.calibration is not None)

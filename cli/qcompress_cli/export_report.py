@@ -123,7 +123,9 @@ def explanation(report: "ExportReport") -> Table:
 
 def plan_table(resolved: ResolvedPlan) -> Table:
     """What is planned for each weight, and what said so."""
-    fields = ["bits", "activation_bits", "scheme", "rows_per_lut"]
+    fields = ["bits", "activation_bits", "scheme", "rows_per_lut", "vector_dim"]
+    if all(t.vector_dim == 1 for t in resolved.compressed):
+        fields.remove("vector_dim")
     if all(t.activation_bits is None for t in resolved.compressed):
         fields.remove("activation_bits")
     table = new_table("tensor", ["kind", *fields, "set by"], left=["kind", "scheme", "set by"])

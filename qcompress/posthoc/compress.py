@@ -17,6 +17,7 @@ from qcompress.errors import ConfigError, SourceError
 from qcompress.layers import weight_layers
 from qcompress.palettes.integer import palettize_int8
 from qcompress.palettes.scalar import palettize
+from qcompress.palettes.vector import palettize_vectors
 from qcompress.plan import Plan, ResolvedPlan, TensorPlan, resolve
 from qcompress.posthoc.activations import BATCH, calibrate, constant_inputs, whole_batches
 from qcompress.posthoc.biases import fitting, in_steps
@@ -398,6 +399,16 @@ def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Ar
     return whole if _error(whole, values) <= _AS_GOOD * _error(by_channel, values) else by_channel
 
 
+def _vectors(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Artifact:
+    if values.size % tensor.vector_dim:
+        raise ConfigError(
+            f"{tensor.name}: vector_dim = {tensor.vector_dim} ({tensor.origins['vector_dim']}) must divide the "
+            f"{values.size} weights, of shape {list(values.shape)}: give it another in a plan "
+            f'([name."{tensor.name}"] vector_dim = 1).'
+        )
+    return palettize_vectors(values, tensor.bits, tensor.vector_dim, how.axis)
+
+
 def _uniform(values: npt.NDArray[Any], tensor: TensorPlan, how: _How) -> Artifact:
     return round_to_nearest(values, tensor.bits, how.axis, reduce_range=how.reduce_range, clip=tensor.bits < _UNCLIPPED)
 
@@ -409,6 +420,7 @@ def _error(small: Artifact, values: npt.NDArray[Any]) -> float:
 _MAKERS: Final[Mapping[Codes, Callable[[npt.NDArray[Any], TensorPlan, _How], Artifact]]] = {
     "palette": _palette,
     "int8 palette": _palette_int8,
+    "vectors": _vectors,
     "uniform": _uniform,
 }
 

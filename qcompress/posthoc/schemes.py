@@ -7,8 +7,8 @@ from typing import Final, Literal, TypeVar
 from qcompress.artifacts import Artifact
 from qcompress.plan import TensorPlan
 
-# Palettes of floats, palettes of int8 steps, even grids.
-Codes = Literal["palette", "int8 palette", "uniform"]
+# Palettes of floats, palettes of int8 steps, palettes of vectors of floats, even grids.
+Codes = Literal["palette", "int8 palette", "vectors", "uniform"]
 
 _DB_PER_BIT: Final = 20 * math.log10(2)
 
@@ -22,6 +22,8 @@ def codes_for(plan: TensorPlan, *, integer: bool) -> tuple[Codes, ...]:
         plan: of a tensor that is compressed.
         integer: whether int8 kernels shall compute with it.
     """
+    if plan.vector_dim > 1:
+        return ("vectors",)
     # The palette of every 8-bit integer: a table says nothing more than the codes.
     is_every_integer = integer and plan.bits == 8 and plan.rows_per_lut is None
     palette: Codes = "int8 palette" if integer else "palette"

@@ -17,10 +17,11 @@ import numpy.typing as npt
 import torch
 
 from qcompress import granularity
-from qcompress.artifacts import ActivationGrid, Artifact, Floats, FloatWeight
+from qcompress.artifacts import ActivationGrid, Artifact, Floats, FloatWeight, PalettizedWeight
 from qcompress.compressed import LayerGain
 from qcompress.grid import IntegerRange
 from qcompress.palettes.integer import LARGEST, LARGEST_REDUCED
+from qcompress.palettes.vector import palettize_vectors
 from qcompress.plan import TensorPlan
 from qcompress.posthoc.moments import Moments, has_moments
 from qcompress.posthoc.schemes import Codes, better, codes_for
@@ -119,12 +120,26 @@ def _solved(
         values_OK = granularity.rows(artifact.dequantize().astype(np.float64), layer.axis)
         return problem.error(torch.from_numpy(values_OK).reshape(weight.shape))
 
-    solved = []
+    solved = list[Artifact]()
     for kind in codes_for(plan, integer=integer):
+        if kind == "vectors":
+            solved.append(_vectors(target_OK, importance_OK, plan, shape, layer.axis))
+            continue
         levels, codes = solver.solve(problem, _levels(kind, target_OK, importance_OK, plan, reduce_range=reduce_range))
         solved.append(levels.artifact(codes.reshape(rows_OK.shape).numpy().astype(np.uint8), shape, layer.axis))
     found = solved[0] if len(solved) == 1 else better((a, error(a)) for a in solved)
     return found if error(found) < error(first) and found.nbytes < reached.weight.nbytes else first
+
+
+def _vectors(
+    target_OK: npt.NDArray[np.float64],
+    importance_OK: npt.NDArray[np.float64],
+    plan: TensorPlan,
+    shape: tuple[int, ...],
+    axis: int,
+) -> PalettizedWeight:
+    target, importance = (granularity.from_rows(rows, shape, axis) for rows in (target_OK, importance_OK))
+    return palettize_vectors(np.array(target, np.float32), plan.bits, plan.vector_dim, axis, importance)
 
 
 def _target(weight: torch.Tensor, moments: Moments) -> torch.Tensor:

@@ -86,7 +86,7 @@ def model(folder, monkeypatch):
 
 
 def test_export_and_validate(qcompress, model):
-    result = qcompress("export", model, "--bits", "2", "--rows-per-lut", "4", "--json")
+    result = qcompress("export", model, "--bits", "2", "--rows-per-lut", "4", "--vector-dim", "1", "--json")
     assert result.exit_code == 0
     # Of integer compute and of calibration data.
     integer = ("layers[]", "activations[]", "plan[].settings.activation_bits", "solved[]")
@@ -99,7 +99,7 @@ def test_export_and_validate(qcompress, model):
 
 
 def test_export_for_integer_compute(qcompress, model):
-    flags = ("--bits", "4", "--activation-bits", "4", "--calibration", "test.npz")
+    flags = ("--bits", "4", "--vector-dim", "1", "--activation-bits", "4", "--calibration", "test.npz")
     result = qcompress("export", model, *flags, "--json")
     assert result.exit_code == 0
     assert check("export", result.stdout) == {"notes[]"}
