@@ -86,7 +86,7 @@ def program(seed: int = 0) -> FloatProgram:
 def compressed(seed: int = 0) -> CompressedModel:
     """4 bits and one palette; `left` and `right`, which are alike: 2 bits, four palettes of four entries."""
     plan = Plan(default=Settings(bits=4), name={"[lr]*t.weight": Settings(bits=2, rows_per_lut=2)})
-    return compress_program(program(seed), plan, source_digest="0123456789a")
+    return compress_program(program(seed), plan, source_digest="0123456789a", effort="fast")
 
 
 @functools.cache

@@ -200,7 +200,9 @@ def test_a_layer_left_in_float_stays_float():
 
 @pytest.mark.parametrize(("bits", "scheme"), [(8, "uniform"), (4, "palette"), (2, "uniform")])
 def test_dynamic8_needs_no_data(bits, scheme, tmp_path):
-    model = compress_program(small_models.program(), Plan.from_flags(bits=bits, scheme=scheme), compute="dynamic8")
+    model = compress_program(
+        small_models.program(), Plan.from_flags(bits=bits, scheme=scheme), compute="dynamic8", effort="fast"
+    )
     built, report = checked(model, tmp_path)
     assert report.ok, [c for c in report.checks if not c.ok]
     assert {layer.weight: layer.compute for layer in built.report.layers}["head.weight"] == "dynamic8"

@@ -69,7 +69,7 @@ def test_targets_and_granularities(target: str, rows_per_lut: int | None) -> Non
         default=Settings(bits=3, rows_per_lut=rows_per_lut or "auto"),
         kind={"depthwise": Settings(bits=5), "last": Settings(bits=4)},
     )
-    small = compress_program(traced(randomized(Residual()), x=image()), plan)
+    small = compress_program(traced(randomized(Residual()), x=image()), plan, effort="fast")
     report = build(small, target=target).report
     built = build(small, target=target)
     wanted = small.to_module()(torch.from_numpy(image(5))).detach().numpy()
@@ -96,18 +96,24 @@ def test_recurrent_weights_stay_float_and_the_reason_is_told() -> None:
 
 def test_the_same_input_gives_the_same_bytes() -> None:
     net = randomized(Residual())
-    files = [build(compress_program(traced(net, x=image()), Plan.from_flags(bits=3))).data for _ in range(2)]
+    files = [
+        build(compress_program(traced(net, x=image()), Plan.from_flags(bits=3), effort="fast")).data for _ in range(2)
+    ]
     assert files[0] == files[1]
 
 
 def test_nothing_of_the_machine_or_of_torch_is_in_the_file() -> None:
-    data = build(compress_program(traced(randomized(Residual()), x=image()), Plan.from_flags(bits=2))).data
+    data = build(
+        compress_program(traced(randomized(Residual()), x=image()), Plan.from_flags(bits=2), effort="fast")
+    ).data
     for word in (b"pkg.torch", str(Path.cwd()).encode(), b".py", b"site-packages"):
         assert word not in data
 
 
 def test_metadata_says_what_the_gate_needs(tmp_path: Path) -> None:
-    small = compress_program(traced(randomized(Wide()), x=image()), Plan.from_flags(bits=2), source_digest="abc")
+    small = compress_program(
+        traced(randomized(Wide()), x=image()), Plan.from_flags(bits=2), source_digest="abc", effort="fast"
+    )
     report = export(small, tmp_path / "net.onnx")
     file = read(tmp_path / "net.onnx")
     assert file.is_ours
@@ -119,7 +125,7 @@ def test_metadata_says_what_the_gate_needs(tmp_path: Path) -> None:
 
 
 def test_float16_leftovers_take_half_and_are_exact_in_float16() -> None:
-    small = compress_program(traced(randomized(Wide()), x=image()), Plan.from_flags(bits=2))
+    small = compress_program(traced(randomized(Wide()), x=image()), Plan.from_flags(bits=2), effort="fast")
     full, half = build(small), build(small, float_leftovers="float16")
     assert half.report.size.file < full.report.size.file
     assert {t.encoding for t in half.report.left_in_float} == {"float16", "float32"}  # the head's 10 biases pay nothing
@@ -155,7 +161,7 @@ def test_weights_that_are_not_finite_name_the_layer(value: float) -> None:
     with torch.no_grad():
         net.grouped.weight[0, 0, 0, 0] = value
     with pytest.raises(SourceError, match=r"grouped\.weight must be finite, but 1 of its 288 values are NaN or Inf"):
-        compress_program(traced(net, x=image()), Plan.from_flags(bits=2))
+        compress_program(traced(net, x=image()), Plan.from_flags(bits=2), effort="fast")
 
 
 def test_an_existing_file_is_kept(tmp_path: Path) -> None:

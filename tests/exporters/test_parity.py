@@ -291,7 +291,7 @@ def test_a_constant_network_is_no_success(tmp_path: Path) -> None:
     nn.init.zeros_(model.head.weight)
     program = traced(model, x=small_models.images(2))
     path = tmp_path / "constant.onnx"
-    export(compress_program(program, Plan.from_flags(bits=2)), path)
+    export(compress_program(program, Plan.from_flags(bits=2), effort="fast"), path)
     report = validate(program, path, data())
     says = "the network is constant on this data: give data that its outputs vary on"
     assert failed(report) == dict.fromkeys([f"exporter {s}" for s in SESSIONS], says)
@@ -346,7 +346,7 @@ def test_a_fixed_batch_measures_whole_batches(tmp_path: Path) -> None:
     program = traced(Fixed().eval(), x=random.standard_normal((3, 12)).astype(np.float32))
     assert program.fixed_batch == 3
     path = tmp_path / "fixed.onnx"
-    export(compress_program(program, Plan.from_flags(bits=2)), path)
+    export(compress_program(program, Plan.from_flags(bits=2), effort="fast"), path)
     samples = Dataset(inputs={"x": random.standard_normal((11, 12)).astype(np.float32)}, labels=np.zeros(11, int))
     report = validate(program, path, samples, metric=METRICS["top1"])
     assert failed(report) == {}
@@ -360,7 +360,7 @@ def test_a_fixed_batch_measures_whole_batches(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("traced_once")
 def test_several_outputs_are_told_one_by_one(tmp_path: Path) -> None:
     program = traced(randomized(Tied()), **sentences())
-    small = compress_program(program, Plan.from_flags(bits=4))
+    small = compress_program(program, Plan.from_flags(bits=4), effort="fast")
     path = tmp_path / "tied.onnx"
     export(small, path)
     report = validate(small, path, Dataset(inputs=dict(sentences(20, seed=3))))
@@ -386,7 +386,7 @@ def test_outputs_that_are_not_finite_cannot_be_compared(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32) * 9
     program = traced(Infinite().eval(), x=x)
     path = tmp_path / "infinite.onnx"
-    export(compress_program(program, Plan.from_flags(bits=2)), path)
+    export(compress_program(program, Plan.from_flags(bits=2), effort="fast"), path)
     with pytest.raises(
         DataError, match=r"^Output output of the original must be finite to be compared, \d+ of its 240 "
     ):
