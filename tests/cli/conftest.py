@@ -18,6 +18,7 @@ from qcompress_exporters import metadata
 def folder(tmp_path, monkeypatch):
     """Every test runs in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qcompress.posthoc.synthesis._STEPS", 4)  # inputs that are synthesised need not be good here
     for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+import small_models
 from nets import Residual, Tied, image, randomized, sentences, traced
 from qcompress.artifacts import FloatWeight, PalettizedWeight
 from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.plan import Plan, Settings
 from qcompress.posthoc.compress import compress, compress_program
-from qcompress_exporters import export
+from qcompress_exporters import export, onnx_file
 from qcompress_exporters.lower import lower
 from qcompress_exporters.metadata import read
 from qcompress_exporters.onnx_file import build, float_file, float_file_nbytes
@@ -35,12 +36,18 @@ class Wide(nn.Module):
         return self.head(self.b(self.bn(self.a(x)).relu()).relu().mean((2, 3)))
 
 
+@pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_file, "trace", small_models.trace_once)
+
+
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_width_runs_exactly_as_the_float_file_with_its_weights(bits: int) -> None:
     small = compress_program(traced(randomized(Wide()), x=image()), Plan.from_flags(bits=bits), effort="fast")
     built = build(small)
     onnx.checker.check_model(onnx.load_from_string(built.data), full_check=True)
-    graph = trace(small.program)
+    graph = small_models.trace_once(small.program)
     dequantized = {n: FloatWeight(values=a.dequantize(), reason="") for n, a in small.artifacts.items()}
     reference = lower(graph, dequantized, built.report.opset, sign=False).serialize()
     feeds = {"x": image(4, seed=1)}
@@ -51,6 +58,7 @@ def test_every_width_runs_exactly_as_the_float_file_with_its_weights(bits: int) 
     np.testing.assert_allclose(got, module(torch.from_numpy(feeds["x"])).detach().numpy(), atol=1e-4)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_files_shrink_with_every_bit_and_stay_near_the_ideal() -> None:
     program = traced(randomized(Wide()), x=image())
     sizes = {
@@ -62,6 +70,7 @@ def test_files_shrink_with_every_bit_and_stay_near_the_ideal() -> None:
     assert all(s.ideal <= s.payload <= s.file for s in sizes.values())
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("target", ["onnxruntime==1.18", "onnxruntime==1.23", "onnxruntime==1.24"])
 @pytest.mark.parametrize("rows_per_lut", [None, 3, 4])
 def test_targets_and_granularities(target: str, rows_per_lut: int | None) -> None:
