@@ -23,6 +23,11 @@ SCHEMES = ("uniform", "palette")
 SEEDS = st.integers(0, 10**6)
 # A code that falls on the other side of a tie runs through the rest of the net, more so the fewer codes there are.
 DISTANCE = 0.75
+# Nets of parts that others have too.
+LIKE_OTHERS = (
+    "dense", "pool and flatten", "mean keepdim", "channel shuffle", "pixel shuffle", "upsample", "chunks",
+    "pre-activation", "moves", "two inputs", "dict outputs", "option A",
+)  # fmt: skip
 
 Inputs = Mapping[str, npt.NDArray[Any]]
 
@@ -63,7 +68,7 @@ def test_two_hundred_drawn_nets_agree(seed, depth):
     assert agrees(drawn(seed, depth))
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LIKE_OTHERS else ()) for n in ODD])
 def test_the_parts_of_known_architectures_agree(name):
     samples = 1 if name == "fixed batch" else 12
     found = agreement(odd_net(name), odd_inputs(name, 16), odd_inputs(name, samples, seed=1), list(ODD).index(name))
