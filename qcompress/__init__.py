@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from qcompress import quantizers
     from qcompress.analysis import analyze
     from qcompress.artifacts import FloatWeight, IntegerWeight, PalettizedWeight
     from qcompress.compressed import CompressedModel
@@ -32,6 +33,9 @@ _HOME: Final = {
     "load_source": "qcompress.sources",
 }
 
+# Public packages: what is in them is public, too.
+_PACKAGES: Final = ("quantizers",)
+
 __all__ = [
     "CompressedModel",
     "Dataset",
@@ -45,10 +49,13 @@ __all__ = [
     "load_data",
     "load_plan",
     "load_source",
+    "quantizers",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"qcompress.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -398,17 +398,9 @@ class ActivationGrid:
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
-        _require(
-            isinstance(self.site, tuple) and [type(part) for part in self.site] == [str, int] and self.site[1] >= -1,
-            "ActivationGrid.site must be (name, index) with an index of at least -1",
-            self.site,
-        )
+        _require_site("ActivationGrid", self.site)
         for name, value in (("scale", self.scale), ("offset", self.offset)):
-            _require(
-                value.dtype == np.float32 and value.shape == (),
-                f"ActivationGrid.{name} must be float32 and 0-d",
-                f"{value.dtype} {list(value.shape)}",
-            )
+            _require_scalar(f"ActivationGrid.{name}", value)
         _require(bool(0 < self.scale < np.inf), "ActivationGrid.scale must be finite and above 0", self.scale)
         _require(bool(np.isfinite(self.offset)), "ActivationGrid.offset must be finite", self.offset)
 
@@ -524,7 +516,110 @@ class ActivationGrid:
         )
 
 
-def _float32(value: float | Floats) -> Floats:
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThresholdGrid:
+    """The grid of an activation with learned thresholds: x_hat = codes * scale, codes counting thresholds up to x.
+
+    Args:
+        site: as in `ActivationGrid`.
+        thresholds: float32 [2**bits - 1] on x itself, finite, none below the one before it.
+        scale: float32 0-d, finite, > 0: what neighbouring output levels differ by.
+        bits: width of a code, 1 to 8.
+
+    Raises:
+        ConfigError: one of them is not that.
+
+    >>> thresholds = np.array([0.25, 1.0, 4.0], np.float32)
+    >>> grid = ThresholdGrid(site=("fc.weight", 0), thresholds=thresholds, scale=np.asarray(np.float32(0.5)), bits=2)
+    >>> u = grid.quantize(np.array([-9.0, 0.25, 0.8, 99.0], np.float32))
+    >>> u.tolist(), grid.dequantize(u).tolist(), grid.nbytes
+    ([0, 1, 1, 3], [0.0, 0.5, 0.5, 1.5], 16)
+    """
+
+    site: tuple[str, int]
+    thresholds: Floats
+    scale: Floats
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        _require_site("ThresholdGrid", self.site)
+        _require(
+            self.thresholds.dtype == np.float32 and self.thresholds.shape == (self.levels,),
+            f"ThresholdGrid.thresholds must be float32 [{self.levels}] at {self.bits} bits",
+            f"{self.thresholds.dtype} {list(self.thresholds.shape)}",
+        )
+        _require(
+            bool(np.isfinite(self.thresholds).all() and (np.diff(self.thresholds) >= 0).all()),
+            "ThresholdGrid.thresholds must be finite and ascend",
+            self.thresholds.tolist(),
+        )
+        _require_scalar("ThresholdGrid.scale", self.scale)
+        _require(bool(0 < self.scale < np.inf), "ThresholdGrid.scale must be finite and above 0", self.scale)
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk: thresholds and scale."""
+        return self.thresholds.nbytes + self.scale.nbytes
+
+    def quantize(self, x: Floats) -> npt.NDArray[np.uint8]:
+        """How many thresholds each value reaches.
+
+        Args:
+            x: float32, any shape; NaN is not allowed.
+
+        Returns:
+            uint8 in [0, levels], in the shape of `x`.
+        """
+        return np.asarray(np.searchsorted(self.thresholds, x, side="right"), np.uint8)
+
+    def dequantize(self, u: npt.NDArray[np.uint8]) -> Floats:
+        """The values of codes.
+
+        Args:
+            u: uint8 in [0, levels], any shape.
+
+        Returns:
+            float32 in the shape of `u`.
+        """
+        return np.asarray(u.astype(np.float32) * self.scale)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What JSON holds of it; every float32 is a Python float of the same value."""
+        return {
+            "site": list(self.site),
+            "thresholds": self.thresholds.tolist(),
+            "scale": float(self.scale),
+            "bits": self.bits,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The exact inverse of `as_dict`.
+
+        Raises:
+            ConfigError: a field is missing, of another type, or has a value that it cannot have.
+        """
+        for name, kind in (("site", list), ("thresholds", list), ("scale", float), ("bits", int)):
+            got = fields.get(name)
+            _require(type(got) is kind, f"ThresholdGrid.{name} must be stored as {kind.__name__}", repr(got))
+        wrong = [value for value in fields["thresholds"] if type(value) is not float]
+        _require(not wrong, "ThresholdGrid.thresholds must be stored as floats", wrong)
+        return cls(
+            site=tuple(fields["site"]),
+            thresholds=_float32(fields["thresholds"]),
+            scale=_float32(fields["scale"]),
+            bits=fields["bits"],
+        )
+
+
+def _float32(value: float | list[float] | Floats) -> Floats:
     with np.errstate(over="ignore"):  # too large: Inf, which every grid refuses
         return np.asarray(value).astype(np.float32)
 
@@ -673,6 +768,22 @@ def short_digest(*parts: bytes | memoryview) -> str:
 def _require(condition: bool, requirement: str, got: object) -> None:
     if not condition:
         raise ConfigError(f"{requirement}, got {got}.")
+
+
+def _require_site(who: str, site: object) -> None:
+    _require(
+        isinstance(site, tuple) and [type(part) for part in site] == [str, int] and site[1] >= -1,
+        f"{who}.site must be (name, index) with an index of at least -1",
+        site,
+    )
+
+
+def _require_scalar(who: str, value: Floats) -> None:
+    _require(
+        value.dtype == np.float32 and value.shape == (),
+        f"{who} must be float32 and 0-d",
+        f"{value.dtype} {list(value.shape)}",
+    )
 
 
 def _require_axis(who: str, axis: int, ndim: int) -> None:

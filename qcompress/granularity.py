@@ -1,14 +1,23 @@
 """The only view of a weight as rows, LUT groups and vectors; whoever needs one calls this, so they cannot disagree.
 
+`rows`, `vectors` and their inverses take arrays and tensors alike; gradients pass through those of tensors.
+
 Shape suffixes: O = output channels, R = elements of one output channel, G = LUT groups, V = vectors, D = vector_dim.
 """
+
+import math
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompress.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FLOATS = npt.NDArray[np.float32]
+Values = TypeVar("Values", npt.NDArray[Any], "Tensor")
 
 
 def output_axis(kind: str) -> int:
@@ -20,7 +29,7 @@ def output_axis(kind: str) -> int:
     return 1 if kind == "conv_transpose" else 0
 
 
-def rows(weight: npt.NDArray[np.generic], axis: int = 0) -> npt.NDArray[np.generic]:
+def rows(weight: Values, axis: int = 0) -> Values:
     """The weight as [O, R]: one row per output channel.
 
     >>> rows(np.zeros((2, 3, 4)), axis=1).shape
@@ -29,10 +38,10 @@ def rows(weight: npt.NDArray[np.generic], axis: int = 0) -> npt.NDArray[np.gener
     if weight.ndim == 0:
         return weight.reshape(1, 1)
     count = weight.shape[axis]
-    return np.moveaxis(weight, axis, 0).reshape(count, weight.size // count if count else 0)
+    return _moved(weight, axis, 0).reshape(count, math.prod(weight.shape) // count if count else 0)
 
 
-def from_rows(rows_OR: npt.NDArray[np.generic], shape: tuple[int, ...], axis: int = 0) -> npt.NDArray[np.generic]:
+def from_rows(rows_OR: Values, shape: tuple[int, ...], axis: int = 0) -> Values:
     """The exact inverse of `rows`.
 
     >>> w = np.arange(24).reshape(2, 3, 4)
@@ -43,7 +52,7 @@ def from_rows(rows_OR: npt.NDArray[np.generic], shape: tuple[int, ...], axis: in
         return rows_OR.reshape(())
     axis %= len(shape)
     moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
-    return np.moveaxis(rows_OR.reshape(moved), 0, axis)
+    return _moved(rows_OR.reshape(moved), 0, axis)
 
 
 def lut_groups(channels: int, rows_per_lut: int | None) -> int:
@@ -71,7 +80,7 @@ def group_of_row(channels: int, rows_per_lut: int | None) -> npt.NDArray[np.int6
     return np.arange(channels, dtype=np.int64) // rows_per_lut
 
 
-def vectors(weight: npt.NDArray[np.generic], d: int, axis: int | None = None) -> npt.NDArray[np.generic]:
+def vectors(weight: Values, d: int, axis: int | None = None) -> Values:
     """The weight as [V, D]: d consecutive row-major elements each, or along `axis` where one is given.
 
     The tail is padded with the last element.
@@ -83,24 +92,34 @@ def vectors(weight: npt.NDArray[np.generic], d: int, axis: int | None = None) ->
     """
     if d < 1:
         raise ConfigError(f"vector_dim must be at least 1, got {d!r}.")
-    flat = (weight if axis is None else np.moveaxis(weight, axis, -1)).ravel()
-    tail = -flat.size % d
-    if tail:
-        flat = np.concatenate([flat, np.repeat(flat[-1:], tail)])
-    return flat.reshape(-1, d)
+    flat = (weight if axis is None else _moved(weight, axis, -1)).reshape(-1)
+    tail = -flat.shape[0] % d
+    return (_with_tail(flat, tail) if tail else flat).reshape(-1, d)
 
 
-def from_vectors(
-    vectors_VD: npt.NDArray[np.generic], shape: tuple[int, ...], axis: int | None = None
-) -> npt.NDArray[np.generic]:
+def from_vectors(vectors_VD: Values, shape: tuple[int, ...], axis: int | None = None) -> Values:
     """The exact inverse of `vectors`: padding dropped, shape restored.
 
     >>> from_vectors(vectors(np.arange(5), 2), (5,)).tolist()
     [0, 1, 2, 3, 4]
     """
-    flat = vectors_VD.ravel()[: int(np.prod(shape))]
+    flat = vectors_VD.reshape(-1)[: math.prod(shape)]
     if axis is None:
         return flat.reshape(shape)
-    axis %= len(shape)
-    moved = (*shape[:axis], *shape[axis + 1 :], shape[axis])
-    return np.moveaxis(flat.reshape(moved), -1, axis)
+    along = axis % len(shape)
+    moved = (*shape[:along], *shape[along + 1 :], shape[along])
+    return _moved(flat.reshape(moved), -1, axis)
+
+
+def _moved(values: Values, source: int, destination: int) -> Values:
+    if isinstance(values, np.ndarray):
+        return np.moveaxis(values, source, destination)
+    return values.moveaxis(source, destination)
+
+
+def _with_tail(flat: Values, tail: int) -> Values:
+    if isinstance(flat, np.ndarray):
+        return np.concatenate([flat, np.repeat(flat[-1:], tail)])
+    import torch
+
+    return torch.cat([flat, flat[-1:].expand(tail)])

@@ -1,0 +1,221 @@
+"""N2UQ: activations with learned thresholds on even output levels, weights normalised for entropy.
+
+Source: Liu et al., CVPR 2022: forward (12), generalised straight-through estimator (11), gradients of the intervals
+(13), learned scales β1, β2 and the intervals' start section 3.2.2, weights 3.2.3.
+Code: written from the paper; no code copied.
+Deviations: β1·x is compared with a threshold as x with threshold / β1, which is what is stored. γ is
+(2^b - 1) / 2^(b-1), of which the printed formula lost an exponent. β1, β2 have a floor, a thousandth of their start; init "lsq" starts at
+LSQ's grid where the paper's start is for inputs in [0, 2].
+
+Shape suffixes: L = 2^bits - 1 segments, E = their L + 1 edges.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qcompress.artifacts import Artifact, ThresholdGrid
+from qcompress.errors import ConfigError
+from qcompress.grid import IntegerRange
+from qcompress.packing import check_bits
+from qcompress.quantizers.base import AbstractQuantizer, Site, check_init, one_tensor
+from qcompress.quantizers.half_integer import odd_codes, palette
+from qcompress.quantizers.initial import activation_scale
+from qcompress.quantizers.positive import Positive
+from qcompress.ste import straight_through
+
+_SHORTEST: Final = 1e-3
+_INITS: Final = ("n2uq", "lsq")
+
+
+def n2uq_activation(x: Tensor, start: Tensor, intervals: Tensor, input_scale: Tensor, output_scale: Tensor) -> Tensor:
+    """Fake-quantize by learned thresholds to even levels, (12).
+
+    Args:
+        x: float32 or float64, any shape; not modified.
+        start: s, 0-d: where the first segment begins.
+        intervals: a, [2^b - 1], > 0: the segments' lengths.
+        input_scale: β1, 0-d, > 0.
+        output_scale: β2, 0-d, > 0.
+
+    Returns:
+        β2 · 2 / (2^b - 1) times the number of thresholds that β1·x reaches, in the shape of x. Thresholds are the
+        middles of the segments; one that is met counts. Gradients are those of the function that rises by 1 along each
+        segment, evenly: (11) for x, (13) for start and intervals.
+
+    >>> intervals = torch.tensor([0.5, 0.5, 1.0])
+    >>> one = torch.tensor(1.0)
+    >>> n2uq_activation(torch.tensor([0.2, 0.25, 1.0, 1.5]), torch.tensor(0.0), intervals, one, 1.5 * one).tolist()
+    [0.0, 1.0, 2.0, 3.0]
+    """
+    out: Tensor = _N2uq.apply(x, start, intervals, input_scale, output_scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def n2uq_weight(w: Tensor, bits: int) -> Tensor:
+    """Fake-quantize a weight, normalised so that its codes are spread evenly.
+
+    Args:
+        w: float32 or float64, the first axis counting output channels; not modified.
+        bits: width of a code, 1 to 8.
+
+    Returns:
+        Odd integers in [-(2^bits - 1), 2^bits - 1] times γ·mean|w| / (2^bits - 1) of the output channel, in the shape
+        of w. The gradient is 1 where |w| < γ·mean|w|, else 0.
+
+    >>> n2uq_weight(torch.tensor([[-1.0, -0.25, 0.25, 0.5]]), 2).tolist()
+    [[-0.75, -0.25, 0.25, 0.25]]
+    """
+    with torch.no_grad():
+        odd, step, mask = _odd_step_mask(w, bits)
+    return straight_through(w, odd * step, mask)
+
+
+def thresholds(start: Tensor, intervals: Tensor, input_scale: Tensor) -> Tensor:
+    """T_i / β1, [L]: the thresholds on x itself.
+
+    >>> thresholds(torch.tensor(0.0), torch.tensor([0.5, 0.5, 1.0]), torch.tensor(2.0)).tolist()
+    [0.125, 0.375, 0.75]
+    """
+    return (_edges(start, intervals)[:-1] + intervals / 2) / input_scale
+
+
+def _edges(start: Tensor, intervals: Tensor) -> Tensor:
+    return torch.cat([start.reshape(1), start + intervals.cumsum(0)])
+
+
+class _N2uq(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, start: Tensor, intervals: Tensor, beta1: Tensor, beta2: Tensor) -> Tensor:
+        ctx.save_for_backward(x, start, intervals, beta1, beta2)
+        return _code(x, start, intervals, beta1).mul_(_level(beta2, intervals))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, start, intervals, beta1, beta2 = ctx.saved_tensors
+        edges_E, count = _edges(start, intervals), len(intervals)
+        z = x * beta1
+        # Segments are numbered from 1; those before the first and behind the last get length Inf, slope 0.
+        segment = torch.bucketize(z, edges_E, right=True)
+        beyond = torch.full((1,), torch.inf, dtype=x.dtype, device=x.device)
+        rise = g * _level(beta2, intervals) / torch.cat([beyond, intervals, beyond])[segment]
+        way = (z - torch.cat([edges_E[:1], edges_E])[segment]) * rise
+        sums = torch.zeros(2, count + 2, dtype=x.dtype, device=x.device)
+        sums[0].index_add_(0, segment.reshape(-1), rise.reshape(-1))
+        sums[1].index_add_(0, segment.reshape(-1), way.reshape(-1))
+        rises_L, ways_L = sums[:, 1:-1]
+        later_L = rises_L.flip(0).cumsum(0).flip(0) - rises_L
+        g_beta2 = (g * _code(x, start, intervals, beta1)).sum() * (2 / count)
+        return rise * beta1, -rises_L.sum(), -(ways_L / intervals + later_L), (rise * x).sum(), g_beta2
+
+
+def _code(x: Tensor, start: Tensor, intervals: Tensor, beta1: Tensor) -> Tensor:
+    return torch.bucketize(x, thresholds(start, intervals, beta1), right=True, out_int32=True).to(x.dtype)
+
+
+def _level(beta2: Tensor, intervals: Tensor) -> Tensor:
+    return beta2 * (2 / len(intervals))
+
+
+def _odd_step_mask(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    size = w.abs().mean([*range(1, w.ndim)], keepdim=True) if w.ndim > 1 else w.abs()
+    scale = size * (((1 << bits) - 1) / (1 << (bits - 1)))
+    unit = w / torch.where(scale > 0, scale, 1.0)
+    return odd_codes(unit, bits), scale / ((1 << bits) - 1), unit.abs() < 1
+
+
+@final
+class N2uqActivation(AbstractQuantizer):
+    """N2UQ of an activation that is not negative, or hardly.
+
+    Args:
+        bits: width of a code, 2 to 4.
+        init: "n2uq": the paper's, for inputs in [0, 2]; "lsq": equal intervals at the scale that LSQ starts with.
+
+    Raises:
+        ConfigError: one of them is none.
+
+    >>> quantizer = N2uqActivation(bits=2)
+    >>> quantizer(torch.tensor([-1.0, 0.4, 1.0, 9.0])).tolist()
+    [0.0, 0.6666666865348816, 1.3333333730697632, 2.0]
+    """
+
+    def __init__(self, *, bits: int, init: Literal["n2uq", "lsq"] = "n2uq") -> None:
+        super().__init__()
+        if bits not in range(2, 5):
+            raise ConfigError(f"N2uqActivation.bits must be in [2, 4], got {bits!r}.")
+        check_init("N2uqActivation", init, _INITS)
+        self.bits, self.init = bits, init
+        self.start = nn.Parameter(torch.zeros(()))
+        self.intervals = Positive(((1 << bits) - 1,))
+        self.input_scale, self.output_scale = Positive(()), Positive(())
+        self._set(torch.ones(()))
+
+    def _set(self, top: Tensor) -> None:
+        count = (1 << self.bits) - 1
+        with torch.no_grad():
+            self.start.zero_()
+        self.intervals.set(torch.full((count,), 2 / count), floor=_SHORTEST)
+        self.input_scale.set(1 / top)
+        self.output_scale.set(top)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The fake-quantized tensor."""
+        return n2uq_activation(x, self.start, self.intervals(), self.input_scale(), self.output_scale())
+
+    def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
+        """Sets thresholds and scales; with init "n2uq" they do not depend on the activation."""
+        x = one_tensor(values).reshape(-1)
+        limits = IntegerRange(self.bits, signed=False)
+        scale = activation_scale(x, limits, "lsq", has_offset=False)[0] * limits.p / 2
+        self._set(torch.where((scale > 0) & torch.tensor(self.init == "lsq"), scale, 1.0))
+
+    def activation_grid(self, site: Site) -> ThresholdGrid:
+        """The thresholds and what levels differ by."""
+        intervals = self.intervals().detach()
+        on_x = thresholds(self.start.detach(), intervals, self.input_scale().detach())
+        return ThresholdGrid(
+            site=site,
+            thresholds=on_x.float().cpu().numpy(),
+            scale=np.asarray(float(_level(self.output_scale().detach(), intervals)), np.float32),
+            bits=self.bits,
+        )
+
+
+@final
+class N2uqWeight(AbstractQuantizer):
+    """N2UQ of a weight, each output channel normalised by itself; it has no parameters.
+
+    Args:
+        bits: width of a code, 1 to 8.
+        axis: the weight's axis that counts output channels.
+
+    Raises:
+        ConfigError: bits are none.
+
+    >>> N2uqWeight(bits=1)(torch.tensor([[-1.0, 3.0]])).tolist()
+    [[-2.0, 2.0]]
+    """
+
+    def __init__(self, *, bits: int, axis: int = 0) -> None:
+        super().__init__()
+        check_bits(bits)
+        self.bits, self.axis = bits, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The fake-quantized weight."""
+        return n2uq_weight(x.movedim(self.axis, 0), self.bits).movedim(0, self.axis)
+
+    def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
+        """Nothing to set."""
+
+    def weight_artifact(self, weight: Tensor) -> Artifact:
+        """A table of odd integers, and a scale for each output channel."""
+        with torch.no_grad():
+            odd, step, _ = _odd_step_mask(weight.float().movedim(self.axis, 0), self.bits)
+        return palette(odd.movedim(0, self.axis), step.reshape(-1), self.bits, self.axis % weight.ndim)

@@ -1,0 +1,81 @@
+"""Ternary weights: -α, 0 or α.
+
+Source: Li et al., 2016 ("ternary weight networks"), which BMPQ (Kundu et al.) takes at 2 bits: Δ = 0.7·mean|w|, α the
+mean of |w| above Δ.
+Code: written from the equations; no code copied.
+Deviations: none.
+"""
+
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qcompress.artifacts import Artifact, IntegerWeight
+from qcompress.errors import ConfigError
+from qcompress.quantizers.base import AbstractQuantizer
+from qcompress.ste import straight_through
+
+
+def ternary(w: Tensor) -> Tensor:
+    """Fake-quantize a weight to -α, 0 and α.
+
+    Args:
+        w: float32 or float64, any shape; not modified.
+
+    Returns:
+        α·sign(w) where |w| > 0.7·mean|w|, else 0, in the shape of w; α is the mean of those |w|. The gradient passes
+        unchanged.
+
+    >>> ternary(torch.tensor([-2.0, 0.5, 1.0, 3.0])).tolist()
+    [-2.5, 0.0, 0.0, 2.5]
+    """
+    with torch.no_grad():
+        signs, alpha = _signs_and_alpha(w)
+        value = signs * alpha
+    return straight_through(w, value)
+
+
+def _signs_and_alpha(w: Tensor) -> tuple[Tensor, Tensor]:
+    size = w.abs()
+    above = size > 0.7 * size.mean()
+    alpha = (size * above).sum() / above.sum().clamp_min(1)
+    return torch.where(above, w.sign(), 0.0), alpha
+
+
+@final
+class Ternary(AbstractQuantizer):
+    """Ternary weights; it has no parameters.
+
+    Args:
+        bits: 2.
+
+    Raises:
+        ConfigError: it is not.
+
+    >>> Ternary(bits=2).weight_artifact(torch.tensor([[-2.0, 0.5, 1.0, 3.0]])).codes.tolist()
+    [[-1, 0, 0, 1]]
+    """
+
+    def __init__(self, *, bits: int = 2) -> None:
+        super().__init__()
+        if bits != 2:
+            raise ConfigError(f"Ternary.bits must be 2, got {bits!r}.")
+        self.bits = bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The fake-quantized weight."""
+        return ternary(x)
+
+    def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
+        """Nothing to set."""
+
+    def weight_artifact(self, weight: Tensor) -> Artifact:
+        """Codes -1, 0 and 1, and one scale."""
+        with torch.no_grad():
+            signs, alpha = _signs_and_alpha(weight.float())
+        return IntegerWeight(
+            codes=signs.cpu().numpy().astype(np.int8), scale=alpha.cpu().numpy().copy(), bits=self.bits
+        )
