@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from qcompress import quantizers
+    from qcompress import quantizers, regularizers
     from qcompress.analysis import analyze
     from qcompress.artifacts import FloatWeight, IntegerWeight, PalettizedWeight
     from qcompress.compressed import CompressedModel
@@ -34,7 +34,7 @@ _HOME: Final = {
 }
 
 # Public packages: what is in them is public, too.
-_PACKAGES: Final = ("quantizers",)
+_PACKAGES: Final = ("quantizers", "regularizers")
 
 __all__ = [
     "CompressedModel",
@@ -50,6 +50,7 @@ __all__ = [
     "load_plan",
     "load_source",
     "quantizers",
+    "regularizers",
 ]
 
 

@@ -106,7 +106,7 @@ def from_vectors(vectors_VD: Values, shape: tuple[int, ...], axis: int | None = 
     flat = vectors_VD.reshape(-1)[: math.prod(shape)]
     if axis is None:
         return flat.reshape(shape)
-    along = axis % len(shape)
+    along: int = axis % len(shape)
     moved = (*shape[:along], *shape[along + 1 :], shape[along])
     return _moved(flat.reshape(moved), -1, axis)
 

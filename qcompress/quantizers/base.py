@@ -60,6 +60,10 @@ class AbstractQuantizer(nn.Module, abc.ABC):
         """
         raise ConfigError(f"{type(self).__name__} quantizes a weight here and has no activation grid.")
 
+    def step_size(self, weight: Tensor) -> Tensor | None:
+        """The learned scale, as it broadcasts against a weight; None: codes are not multiples of one."""
+        return None
+
     @property
     def collapsed(self) -> bool:
         """Whether a parameter that must stay positive sits on its floor."""

@@ -87,6 +87,11 @@ class Lsq(AbstractQuantizer):
         """Sets the scale from the weight or from batches of the activation."""
         self.scale.value.set(self.grid.start(values)[0])
 
+    def step_size(self, weight: Tensor) -> Tensor:
+        """The scale, its gradient multiplied by g."""
+        scale: Tensor = self.scale(weight)
+        return scale
+
     def weight_artifact(self, weight: Tensor) -> Artifact:
         """Integer codes and their scale."""
         if self.grid.role != "weight":

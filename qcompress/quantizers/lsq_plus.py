@@ -112,6 +112,11 @@ class LsqPlus(AbstractQuantizer):
             with torch.no_grad():
                 self.offset.copy_(offset)
 
+    def step_size(self, weight: Tensor) -> Tensor:
+        """The scale, its gradient multiplied by g."""
+        scale: Tensor = self.scale(weight)
+        return scale
+
     def weight_artifact(self, weight: Tensor) -> Artifact:
         """Integer codes and their scale."""
         if self.grid.role != "weight":

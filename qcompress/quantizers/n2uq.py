@@ -4,8 +4,8 @@ Source: Liu et al., CVPR 2022: forward (12), generalised straight-through estima
 (13), learned scales β1, β2 and the intervals' start section 3.2.2, weights 3.2.3.
 Code: written from the paper; no code copied.
 Deviations: β1·x is compared with a threshold as x with threshold / β1, which is what is stored. γ is
-(2^b - 1) / 2^(b-1), of which the printed formula lost an exponent. β1, β2 have a floor, a thousandth of their start; init "lsq" starts at
-LSQ's grid where the paper's start is for inputs in [0, 2].
+(2^b - 1) / 2^(b-1), of which the printed formula lost an exponent. β1, β2 have a floor, a thousandth of their start;
+init "lsq" starts at LSQ's grid where the paper's start is for inputs in [0, 2].
 
 Shape suffixes: L = 2^bits - 1 segments, E = their L + 1 edges.
 """

@@ -139,6 +139,10 @@ class Tqt(AbstractQuantizer):
         """Whether an exponent sits at the end of what it can be."""
         return bool(((self.log2_scale - self.start).abs() >= _RANGE).any())
 
+    def step_size(self, weight: Tensor) -> Tensor:
+        """The scale, its gradient multiplied by g."""
+        return self.grid.spread(power_of_two(self._log2_scale(self.grid.gradient_factor(weight))), weight.ndim)
+
     def weight_artifact(self, weight: Tensor) -> Artifact:
         """Integer codes and their scale."""
         if self.grid.role != "weight":

@@ -1,0 +1,160 @@
+"""R²: penalties on the range of weights, for training the float model that is quantized or palettized afterwards.
+
+Source: Kundu et al., "R²: range regularization", section 2: L∞ (1), margin (2), soft-min-max (3).
+Code: written from the paper; no code copied.
+Deviations: in (2) the excess is summed over elements. `RangeRegularizer` multiplies the gradient of M by 1 / N of the
+layer and keeps M in [0, max|W|]; M gets N times a weight's gradient, and one step would throw it out of the range.
+
+With dim above 1 a weight is seen as vectors of dim (`granularity.vectors`), the term is taken for each dimension and
+summed; M and α are one for all of them.
+
+Shape suffixes: V = vectors, D = dim.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Final, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.errors import ConfigError
+from qcompress.granularity import vectors
+from qcompress.quantizers.positive import multiplied_gradient
+from qcompress.regularizers.places import weights
+
+Kind = Literal["linf", "margin", "soft_min_max"]
+
+_ALPHA: Final = 0.1
+
+
+def linf(w: Tensor, dim: int = 1) -> Tensor:
+    """max|w|, (1); gradients of several largest are shared evenly.
+
+    Args:
+        w: any shape, not empty.
+        dim: weights in a vector.
+
+    Returns:
+        0-d.
+
+    >>> linf(torch.tensor([1.0, -3.0, 2.0, 0.0])).item(), linf(torch.tensor([1.0, -3.0, 2.0, 0.0]), dim=2).item()
+    (3.0, 5.0)
+    """
+    return vectors(w, dim).abs().amax(0).sum()
+
+
+def margin(w: Tensor, m: Tensor, dim: int = 1) -> Tensor:
+    """|m| + Σ max(|w| - |m|, 0), (2).
+
+    Args:
+        w: any shape, not empty.
+        m: 0-d; its gradient is sign(m)·(dim - how many |w| are above |m|).
+        dim: weights in a vector.
+
+    Returns:
+        0-d.
+
+    >>> m = torch.tensor(1.5, requires_grad=True)
+    >>> y = margin(torch.tensor([1.0, -3.0, 2.0]), m)
+    >>> y.item(), torch.autograd.grad(y, m)[0].item()
+    (3.5, -1.0)
+    """
+    size = m.abs()
+    return dim * size + (vectors(w, dim).abs() - size).relu().sum()
+
+
+def soft_min_max(w: Tensor, alpha: Tensor, dim: int = 1) -> Tensor:
+    """s_max - s_min + e^-α, (3): the extremes as means that e^±αw weighs.
+
+    Args:
+        w: any shape, not empty.
+        alpha: 0-d.
+        dim: weights in a vector.
+
+    Returns:
+        0-d.
+
+    >>> round(soft_min_max(torch.tensor([-1.0, 0.0, 2.0]), torch.tensor(9.0)).item(), 3)
+    3.0
+    """
+    w_VD = vectors(w, dim)
+    scaled_VD = alpha * w_VD
+    highest = (scaled_VD.softmax(0) * w_VD).sum()
+    lowest = ((-scaled_VD).softmax(0) * w_VD).sum()
+    return highest - lowest + dim * (-alpha).exp()
+
+
+@final
+class RangeRegularizer(nn.Module):
+    """R² over a model's weights, in any training loop: add `penalty()` to the loss, train `parameters()`, too.
+
+    Args:
+        model: a float model; its weights are found by their layers, tied ones count once.
+        kind: "linf", "margin" or "soft_min_max".
+        dim: weights in a vector.
+        weight: of the term in the loss.
+
+    Raises:
+        ConfigError: one of them is none, or the model has no weights.
+
+    >>> model = nn.Linear(2, 2)
+    >>> regularizer = RangeRegularizer(model, kind="margin")
+    >>> optimizer = torch.optim.SGD([*model.parameters(), *regularizer.parameters()], lr=0.1)
+    >>> regularizer.penalty().backward()
+    >>> optimizer.step()
+    """
+
+    def __init__(self, model: nn.Module, kind: Kind = "margin", dim: int = 1, weight: float = 0.01) -> None:
+        super().__init__()
+        if kind not in _TERMS:
+            raise ConfigError(f"RangeRegularizer.kind must be one of {', '.join(_TERMS)}, got {kind!r}.")
+        if dim < 1:
+            raise ConfigError(f"RangeRegularizer.dim must be at least 1, got {dim!r}.")
+        if not 0 <= weight < math.inf:
+            raise ConfigError(f"RangeRegularizer.weight must be finite and at least 0, got {weight!r}.")
+        self.kind, self.dim, self.weight = kind, dim, weight
+        self._places = weights(model)
+        start, self._term = _TERMS[kind]
+        made = [start(place.weight().detach()) for place in self._places] if start is not None else []
+        self.learned = nn.ParameterList([nn.Parameter(value) for value in made])
+
+    def penalty(self) -> Tensor:
+        """The term of all layers, 0-d."""
+        learned: list[Tensor | None] = [*self.learned] or [None] * len(self._places)
+        terms = [self._term(p.weight(), value, self.dim) for p, value in zip(self._places, learned, strict=True)]
+        return self.weight * torch.stack(terms).sum()
+
+
+def _linf(w: Tensor, _: Tensor | None, dim: int) -> Tensor:
+    return linf(w, dim)
+
+
+def _margin(w: Tensor, m: Tensor | None, dim: int) -> Tensor:
+    assert m is not None
+    with torch.no_grad():
+        m.copy_(torch.minimum(m.clamp_min(0), w.abs().amax()))
+    return margin(w, multiplied_gradient(m, 1 / w.numel()), dim)
+
+
+def _soft_min_max(w: Tensor, alpha: Tensor | None, dim: int) -> Tensor:
+    assert alpha is not None
+    return soft_min_max(w, alpha, dim)
+
+
+def _two_sigma(w: Tensor) -> Tensor:
+    return 2 * w.std(correction=0)
+
+
+def _first_alpha(w: Tensor) -> Tensor:
+    return w.new_full((), _ALPHA)
+
+
+# What is learned, from what it starts, and the term.
+_Start = Callable[[Tensor], Tensor]
+_Term = Callable[[Tensor, Tensor | None, int], Tensor]
+_TERMS: Final[Mapping[str, tuple[_Start | None, _Term]]] = {
+    "linf": (None, _linf),
+    "margin": (_two_sigma, _margin),
+    "soft_min_max": (_first_alpha, _soft_min_max),
+}
