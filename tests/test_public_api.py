@@ -14,12 +14,23 @@ CORE = [
     "CompressedModel", "Dataset", "FloatWeight", "IntegerWeight", "PalettizedWeight", "Plan", "QCompressError",
     "analyze", "compress", "load_data", "load_plan", "load_source",
 ]  # fmt: skip
+PACKAGES = ["quantizers", "regularizers"]
+QUANTIZERS = [
+    "AbstractQuantizer", "DoReFa", "Ewgs", "Lsq", "LsqPlus", "Method", "N2uqActivation", "N2uqWeight", "Pact",
+    "QUANTIZERS", "Ternary", "Tqt", "Way", "dorefa_weight", "ewgs", "lsq", "lsq_plus", "n2uq_activation",
+    "n2uq_weight", "pact", "ternary", "tqt", "way",
+]  # fmt: skip
+REGULARIZERS = [
+    "BinRegularizer", "KurtosisRegularizer", "RangeRegularizer", "bin_regularization", "kl", "kurtosis", "l2", "linf",
+    "margin", "soft_min_max",
+]  # fmt: skip
 EXPORTERS = ["ExportReport", "ParityReport", "build", "export", "validate"]
 
 
 @pytest.mark.parametrize(("package", "names"), [(qcompress, CORE), (qcompress_exporters, EXPORTERS)])
 def test_public_names(package, names):
-    assert sorted(package.__all__) == names == dir(package)
+    packages = PACKAGES if package is qcompress else []
+    assert sorted(package.__all__) == sorted(names + packages) == dir(package)
     for name in names:
         value = getattr(package, name)
         assert callable(value), f"{name} is a module: a submodule of that name hides it"
@@ -28,12 +39,26 @@ def test_public_names(package, names):
         package.nothing  # noqa: B018
 
 
+@pytest.mark.parametrize(("package", "names"), [("quantizers", QUANTIZERS), ("regularizers", REGULARIZERS)])
+def test_public_packages(package, names):
+    found = getattr(qcompress, package)
+    assert sorted(found.__all__) == names
+    for name in names:
+        value = getattr(found, name)
+        assert name == "QUANTIZERS" or (callable(value) and value.__doc__)
+
+
 def test_a_name_is_still_itself_after_its_neighbours_were_imported():
     for module in ("qcompress.analysis", "qcompress.posthoc.compress", "qcompress_exporters.onnx_file"):
         importlib.import_module(module)
     assert callable(qcompress.analyze)
     assert callable(qcompress.compress)
     assert callable(qcompress_exporters.export)
+    for name in ("lsq", "lsq_plus", "pact", "ewgs", "tqt", "ternary"):
+        importlib.import_module(f"qcompress.quantizers.{name}")
+        assert callable(getattr(qcompress.quantizers, name))
+    importlib.import_module("qcompress.regularizers.kurtosis")
+    assert callable(qcompress.regularizers.kurtosis)
 
 
 @pytest.mark.parametrize(

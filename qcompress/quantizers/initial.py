@@ -3,7 +3,7 @@
 Source: LSQ+ (Bhalgat et al., CVPRW 2020) section 3.2, (7) and (8), and the LSQ initialisation that it names.
 Code: written from the paper; no code copied.
 Deviations: μ of the 3σ rule is the mean of w, not of |w|. (8) is descended with Adam, scale and offset in parts of
-their start, and keeps the best that was seen.
+their start, from whichever of (7) and narrower ranges errs least, and keeps the best that was seen.
 
 Shape suffixes: O = output channels, R = elements of one output channel.
 """
@@ -20,7 +20,9 @@ from qcompress.ste import fake_quantize
 Init = Literal["lsq", "min_max", "lsq_plus"]
 INITS: Final[tuple[Init, ...]] = ("lsq", "min_max", "lsq_plus")
 
-_STEPS: Final = 100
+_NARROWER: Final = 0.7
+_RANGES: Final = 9
+_STEPS: Final = 60
 _RATE: Final = 0.03
 
 
@@ -51,7 +53,7 @@ def activation_scale(x: Tensor, limits: IntegerRange, init: Init, *, has_offset:
         x: values, flat.
         limits: the grid's codes.
         init: "lsq": 2·mean|x| / sqrt(p), offset as min-max has it; "min_max": the extremes on the first and the last
-            code; "lsq_plus": from there downhill in ‖x_hat - x‖².
+            code; "lsq_plus": from there, or from a part of that range, downhill in ‖x_hat - x‖².
         has_offset: whether there is an offset; without one it is 0.
 
     >>> scale, offset = activation_scale(torch.tensor([-1.0, 5.0]), IntegerRange(2, False), "min_max", has_offset=True)
@@ -73,16 +75,27 @@ def activation_scale(x: Tensor, limits: IntegerRange, init: Init, *, has_offset:
 def _least_error(
     x: Tensor, scale: Tensor, offset: Tensor, limits: IntegerRange, has_offset: bool
 ) -> tuple[Tensor, Tensor]:
+    def error(scale: Tensor, offset: Tensor) -> Tensor:
+        return (fake_quantize(x, scale, offset if has_offset else None, limits.n, limits.p) - x).square().mean()
+
+    # Of narrower ranges some keep their lower end, as an activation with a tail on one side needs it.
+    low = offset + limits.n * scale
+    parts = [_NARROWER**k * scale for k in range(_RANGES)]
+    starts = [(s, s / scale * offset) for s in parts]
+    starts += [(s, low - limits.n * s) for s in parts if has_offset]
+    with torch.no_grad():
+        errors = [float(error(*start)) for start in starts]
+    least = min(errors)
+    best = scale, offset = starts[errors.index(least)]
     grown, moved = torch.zeros_like(scale).requires_grad_(), torch.zeros_like(scale).requires_grad_()
     optimizer = torch.optim.Adam([grown, moved] if has_offset else [grown], lr=_RATE)
-    best, least = (scale, offset), torch.inf
-    with torch.enable_grad():
-        for _ in range(_STEPS):
-            optimizer.zero_grad()
+    for _ in range(_STEPS):
+        with torch.enable_grad():
             now = scale * grown.exp(), offset + scale * moved
-            error = (fake_quantize(x, now[0], now[1] if has_offset else None, limits.n, limits.p) - x).square().mean()
-            if float(error) < least:
-                best, least = (now[0].detach(), now[1].detach()), float(error)
-            error.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            loss = error(*now)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        if float(loss.detach()) < least:
+            best, least = (now[0].detach(), now[1].detach()), float(loss.detach())
+        optimizer.step()
     return best

@@ -3,7 +3,8 @@
 Source: Kundu et al., "R²: range regularization", section 2: L∞ (1), margin (2), soft-min-max (3).
 Code: written from the paper; no code copied.
 Deviations: in (2) the excess is summed over elements. `RangeRegularizer` multiplies the gradient of M by 1 / N of the
-layer and keeps M in [0, max|W|]; M gets N times a weight's gradient, and one step would throw it out of the range.
+layer and keeps M at least 0 and just below max|W|: M gets N times a weight's gradient, one step would throw it out of
+the range, and the term would fall silent.
 
 With dim above 1 a weight is seen as vectors of dim (`granularity.vectors`), the term is taken for each dimension and
 summed; M and α are one for all of them.
@@ -133,7 +134,8 @@ def _linf(w: Tensor, _: Tensor | None, dim: int) -> Tensor:
 def _margin(w: Tensor, m: Tensor | None, dim: int) -> Tensor:
     assert m is not None
     with torch.no_grad():
-        m.copy_(torch.minimum(m.clamp_min(0), w.abs().amax()))
+        largest = w.abs().amax()
+        m.copy_(m.clamp_min(0).minimum(largest.nextafter(torch.zeros_like(largest))))
     return margin(w, multiplied_gradient(m, 1 / w.numel()), dim)
 
 
