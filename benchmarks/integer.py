@@ -34,7 +34,7 @@ from qcompress.metrics import MetricResult, compare, load_metric
 from qcompress.plan import Plan
 from qcompress.posthoc.compress import compress_program
 from qcompress.program import FloatProgram
-from qcompress.sites import MarkedRunner, mark
+from qcompress.sites import MarkedRunner, mark, rounding
 from qcompress.sources import ProgramOptions
 from qcompress.tracing import from_module
 from qcompress_exporters import build, validate
@@ -244,11 +244,7 @@ def torch_outputs(small: CompressedModel, batches: Iterable[dict[str, Any]]) -> 
     """What artifacts and grids give in torch, without any file."""
     weights = {name: artifact.dequantize() for name, artifact in small.artifacts.items()}
     runner = MarkedRunner(mark(small.program.with_state(weights), sites_of(small)))
-    grids = list(small.activations.values())
-
-    def quantize(index: int, value: np.ndarray, first: bool) -> np.ndarray:
-        return grids[index].dequantize(grids[index].quantize(value)) if first else value
-
+    quantize = rounding(list(small.activations.values()))
     found = [runner(batch, quantize) for batch in batches]
     return {name: np.concatenate([outputs[name] for outputs in found]) for name in found[0]}
 

@@ -16,6 +16,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
 
+from qcompress.artifacts import ActivationGrid
 from qcompress.errors import ConfigError, QCompressError
 from qcompress.layers import Layer, data_input, layers
 from qcompress.program import Arrays, FloatProgram, copy_graph, rebuild, state_nodes, tensor_of, user_inputs, value_of
@@ -298,6 +299,19 @@ def _places(root: Node, state: Container[Node]) -> list[Node]:
 
 
 Visit = Callable[[int, npt.NDArray[np.float32], bool], npt.NDArray[np.float32]]
+
+
+def rounding(grids: Sequence[ActivationGrid]) -> Visit:
+    """The visit that puts the value at each site's first place on its grid.
+
+    Args:
+        grids: of the sites, in the order of their indices.
+    """
+
+    def visit(index: int, value: npt.NDArray[np.float32], first: bool) -> npt.NDArray[np.float32]:
+        return grids[index].dequantize(grids[index].quantize(value)) if first else value
+
+    return visit
 
 
 class MarkedRunner:

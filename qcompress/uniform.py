@@ -15,6 +15,7 @@ F64 = npt.NDArray[np.float64]
 
 _SHRINKS: Final = np.geomspace(1.0, 0.05, 25)  # of the step that reaches the largest magnitude
 _FITS: Final = 3  # of a step to the codes that it gives
+_CHUNK: Final = 1 << 15  # values that are looked at at once: what a cache holds
 _TINY: Final = np.finfo(np.float64).tiny
 REDUCED_BITS: Final = 7  # what 8-bit codes are held within so that sums of two int8 products fit 16 bits
 
@@ -60,8 +61,8 @@ def round_to_nearest(
     limits = IntegerRange(min(bits, REDUCED_BITS) if reduce_range else bits, signed=True)
     scale = symmetric_scale(wide, limits.p, axis if per_channel else None)
     if clip:
-        rows_OK = granularity.rows(wide, axis) if scale.ndim else wide.reshape(1, -1)
-        clipped = np.maximum(clipped_scale(rows_OK.astype(np.float64), limits), np.finfo(np.float32).tiny)
+        rows_OK: Any = granularity.rows(wide, axis) if scale.ndim else wide.reshape(1, -1)
+        clipped = np.maximum(clipped_scale(rows_OK, limits), np.finfo(np.float32).tiny)
         scale = clipped.astype(np.float32).reshape(scale.shape)
     codes = np.clip(np.rint(in_steps(wide, scale, axis)), limits.n, limits.p)
     return IntegerWeight(
@@ -69,7 +70,7 @@ def round_to_nearest(
     )
 
 
-def clipped_scale(rows_OK: F64, limits: IntegerRange, importance_OK: F64 | None = None) -> F64:
+def clipped_scale(rows_OK: Floats | F64, limits: IntegerRange, importance_OK: F64 | None = None) -> F64:
     """The step of each row with the least squared error, of some that clip more or less and are fitted to their codes.
 
     Args:
@@ -84,17 +85,33 @@ def clipped_scale(rows_OK: F64, limits: IntegerRange, importance_OK: F64 | None 
     >>> clipped_scale(row, IntegerRange(3, signed=True)).round(2).tolist()  # 4 / 3 = 1.33 would reach the outlier
     [0.3]
     """
+    found_O = np.empty(len(rows_OK))
+    at_once = max(1, _CHUNK // max(1, rows_OK.shape[1]))
+    for start in range(0, len(rows_OK), at_once):
+        part = slice(start, start + at_once)
+        mass_OK = None if importance_OK is None else importance_OK[part]
+        found_O[part] = _clipped_scale(rows_OK[part].astype(np.float64), limits, mass_OK)
+    return found_O
+
+
+def _clipped_scale(rows_OK: F64, limits: IntegerRange, importance_OK: F64 | None) -> F64:
     size_O = np.abs(rows_OK).max(axis=1, initial=0) / max(limits.p, 1)
     size_O = np.where(size_O >= np.finfo(np.float32).tiny, size_O, 1.0)
     best_O, least_O = size_O, np.full(len(rows_OK), np.inf)
-    mass_OK = np.ones(()) if importance_OK is None else importance_OK
+    weighed_OK = rows_OK if importance_OK is None else importance_OK * rows_OK
+    codes_OK = np.empty_like(rows_OK)
     for shrink in _SHRINKS:
         scale_O = size_O * shrink
         for _ in range(_FITS):
-            codes = np.clip(np.rint(rows_OK / scale_O[:, None]), limits.n, limits.p)
-            error_O = (mass_OK * (codes * scale_O[:, None] - rows_OK) ** 2).sum(axis=1)
+            np.divide(rows_OK, scale_O[:, None], out=codes_OK)
+            np.clip(np.rint(codes_OK, out=codes_OK), limits.n, limits.p, out=codes_OK)
+            # The squared error less that of all codes 0: no more is needed to compare.
+            product_O = np.einsum("ok,ok->o", codes_OK, weighed_OK)
+            masses = (codes_OK, codes_OK) if importance_OK is None else (codes_OK * importance_OK, codes_OK)
+            square_O = np.einsum("ok,ok->o", *masses)
+            error_O = scale_O * (scale_O * square_O - 2 * product_O)
             best_O, least_O = np.where(error_O < least_O, scale_O, best_O), np.minimum(error_O, least_O)
-            fitted_O = (mass_OK * codes * rows_OK).sum(axis=1) / np.maximum((mass_OK * codes**2).sum(axis=1), _TINY)
+            fitted_O = product_O / np.maximum(square_O, _TINY)
             scale_O = np.where(fitted_O > 0, fitted_O, scale_O)
     return best_O
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from qcompress.compressed import CompressedModel
 from qcompress.program import FloatProgram, state_nodes, user_inputs
-from qcompress.sites import MarkedRunner, mark
+from qcompress.sites import MarkedRunner, mark, rounding
 from qcompress_exporters import onnx_file
 from qcompress_exporters.checks import (
     EXPORTER_TOLERANCE,
@@ -111,13 +111,9 @@ class Agreement:
             Root mean square of the difference over that of the outputs' noise; each difference of a code runs through
             the rest of the net, so that this is small, and not 0.
         """
-        small, grids = self.small, list(self.small.activations.values())
+        small, quantize = self.small, rounding(list(self.small.activations.values()))
         weights = {name: artifact.dequantize() for name, artifact in small.artifacts.items()}
         marked = self.marked.with_state(weights)
-
-        def quantize(index: int, value: npt.NDArray[np.float32], first: bool) -> npt.NDArray[np.float32]:
-            return grids[index].dequantize(grids[index].quantize(value)) if first else value
-
         wanted, original = MarkedRunner(marked)(self.feeds, quantize), small.program.run(self.feeds)
         got = run(session(self.file(format).data, "deployed"), self.feeds)
         off = sum(float(np.square(got[n].astype(np.float64) - wanted[n]).sum()) for n in wanted)

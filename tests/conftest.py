@@ -12,6 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+# Before torch is imported: on nets as small as these, threads that wait for each other cost more than they give.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples on every run and machine; time limits belong to no test that a busy machine may run.
 hypothesis.settings.register_profile("qcompress", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("qcompress")

@@ -114,7 +114,8 @@ def test_solved_weights_make_less_noise_on_new_inputs(bits, scheme):
     plan = Plan.from_flags(bits=bits, scheme=scheme)
     plain = compress_program(program, plan, effort="fast")
     tensors = {t.name: t for t in resolve(plan, program_tensors(plain.program)).compressed}
-    found, gains = solve_weights(plain.program, tensors, plain.artifacts, [{"x": part} for part in np.split(x, 3)])
+    solved = solve_weights(plain.program, tensors, plain.artifacts, [{"x": part} for part in np.split(x, 3)])
+    found, gains = solved.artifacts, solved.gains
     new = {"x": image(64, seed=9)}
     assert noise(plain.program, found, new) < 0.6 * noise(plain.program, plain.artifacts, new)
     layers = [n for n in weight_layers(plain.program) if not isinstance(plain.artifacts[n], FloatWeight)]
@@ -133,7 +134,8 @@ def test_what_is_exact_stays_so():
     plan = Plan.from_flags(bits=2)
     plain = compress_program(program, plan)
     tensors = {t.name: t for t in resolve(plan, program_tensors(program)).compressed}
-    found, gains = solve_weights(program, tensors, plain.artifacts, [{"x": x}])
+    solved = solve_weights(program, tensors, plain.artifacts, [{"x": x}])
+    found, gains = solved.artifacts, solved.gains
     assert all(np.array_equal(found[n].dequantize(), v.numpy()) for n, v in program.state().items())
     assert [g.solved_db for g in gains] == [None] * len(gains)
 

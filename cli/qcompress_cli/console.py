@@ -80,13 +80,13 @@ class Ui:
         if not self.quiet:
             self.err.print(printable(text))
 
-    def track(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    def track(self, items: Iterable[T], what: str) -> Iterator[T]:
         """Pass items on, with a progress bar on stderr where that is a terminal."""
         if self.quiet or not self.err.is_terminal:
             yield from items
             return
         with Progress(console=self.err, transient=True) as bar:
-            yield from bar.track(items, total=total, description=what)
+            yield from bar.track(items, description=what)
 
     @contextlib.contextmanager
     def _to_stdout(self) -> Iterator[None]:

@@ -213,7 +213,7 @@ def command(
         if note not in small.program.notes:
             ui.note(note)
     if is_plan_of_model and given.calibration is None and flags["effort"] != "fast":
-        for note in what_data_buys(report, small, source, given):
+        for note in what_data_buys(report, small, click.get_current_context().find_root().obj):
             ui.note(note)
     if not report.shrank:
         ui.note("warning: no tensor got smaller.")
@@ -281,7 +281,8 @@ def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, 
     if flags["no_synthetic"] and given.calibration is not None:
         raise ConfigError("--no-synthetic is about exports without calibration data: leave out it or --calibration.")
 
-    from qcompress.posthoc.compress import check_effort, compress_program, resolved_compute, resolved_plan
+    from qcompress.posthoc.compress import compress_program, resolved_compute, resolved_plan
+    from qcompress.posthoc.effort import check_effort
 
     program = open_program(source, given, ui)
     resolved = resolved_plan(program, plan)
@@ -303,11 +304,7 @@ def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, 
         synthetic=not flags["no_synthetic"],
         source_digest=source.sha256[:11],
         device=device(given),
-        track=lambda names: ui.track(names, "compressing", total=len(program.state())),
-        track_batches=lambda batches: ui.track(batches, "calibrating"),
-        track_layers=lambda names: ui.track(names, "solving"),
-        track_synthesis=lambda steps: ui.track(steps, "synthesising"),
-        track_tuning=lambda steps: ui.track(steps, "tuning"),
+        track=ui.track,
     )
     return small, resolved, output
 

@@ -2,6 +2,7 @@
 
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,7 +15,6 @@ from qcompress.sources.base import WEIGHT_KINDS, Source
 from qcompress_cli.compute_report import ComputeReport
 from qcompress_cli.console import new_table
 from qcompress_cli.numbers import counted, shape_text
-from qcompress_cli.project import Settings
 from qcompress_cli.text import printable
 
 if TYPE_CHECKING:
@@ -101,15 +101,23 @@ def words(
     return lines
 
 
-def what_data_buys(report: "ExportReport", small: "CompressedModel", source: Source, given: Settings) -> list[str]:
-    """What calibration data would do for a model compressed without, and the command; nothing at wide codes."""
+def what_data_buys(report: "ExportReport", small: "CompressedModel", arguments: Sequence[str]) -> list[str]:
+    """What calibration data would do for a model compressed without, and the command; nothing at wide codes.
+
+    Args:
+        report: what was written.
+        small: the compressed model.
+        arguments: of the command line that made it.
+    """
     widths = [t.bits for t in report.tensors if t.artifact != "float"]
     if not widths or min(widths) >= _WIDE:
         return []
-    command = ["qcompress", "export", source.label, *(["--bits", str(given.bits)] if given.bits else [])]
+    command = ["qcompress", *(word for word in arguments if word != "--no-synthetic"), "--calibration", "inputs.npz"]
+    if report.path is not None and "--force" not in arguments:
+        command.append("--force")
     return [
         f"unlabelled real inputs buy most at 2 bits (ResNet-20: {_BOUGHT[bool(small.solved_on)]}): "
-        f"{shlex.join([*command, '--calibration', 'inputs.npz'])}"
+        f"{shlex.join(command)}"
     ]
 
 

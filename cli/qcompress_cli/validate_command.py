@@ -99,7 +99,7 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     made_from = source.model().source_digest if isinstance(source, CompressedSource) else source.sha256[:11]
     report = validate(
         program, file, data, metric=metric, source_digest=made_from, seed=seed, device=device(given),
-        timing=0.0 if no_timing else _TIMING_S, track=lambda batches: ui.track(batches, "running both"),
+        timing=0.0 if no_timing else _TIMING_S, track=ui.track,
     )  # fmt: skip
 
     document = report.as_dict()

@@ -7,7 +7,7 @@
 A collapsed 1-bit net passes any one of them alone. Errors are divided by the spread of an output over the samples.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +20,7 @@ from qcompress.data import Dataset, as_dataset
 from qcompress.errors import ConfigError, DataError, SourceError
 from qcompress.metrics import Metric, MetricResult, agreement, compare, is_constant, sqnr_db
 from qcompress.program import FloatProgram, Runner
+from qcompress.progress import Track, untracked
 from qcompress.sites import mark
 from qcompress_exporters import metadata
 from qcompress_exporters.checks import (
@@ -44,8 +45,6 @@ from qcompress_exporters.replay import SiteDifference, file_grids, reference_sta
 from qcompress_exporters.sessions import Mode, cpu_features, optimized_ops, run, session
 from qcompress_exporters.timing import Timing, measure
 from qcompress_exporters.trace import trace
-
-Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 PARITY_SAMPLES: Final = 256
 BATCH: Final = 64
@@ -147,7 +146,7 @@ def validate(
     seed: int = 0,
     device: str = "cpu",
     timing: float = 0.0,
-    track: Track = iter,
+    track: Track = untracked,
 ) -> ParityReport:
     """Measure a file that `export` wrote against its original.
 
@@ -307,7 +306,7 @@ def _both(runner: Runner, packed: bytes, data: Dataset, track: Track) -> tuple[A
     active, program = session(packed, "deployed"), runner.program
     ours, theirs = [], []
     batches = -(-data.samples // (program.fixed_batch or BATCH))
-    for _, feeds in zip(track(range(batches)), _bound(program, data), strict=True):
+    for _, feeds in zip(track(range(batches), "running both"), _bound(program, data), strict=True):
         ours.append(run(active, feeds))
         theirs.append(runner(feeds))
     return concatenated(ours), concatenated(theirs)

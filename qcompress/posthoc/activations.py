@@ -1,8 +1,7 @@
 """Activation grids without training: run the compressed program over calibration batches and watch its sites."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -11,11 +10,10 @@ from qcompress.data import Dataset
 from qcompress.errors import DataError
 from qcompress.posthoc import calibration
 from qcompress.program import FloatProgram
+from qcompress.progress import Track, untracked
 from qcompress.sites import MarkedRunner, Site, input_sites, mark
 
 BATCH = 32
-
-Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ def calibrate(
     method: str = "mse",
     percentile: float = 99.99,
     device: str = "cpu",
-    track: Track = iter,
+    track: Track = untracked,
 ) -> list[Calibrated]:
     """Grids for the sites of a program, from what its values are on some inputs.
 
@@ -67,7 +65,7 @@ def calibrate(
         return value
 
     size, usable = program.fixed_batch or BATCH, whole_batches(program, data)
-    for _, batch in zip(track(range(-(-usable.samples // size))), usable.batches(size), strict=True):
+    for _, batch in zip(track(range(-(-usable.samples // size)), "calibrating"), usable.batches(size), strict=True):
         runner(batch.inputs, observe)
     return [_calibrated(site, seen, method, percentile) for site, seen in zip(sites, observers, strict=True)]
 

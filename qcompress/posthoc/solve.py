@@ -9,15 +9,16 @@ Source: GPTQ's objective (Frantar et al. 2023) with the target of an asymmetric 
 Deviation: that target is found in closed form once, by damped least squares, not while columns are rounded.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from qcompress import granularity
-from qcompress.artifacts import ActivationGrid, Artifact, Floats, FloatWeight, PalettizedWeight
+from qcompress.artifacts import ActivationGrid, Artifact, FloatWeight, PalettizedWeight
 from qcompress.compressed import LayerGain
 from qcompress.grid import IntegerRange
 from qcompress.palettes.integer import LARGEST, LARGEST_REDUCED
@@ -27,7 +28,9 @@ from qcompress.posthoc.moments import Moments, has_moments
 from qcompress.posthoc.schemes import Codes, better, codes_for
 from qcompress.posthoc.walk import Reached, walk
 from qcompress.program import Arrays, FloatProgram
-from qcompress.solvers import SOLVERS, Solver
+from qcompress.progress import Track, untracked
+from qcompress.sites import rounding
+from qcompress.solvers import SOLVERS
 from qcompress.solvers.base import Problem
 from qcompress.solvers.levels import IntegerPaletteLevels, PaletteLevels, UniformLevels
 from qcompress.uniform import REDUCED_BITS
@@ -37,19 +40,43 @@ _DAMPING: Final = 0.05  # of the mean diagonal of H: 0.01 fits ResNet-20 better,
 AnyLevels = PaletteLevels | IntegerPaletteLevels | UniformLevels
 
 
+@dataclass(frozen=True, slots=True)
+class SolveSettings:
+    """How weights are solved.
+
+    Args:
+        solver: a key of `solvers.SOLVERS`.
+        integer_kinds: of the layers whose weights int8 kernels shall compute with.
+        reduce_range: as in `compress`.
+    """
+
+    solver: str = "gptq"
+    integer_kinds: Collection[str] = ()
+    reduce_range: bool = False
+
+
+_DEFAULT: Final = SolveSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """One artifact for each tensor, and what solving gained, layer by layer."""
+
+    artifacts: dict[str, Artifact]
+    gains: list[LayerGain]
+
+
 def solve_weights(
     program: FloatProgram,
     tensors: Mapping[str, TensorPlan],
     nearest: Mapping[str, Artifact],
     batches: Sequence[Arrays],
+    settings: SolveSettings = _DEFAULT,
     *,
-    solver: str = "gptq",
-    integer_kinds: Collection[str] = (),
-    reduce_range: bool = False,
     grids: Sequence[ActivationGrid] = (),
     device: str = "cpu",
-    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> tuple[dict[str, Artifact], list[LayerGain]]:
+    track: Track = untracked,
+) -> Solved:
     """Artifacts for the weights of layers, and for their biases.
 
     Args:
@@ -57,20 +84,15 @@ def solve_weights(
         tensors: what is planned for each tensor.
         nearest: each tensor compressed without data.
         batches: calibration inputs by name.
-        solver: a key of `solvers.SOLVERS`.
-        integer_kinds: of the layers whose weights int8 kernels shall compute with.
-        reduce_range: as in `compress`.
+        settings: how.
         grids: of the marks, in the order of their indices.
         device: where the net runs.
         track: passes layers on: a progress bar.
 
     Returns:
-        `nearest` with what was solved in its place, and what that gained, layer by layer.
+        `nearest` with what was solved in its place.
     """
     artifacts, gains = dict(nearest), list[LayerGain]()
-
-    def quantize(index: int, value: Floats, first: bool) -> Floats:
-        return grids[index].dequantize(grids[index].quantize(value)) if first else value
 
     def settle(reached: Reached) -> Mapping[str, torch.Tensor]:
         name = reached.layer.weight
@@ -84,8 +106,7 @@ def solve_weights(
         before, found = _noise_db(reached.outputs, outputs), first
         exact = torch.equal(plain, reached.weight)
         if has_moments(reached.layer) and not exact:
-            integer = reached.layer.kind in integer_kinds
-            found = _solved(reached, tensors[name], first, SOLVERS[solver], integer=integer, reduce_range=reduce_range)
+            found = _solved(reached, tensors[name], first, settings)
             outputs = reached.run(_tensor(found, reached.weight))
         settled = {name: _tensor(found, reached.weight)}
         if reached.bias is not None:
@@ -98,13 +119,12 @@ def solve_weights(
         gains.append(LayerGain(name, before, _noise_db(reached.outputs, outputs)))
         return settled
 
-    walk(program, batches, settle, quantize=quantize if grids else None, device=device, track=track)
-    return artifacts, gains
+    walk(program, batches, settle, quantize=rounding(grids) if grids else None, device=device, track=track)
+    return Solved(artifacts, gains)
 
 
-def _solved(
-    reached: Reached, plan: TensorPlan, first: Artifact, solver: Solver, *, integer: bool, reduce_range: bool
-) -> Artifact:
+def _solved(reached: Reached, plan: TensorPlan, first: Artifact, settings: SolveSettings) -> Artifact:
+    solver = SOLVERS[settings.solver]
     layer, shape = reached.layer, tuple(reached.weight.shape)
     moments = Moments.gather(layer, shape, reached.inputs, reached.float_inputs, centred=reached.bias is not None)
     groups = len(moments.second)
@@ -121,11 +141,12 @@ def _solved(
         return problem.error(torch.from_numpy(values_OK).reshape(weight.shape))
 
     solved = list[Artifact]()
-    for kind in codes_for(plan, integer=integer):
+    for kind in codes_for(plan, integer=layer.kind in settings.integer_kinds):
         if kind == "vectors":
             solved.append(_vectors(target_OK, importance_OK, plan, shape, layer.axis))
             continue
-        levels, codes = solver.solve(problem, _levels(kind, target_OK, importance_OK, plan, reduce_range=reduce_range))
+        levels = _levels(kind, target_OK, importance_OK, plan, reduce_range=settings.reduce_range)
+        levels, codes = solver.solve(problem, levels)
         solved.append(levels.artifact(codes.reshape(rows_OK.shape).numpy().astype(np.uint8), shape, layer.axis))
     found = solved[0] if len(solved) == 1 else better((a, error(a)) for a in solved)
     return found if error(found) < error(first) and found.nbytes < reached.weight.nbytes else first

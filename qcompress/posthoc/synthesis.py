@@ -9,7 +9,6 @@ weights between layers; smooth noise to begin with, which ends nearer than white
 """
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import torch
@@ -20,6 +19,7 @@ from qcompress.batchnorm import BATCH_NORMS, statistics
 from qcompress.data import Dataset
 from qcompress.posthoc.differentiable import Differentiable
 from qcompress.program import FloatProgram, state_nodes, user_inputs, value_of
+from qcompress.progress import Track, untracked
 
 _SAMPLES: Final = 128
 _FEWER: Final = 32  # of large inputs, which have many places each
@@ -28,10 +28,8 @@ _STEPS: Final = 40
 _RATE: Final = 0.1
 _GRAINS: Final = (1, 2, 4, 8, 16)
 
-Track = Callable[[Iterable[Any]], Iterable[Any]]
 
-
-def synthesize(program: FloatProgram, *, device: str = "cpu", track: Track = iter) -> Dataset | None:
+def synthesize(program: FloatProgram, *, device: str = "cpu", track: Track = untracked) -> Dataset | None:
     """Inputs made from the statistics of a program's BatchNorms; the same ones each time.
 
     Args:
@@ -62,7 +60,7 @@ def synthesize(program: FloatProgram, *, device: str = "cpu", track: Track = ite
     optimizer = torch.optim.Adam(inputs, lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
     mismatch = _Mismatch(program, device)
-    for _ in track(range(_STEPS)):
+    for _ in track(range(_STEPS), "synthesising"):
         optimizer.zero_grad()
         mismatch(inputs).backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -11,7 +11,7 @@ well and new data no better.
 Shape suffixes: O = output channels, K = weights of one output channel, T = tables, L = levels.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from qcompress import granularity
 from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight
 from qcompress.posthoc.differentiable import Differentiable
 from qcompress.program import Arrays, FloatProgram
+from qcompress.progress import Track, untracked
 
 aten = torch.ops.aten
 
@@ -43,7 +44,7 @@ def tune(
     *,
     steps: int = _STEPS,
     device: str = "cpu",
-    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    track: Track = untracked,
 ) -> dict[str, Artifact]:
     """Tune a compressed model on calibration inputs.
 
@@ -69,7 +70,7 @@ def tune(
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator, order = torch.Generator().manual_seed(0), list[int]()
-    for _ in track(range(steps)):
+    for _ in track(range(steps), "tuning"):
         order = order or torch.randperm(len(inputs), generator=generator).tolist()
         optimizer.zero_grad()
         now = start | {name: place.value() for name, place in trained.items()}

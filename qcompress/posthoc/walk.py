@@ -5,7 +5,7 @@ and towards what it gives in the float net. A value is freed behind its last use
 are alive at one place, not those of the whole net.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from qcompress.layers import Layer, bias_of, data_input, layers
 from qcompress.program import Arrays, FloatProgram, state_nodes, tensor_of
+from qcompress.progress import Track, untracked
 from qcompress.sites import Visit, site_op
 
 Batches = list[Any]  # one value for each batch
@@ -56,7 +57,7 @@ def walk(
     *,
     quantize: Visit | None = None,
     device: str = "cpu",
-    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    track: Track = untracked,
 ) -> None:
     """Reach every layer of a program in the order in which the graph runs them.
 
@@ -110,9 +111,9 @@ class _Walk:
                 self._first.add(layer.node)
             seen.add(layer.weight)
 
-    def run(self, track: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
+    def run(self, track: Track) -> None:
         left = {node: len(node.users) for node in self._graph.nodes}
-        progress = iter(track(range(len(self._first))))
+        progress = iter(track(range(len(self._first)), "solving"))
         for node in self._graph.nodes:
             if node.op == "output":
                 break

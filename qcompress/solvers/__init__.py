@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, final
 
+from qcompress.errors import ConfigError, did_you_mean
 from qcompress.solvers import gptq, nearest
 from qcompress.solvers.base import Levels, Problem, Solve
 
-__all__ = ["SOLVERS", "Levels", "Problem", "Solver"]
+__all__ = ["SOLVERS", "Levels", "Problem", "Solver", "check_solver"]
 
 
 @final
@@ -29,3 +30,13 @@ SOLVERS: Final[Mapping[str, Solver]] = {
     "weighted": Solver(nearest.solve),
     "gptq": Solver(gptq.solve),
 }
+
+
+def check_solver(name: str) -> None:
+    """Refuse a solver that there is not.
+
+    Raises:
+        ConfigError: names those that there are.
+    """
+    if name not in SOLVERS:
+        raise ConfigError(f"solver must be one of {', '.join(SOLVERS)}, got {name!r}.{did_you_mean(name, SOLVERS)}")

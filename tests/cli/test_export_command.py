@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,10 +291,14 @@ def test_without_calibration_data_inputs_are_synthesised(qcompress, exported, re
     assert result.exit_code == 0
     assert "4 layers solved on 128 inputs synthesised from BatchNorm statistics; the noisiest" in result.stdout
     assert "85.1 % against 84.1 % on synthesised inputs" in result.stderr
-    assert result.stderr.endswith("qcompress export model.pt --bits 2 --calibration inputs.npz\n")
+    assert result.stderr.endswith("qcompress export model.pt --bits 2 --calibration inputs.npz --force\n")
     assert qcompress("export", "model.pt", "--bits", "8", "-o", "wide.onnx").stderr == ""
     plain = qcompress("export", "model.pt", "--bits", "2", "--no-synthetic", "-o", "plain.onnx")
     assert "solved" not in plain.stdout
+    wanted = "qcompress export model.pt --bits 2 -o plain.onnx --calibration inputs.npz --force\n"
+    assert plain.stderr.endswith(wanted)
+    shutil.copy("test.npz", "inputs.npz")
+    assert qcompress(*wanted.split()[1:]).exit_code == 0
     assert "no calibration data, and none are synthesised: each weight goes to its nearest level" in plain.stderr
     assert "85.1 % against 21.3 % without any" in plain.stderr
     told = exported("model.pt", "--bits", "2", "-o", "again.onnx")

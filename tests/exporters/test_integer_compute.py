@@ -131,15 +131,10 @@ def with_offset(model, site: tuple[str, int], share: float):
 
 def reference(model, x):
     """What the artifacts say, in torch: every site through its grid, padding with real zeros."""
-    from qcompress.sites import MarkedRunner, mark
+    from qcompress.sites import MarkedRunner, mark, rounding
 
-    grids = list(model.activations.values())
     marked = mark(model.program.with_state({n: a.dequantize() for n, a in model.artifacts.items()}), model.activations)
-
-    def visit(index, value, first):
-        return grids[index].dequantize(grids[index].quantize(value)) if first else value
-
-    return MarkedRunner(marked)({"x": x}, visit)["output"]
+    return MarkedRunner(marked)({"x": x}, rounding(list(model.activations.values())))["output"]
 
 
 class OneLayer(nn.Module):

@@ -1,0 +1,108 @@
+"""A weight by itself, without data: each value goes to the nearest of the levels that its plan allows."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight
+from qcompress.errors import ConfigError
+from qcompress.palettes.integer import palettize_int8
+from qcompress.palettes.scalar import palettize
+from qcompress.palettes.vector import palettize_vectors
+from qcompress.plan import TensorPlan
+from qcompress.posthoc.schemes import Codes, better, codes_for
+from qcompress.uniform import round_to_nearest
+
+_AS_GOOD: Final = 10 ** (0.5 / 10)  # squared error that one scale for a tensor may cost: 0.5 dB
+_UNCLIPPED: Final = 8  # bits at which clipping gains nothing
+_PARAMETRIZED: Final = ".parametrizations."
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a weight is compressed, beside what its plan says.
+
+    Args:
+        axis: of the output channels.
+        integer: whether integer kernels shall compute with it.
+        one_scale: whether the kernel is faster with one scale for the tensor than with one for each output channel.
+        reduce_range: whether 8-bit codes keep to 7 bits.
+    """
+
+    axis: int
+    integer: bool
+    one_scale: bool
+    reduce_range: bool
+
+
+def nearest(values: npt.NDArray[Any], tensor: TensorPlan | None, how: How) -> Artifact:
+    """One tensor by its plan; float where that is smaller."""
+    if tensor is None or tensor.settings is None:
+        reason = None if tensor is None else tensor.reason
+        if tensor is not None and _PARAMETRIZED in tensor.name:
+            reason = "part of a parametrization: torch.nn.utils.parametrize.remove_parametrizations makes it a weight"
+        return FloatWeight(values=values, reason=reason or "not a weight")
+    made = [_MAKERS[codes](values, tensor, how) for codes in codes_for(tensor, integer=how.integer)]
+    small = made[0] if len(made) == 1 else better((a, _error(a, values)) for a in made)
+    if how.integer and small.nbytes >= values.nbytes and tensor.bits > 1:  # a table does not pay, plain codes may
+        small = _uniform(values, tensor, how)
+    if small.nbytes >= values.nbytes:
+        reason = f"too small: {small.nbytes} bytes at {tensor.bits} bits, {values.nbytes} in float"
+        return FloatWeight(values=values, reason=reason)
+    return _narrowed(small) if isinstance(small, PalettizedWeight) else small
+
+
+def _palette(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
+    return palettize(values, tensor.bits, tensor.rows_per_lut, how.axis)
+
+
+def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
+    def made(*, per_channel: bool) -> PalettizedWeight:
+        return palettize_int8(
+            values, tensor.bits, tensor.rows_per_lut, how.axis,
+            reduce_range=how.reduce_range, per_channel=per_channel,
+        )  # fmt: skip
+
+    by_channel = made(per_channel=True)
+    if not how.one_scale:
+        return by_channel
+    whole = made(per_channel=False)
+    return whole if _error(whole, values) <= _AS_GOOD * _error(by_channel, values) else by_channel
+
+
+def _vectors(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
+    if values.size % tensor.vector_dim:
+        raise ConfigError(
+            f"{tensor.name}: vector_dim = {tensor.vector_dim} ({tensor.origins['vector_dim']}) must divide the "
+            f"{values.size} weights, of shape {list(values.shape)}: give it another in a plan "
+            f'([name."{tensor.name}"] vector_dim = 1).'
+        )
+    return palettize_vectors(values, tensor.bits, tensor.vector_dim, how.axis)
+
+
+def _uniform(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
+    return round_to_nearest(values, tensor.bits, how.axis, reduce_range=how.reduce_range, clip=tensor.bits < _UNCLIPPED)
+
+
+def _error(small: Artifact, values: npt.NDArray[Any]) -> float:
+    return float(np.square(small.dequantize().astype(np.float64) - values).sum())
+
+
+_MAKERS: Final[Mapping[Codes, Callable[[npt.NDArray[Any], TensorPlan, How], Artifact]]] = {
+    "palette": _palette,
+    "int8 palette": _palette_int8,
+    "vectors": _vectors,
+    "uniform": _uniform,
+}
+
+
+def _narrowed(weight: PalettizedWeight) -> PalettizedWeight:
+    """The same weight at the fewest bits that hold its codes: one with few distinct values needs no more."""
+    entries = weight.lut.shape[1]
+    bits = max(1, (entries - 1).bit_length())
+    if bits == weight.bits:
+        return weight
+    return replace(weight, bits=bits)
