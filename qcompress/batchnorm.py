@@ -46,9 +46,44 @@ def fold_batchnorm(program: FloatProgram) -> FloatProgram:
         A program whose layers carry a bias `<layer>.bias` in place of the BatchNorm's tensors.
     """
     folds, left = _find(program)
-    if not folds:
-        notes = tuple(f"{n.name} stays a BatchNormalization: {_LEFT}." for n in left)
-        return replace(program, notes=(*program.notes, *notes))
+    while folds:  # one BatchNorm may stand behind another
+        program = _folded(program, folds)
+        folds, left = _find(program)
+    notes = tuple(f"{n.name} stays a BatchNormalization: {_LEFT}." for n in left)
+    return replace(program, notes=(*program.notes, *notes))
+
+
+def fold_factors(program: FloatProgram) -> dict[str, torch.Tensor]:
+    """What `fold_batchnorm` multiplies weights by: γ/σ for each output channel, float64 [O], by qualified name."""
+    factors: dict[str, torch.Tensor] = {}
+    while folds := _find(program)[0]:
+        for fold in folds:
+            factors[fold.layer.weight] = factors.get(fold.layer.weight, torch.ones(())) * fold.factor
+        program = _folded(program, folds)
+    return factors
+
+
+def unfolded_names(program: FloatProgram, folded: FloatProgram) -> dict[str, str]:
+    """Where the values of layers with BatchNorm folded are in the program as it was: behind the BatchNorm.
+
+    Args:
+        program: as it came in.
+        folded: the same, folded.
+
+    Returns:
+        From names of nodes in the folded graph to names of nodes in the other.
+    """
+    kept = {n.name for n in folded.exported.graph.nodes}
+    root: dict[str, str] = {}
+    for norm in program.exported.graph.nodes:
+        if norm.op == "call_function" and norm.target in BATCH_NORMS and norm.name not in kept:
+            output = norm if norm.target is aten.batch_norm.default else next(u for u in norm.users if u.args[1] == 0)
+            before = norm.args[0].name
+            root[output.name] = root.get(before, before)
+    return {first: last for last, first in root.items()}
+
+
+def _folded(program: FloatProgram, folds: Sequence[_Fold]) -> FloatProgram:
     exported = program.exported
     module = copy_graph(exported)
     nodes = {n.name: n for n in module.graph.nodes}
@@ -84,8 +119,7 @@ def fold_batchnorm(program: FloatProgram) -> FloatProgram:
     module.graph.eliminate_dead_code()
     specs, state = _drop_unused(module.graph, specs, state)
     module.recompile()
-    folded = replace(program, exported=rebuild(exported, module=module, specs=specs, state=state))
-    return fold_batchnorm(folded)  # one BatchNorm may stand behind another
+    return replace(program, exported=rebuild(exported, module=module, specs=specs, state=state))
 
 
 def _find(program: FloatProgram) -> tuple[list[_Fold], list[Node]]:

@@ -38,7 +38,7 @@ class _Bias:
         weight: of the layer.
         values: float64 [O].
         grid: of the layer's input.
-        scale: of the weight, float32, 0-d or [O].
+        scale: of the weight, float32, 0-d or [O], negative where training made a BatchNorm's γ so.
         sums: of the weight's codes over the inputs of each output, [O].
     """
 
@@ -84,13 +84,13 @@ def fitting(
     for bias in _biases(program, artifacts, grids):
         least_O = (np.abs(bias.values) / (float(bias.grid.scale) * _LARGEST)).astype(np.float32)
         weight = artifacts[bias.weight]
-        if (least_O > bias.scale).any() and isinstance(weight, IntegerWeight | PalettizedWeight):
+        if (least_O > np.abs(bias.scale)).any() and isinstance(weight, IntegerWeight | PalettizedWeight):
             found[bias.weight] = raised(weight, least_O)
     return found
 
 
 def raised(weight: IntegerWeight | PalettizedWeight, least_O: Floats) -> IntegerWeight | PalettizedWeight:
-    """A weight with scales that are not less than some.
+    """A weight with scales whose size is not less than some.
 
     Args:
         weight: codes on a symmetric grid, or a palette, with scales.
@@ -105,12 +105,13 @@ def raised(weight: IntegerWeight | PalettizedWeight, least_O: Floats) -> Integer
     ([[2, -1], [7, 1]], [2.0, 1.0])
     """
     assert weight.scale is not None
-    scale = np.asarray(np.maximum(weight.scale, least_O if weight.scale.ndim else least_O.max()), np.float32)
+    size = np.maximum(np.abs(weight.scale), least_O if weight.scale.ndim else least_O.max())
+    scale = np.asarray(np.copysign(size, weight.scale), np.float32)
     axis = weight.axis or 0
     values_OK = granularity.rows(weight.dequantize().astype(np.float64), axis)
     codes_OK = np.array(granularity.rows(weight.codes, axis))
     every_O = np.broadcast_to(scale, len(codes_OK))
-    for channel in np.flatnonzero(every_O > np.broadcast_to(weight.scale, len(codes_OK))):
+    for channel in np.flatnonzero(every_O != np.broadcast_to(weight.scale, len(codes_OK))):
         steps_K = values_OK[channel] / every_O[channel]
         if isinstance(weight, IntegerWeight):
             codes_OK[channel] = np.rint(steps_K)

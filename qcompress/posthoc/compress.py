@@ -84,7 +84,7 @@ def compress(
     """
     data = None if calibration is None else as_dataset(calibration)
     if example_inputs is not None:
-        named = example_inputs if isinstance(example_inputs, Mapping) else _by_position(model, example_inputs)
+        named = example_inputs if isinstance(example_inputs, Mapping) else by_position(model, example_inputs)
         inputs = {name: value.detach().cpu().numpy() for name, value in named.items()}
     elif data is not None:
         inputs = dict(data.example())
@@ -282,7 +282,7 @@ def check_finite(program: FloatProgram) -> None:
                 )
 
 
-def _by_position(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+def by_position(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
     import inspect
 
     names = list(inspect.signature(model.forward).parameters)

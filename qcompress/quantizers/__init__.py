@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, final
+from typing import Any, Final, final
 
 from qcompress.errors import ConfigError, did_you_mean
 from qcompress.packing import check_bits
@@ -54,11 +54,14 @@ class Way:
         bits: the legal widths.
         scales: of a weight: whether there is one for a tensor, one for a channel (`axis` alone), or either (`axis` and
             `channels`).
+        for_sign: of an activation: what else `make` takes, by whether there are negative values; None: it has no codes
+            for these.
     """
 
     make: Callable[..., AbstractQuantizer]
     bits: range
     scales: str = "tensor"
+    for_sign: Callable[[bool], Mapping[str, Any]] | None = None
 
 
 @final
@@ -77,24 +80,33 @@ class Method:
 
 _ALL, _SIGNED = range(1, 9), range(2, 9)
 
+
+def _signed(has_negative: bool) -> Mapping[str, Any]:
+    return {"signed": has_negative}
+
+
+def _configuration(has_negative: bool) -> Mapping[str, Any]:
+    return {"configuration": 4 if has_negative else 1}
+
+
 QUANTIZERS: Final[Mapping[str, Method]] = {
     "lsq": Method(
         weight=Way(partial(Lsq, role="weight"), _SIGNED, "either"),
-        activation=Way(partial(Lsq, role="activation"), _ALL),
+        activation=Way(partial(Lsq, role="activation"), _ALL, for_sign=_signed),
     ),
     "lsq_plus": Method(
         weight=Way(partial(LsqPlus, role="weight"), _SIGNED, "either"),
-        activation=Way(partial(LsqPlus, role="activation"), _ALL),
+        activation=Way(partial(LsqPlus, role="activation"), _ALL, for_sign=_configuration),
     ),
     "pact": Method(weight=None, activation=Way(Pact, _ALL)),
     "dorefa": Method(weight=Way(DoReFa, _ALL), activation=None),
     "ewgs": Method(
         weight=Way(partial(Ewgs, role="weight"), _SIGNED, "either"),
-        activation=Way(partial(Ewgs, role="activation"), _ALL),
+        activation=Way(partial(Ewgs, role="activation"), _ALL, for_sign=_signed),
     ),
     "tqt": Method(
         weight=Way(partial(Tqt, role="weight"), _SIGNED, "either"),
-        activation=Way(partial(Tqt, role="activation"), _ALL),
+        activation=Way(partial(Tqt, role="activation"), _ALL, for_sign=_signed),
     ),
     "ternary": Method(weight=Way(Ternary, range(2, 3)), activation=None),
     "n2uq": Method(weight=Way(N2uqWeight, _ALL, "channel"), activation=Way(N2uqActivation, range(2, 5))),

@@ -1,0 +1,1 @@
+"""Training with the quantizers of the papers: attach, train, finalize."""
