@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, final
+from typing import Final, Literal, final
 
 from qcompress.errors import ConfigError, did_you_mean
 from qcompress.packing import check_bits
@@ -58,7 +58,7 @@ class Way:
 
     make: Callable[..., AbstractQuantizer]
     bits: range
-    scales: str = "tensor"
+    scales: Literal["tensor", "channel", "either"] = "tensor"
 
 
 @final

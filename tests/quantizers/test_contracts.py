@@ -146,12 +146,10 @@ def test_a_uniform_grid_holds_what_it_gave(name, found, bits):
     assert torch.equal(quantizer(once), once)
 
 
-@pytest.mark.parametrize("quantizer", [*activation_cases()])
+@pytest.mark.parametrize("quantizer", [case for case in activation_cases() if not case.id.startswith("n2uq")])
 def test_a_uniform_activation_grid_holds_what_it_gave(quantizer):
     quantizer = copy.deepcopy(quantizer)
     quantizer.initialise(BATCHES["swish"])
-    if isinstance(quantizer, qc.quantizers.N2uqActivation):
-        return  # what it gives is on another scale
     once = quantizer(BATCHES["swish"][0])
     twice = quantizer(once)
     torch.testing.assert_close(twice, once)
