@@ -111,7 +111,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> Tensor:
         ctx.limits = qmin, qmax
         if offset is None:
-            out = (x / scale).round_().clamp_(qmin, qmax).mul_(scale).add_(0.0)
+            out = codes(x, scale, qmin, qmax).mul_(scale)
         else:
             part, steps = _shift(scale, offset, qmin)
             out = x.sub(part).div_(scale).round_().add_(steps).clamp_(qmin, qmax)

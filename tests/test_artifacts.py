@@ -16,6 +16,7 @@ from qcompress.artifacts import (
     FloatWeight,
     IntegerWeight,
     PalettizedWeight,
+    ThresholdGrid,
     along_axis,
     bits_per_weight,
     digest,
@@ -516,3 +517,65 @@ def test_stored_grids_that_cannot_be_are_refused(changes, message):
 def test_a_zero_point_beyond_a_byte_is_refused():
     with pytest.raises(ConfigError, match=r"^ActivationGrid\.zero_point must be in \[0, 255\], got 256\.$"):
         ActivationGrid.from_zero_point(SITE, 0.5, 256, bits=8)
+
+
+# --- learned thresholds
+
+THRESHOLDS = {
+    "site": SITE, "thresholds": np.array([-0.5, 0.25, 0.25], np.float32), "scale": np.array(0.5, np.float32), "bits": 2,
+}  # fmt: skip
+
+
+@given(st.integers(1, 8), hnp.arrays(np.float32, 255, elements=st.floats(-100, 100, width=32)), ACTIVATIONS)
+def test_a_code_counts_the_thresholds_that_a_value_reaches(bits, values, x):
+    grid = ThresholdGrid(**{**THRESHOLDS, "thresholds": np.sort(values[: 2**bits - 1]), "bits": bits})
+    codes = grid.quantize(x)
+    assert codes.dtype == np.uint8
+    assert codes.tolist() == [sum(v >= t for t in grid.thresholds) for v in x]
+    np.testing.assert_array_equal(grid.dequantize(codes), codes.astype(np.float32) * np.float32(0.5))
+    assert grid.levels == 2**bits - 1
+    assert grid.nbytes == 4 * 2**bits
+    stored = json.loads(json.dumps(grid.as_dict()))
+    assert ThresholdGrid.from_dict(stored).as_dict() == stored
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 9}, r"bits must be in \[1, 8\], got 9\."),
+        ({"site": "a"}, r"ThresholdGrid\.site must be \(name, index\) with an index of at least -1, got a\."),
+        ({"bits": 3}, r"ThresholdGrid\.thresholds must be float32 \[7\] at 3 bits, got float32 \[3\]\."),
+        (
+            {"thresholds": np.zeros(3)},
+            r"ThresholdGrid\.thresholds must be float32 \[3\] at 2 bits, got float64 \[3\]\.",
+        ),
+        (
+            {"thresholds": np.array([0, 2, 1], np.float32)},
+            r"ThresholdGrid\.thresholds must be finite and ascend, got \[0\.0, 2\.0, 1\.0\]\.",
+        ),
+        (
+            {"thresholds": np.array([0, 1, np.inf], np.float32)},
+            r"ThresholdGrid\.thresholds must be finite and ascend, got \[0\.0, 1\.0, inf\]\.",
+        ),
+        ({"scale": np.ones(1, np.float32)}, r"ThresholdGrid\.scale must be float32 and 0-d, got float32 \[1\]\."),
+        ({"scale": np.array(0, np.float32)}, r"ThresholdGrid\.scale must be finite and above 0, got 0\.0\."),
+    ],
+)
+def test_thresholds_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        ThresholdGrid(**{**THRESHOLDS, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 2.0}, r"ThresholdGrid\.bits must be stored as int, got 2\.0\."),
+        ({"scale": None}, r"ThresholdGrid\.scale must be stored as float, got None\."),
+        ({"thresholds": "abc"}, r"ThresholdGrid\.thresholds must be stored as list, got 'abc'\."),
+        ({"thresholds": [0.5, "1", None]}, r"ThresholdGrid\.thresholds must be stored as floats, got \['1', None\]\."),
+        ({"thresholds": [0.5]}, r"ThresholdGrid\.thresholds must be float32 \[3\] at 2 bits, got float32 \[1\]\."),
+    ],
+)
+def test_stored_thresholds_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        ThresholdGrid.from_dict({**ThresholdGrid(**THRESHOLDS).as_dict(), **changes})

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -93,3 +94,20 @@ def test_a_group_of_no_rows_is_refused(rows_per_lut):
 def test_a_vector_of_no_elements_is_refused():
     with pytest.raises(ConfigError, match=r"^vector_dim must be at least 1, got 0\.$"):
         vectors(np.zeros(4), 0)
+
+
+@given(weight_and_axis(), st.integers(1, 5), st.booleans())
+def test_tensors_have_the_same_views(case, d, along):
+    weight, axis = case
+    tensor, along_axis = torch.from_numpy(weight), axis if along else None
+    rows_OR, vectors_VD = rows(tensor, axis), vectors(tensor, d, along_axis)
+    np.testing.assert_array_equal(rows_OR.numpy(), rows(weight, axis))
+    np.testing.assert_array_equal(vectors_VD.numpy(), vectors(weight, d, along_axis))
+    assert torch.equal(from_rows(rows_OR, weight.shape, axis), tensor)
+    assert torch.equal(from_vectors(vectors_VD, weight.shape, along_axis), tensor)
+
+
+def test_gradients_pass_through_views_of_tensors():
+    weight = torch.arange(5.0, requires_grad=True)
+    vectors(weight, 2)[:, 1].sum().backward()
+    assert weight.grad.tolist() == [0, 1, 0, 1, 1]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
 
 from qcompress.errors import ConfigError, did_you_mean
 from qcompress.packing import check_bits
@@ -60,7 +60,7 @@ class Way:
 
     make: Callable[..., AbstractQuantizer]
     bits: range
-    scales: str = "tensor"
+    scales: Literal["tensor", "channel", "either"] = "tensor"
     for_sign: Callable[[bool], Mapping[str, Any]] | None = None
 
 

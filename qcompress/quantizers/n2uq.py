@@ -7,7 +7,7 @@ Deviations: β1·x is compared with a threshold as x with threshold / β1, which
 (2^b - 1) / 2^(b-1), of which the printed formula lost an exponent. β1, β2 have a floor, a thousandth of their start;
 init "lsq" starts at LSQ's grid where the paper's start is for inputs in [0, 2].
 
-Shape suffixes: L = 2^bits - 1 segments, E = their L + 1 edges.
+Shape suffixes: L = segments, 2^bits - 1 of them, E = their edges, one more.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from qcompress.quantizers.base import AbstractQuantizer, Site, check_init, one_t
 from qcompress.quantizers.half_integer import odd_codes, palette
 from qcompress.quantizers.initial import activation_scale
 from qcompress.quantizers.positive import Positive
-from qcompress.ste import straight_through
+from qcompress.ste import inside, straight_through
 
 _SHORTEST: Final = 1e-3
 _INITS: Final = ("n2uq", "lsq")
@@ -98,24 +98,29 @@ class _N2uq(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, start, intervals, beta1, beta2 = ctx.saved_tensors
-        edges_E, count = _edges(start, intervals), len(intervals)
-        z = x * beta1
-        # Segments are numbered from 1; those before the first and behind the last get length Inf, slope 0.
-        segment = torch.bucketize(z, edges_E, right=True)
-        beyond = torch.full((1,), torch.inf, dtype=x.dtype, device=x.device)
-        rise = g * _level(beta2, intervals) / torch.cat([beyond, intervals, beyond])[segment]
-        way = (z - torch.cat([edges_E[:1], edges_E])[segment]) * rise
-        sums = torch.zeros(2, count + 2, dtype=x.dtype, device=x.device)
-        sums[0].index_add_(0, segment.reshape(-1), rise.reshape(-1))
-        sums[1].index_add_(0, segment.reshape(-1), way.reshape(-1))
-        rises_L, ways_L = sums[:, 1:-1]
+        edges_E, z = _edges(start, intervals), x * beta1
+        below_E = edges_E.nextafter(torch.full_like(edges_E, -torch.inf))  # a segment holds its first edge
+        rise, rises, ways = torch.zeros_like(z), [], []
+        ends = zip(below_E[:-1].tolist(), edges_E[:-1].tolist(), edges_E[1:].tolist(), intervals.tolist(), strict=True)
+        for below, first, last, length in ends:
+            here = inside(g, z, below, last)
+            rise.add_(here, alpha=1 / length)
+            rises.append(here.sum() / length)
+            ways.append((z - first).mul_(here).sum() / length**2)
+        level, rises_L = _level(beta2, intervals), torch.stack(rises)
         later_L = rises_L.flip(0).cumsum(0).flip(0) - rises_L
-        g_beta2 = (g * _code(x, start, intervals, beta1)).sum() * (2 / count)
-        return rise * beta1, -rises_L.sum(), -(ways_L / intervals + later_L), (rise * x).sum(), g_beta2
+        g_beta1 = (rise * x).sum() * level
+        g_beta2 = (g * _code(x, start, intervals, beta1)).sum() * (2 / len(intervals))
+        g_intervals = -(torch.stack(ways) + later_L) * level
+        return rise.mul_(level * beta1), -rises_L.sum() * level, g_intervals, g_beta1, g_beta2
 
 
 def _code(x: Tensor, start: Tensor, intervals: Tensor, beta1: Tensor) -> Tensor:
-    return torch.bucketize(x, thresholds(start, intervals, beta1), right=True, out_int32=True).to(x.dtype)
+    """How many thresholds are reached; a comparison for each is faster than a search as long as they are few."""
+    code = torch.zeros_like(x, dtype=torch.uint8)
+    for threshold in thresholds(start, intervals, beta1):
+        code.add_((x >= threshold).view(torch.uint8))
+    return code.to(x.dtype)
 
 
 def _level(beta2: Tensor, intervals: Tensor) -> Tensor:
@@ -170,10 +175,12 @@ class N2uqActivation(AbstractQuantizer):
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Sets thresholds and scales; with init "n2uq" they do not depend on the activation."""
-        x = one_tensor(values).reshape(-1)
-        limits = IntegerRange(self.bits, signed=False)
-        scale = activation_scale(x, limits, "lsq", has_offset=False)[0] * limits.p / 2
-        self._set(torch.where((scale > 0) & torch.tensor(self.init == "lsq"), scale, 1.0))
+        top = torch.ones(())
+        if self.init == "lsq":
+            limits = IntegerRange(self.bits, signed=False)
+            scale, _ = activation_scale(one_tensor(values).reshape(-1), limits, "lsq", has_offset=False)
+            top = torch.where(scale > 0, scale * limits.p / 2, 1.0)
+        self._set(top)
 
     def activation_grid(self, site: Site) -> ThresholdGrid:
         """The thresholds and what levels differ by."""

@@ -6,6 +6,7 @@ Deviations: (2) divides by the scale α / (2^k - 1), as onnxruntime does, where 
 starts at the end of a uniform grid that is chosen like LSQ+'s, and has a floor, a thousandth of its start.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -18,6 +19,7 @@ from qcompress.quantizers.base import AbstractQuantizer, AnyGrid, Site
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.positive import Positive
 from qcompress.quantizers.step import Grid
+from qcompress.ste import codes, inside
 
 
 def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
@@ -46,15 +48,16 @@ class _Pact(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, alpha: Tensor, levels: int) -> Tensor:
         ctx.save_for_backward(x, alpha)
         scale = alpha / levels
-        return (x / scale).round_().clamp_(0, levels).mul_(scale).add_(0.0)
+        return codes(x, scale, 0, levels).mul_(scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha = ctx.saved_tensors
-        above = x >= alpha
-        g_alpha = (g * above).sum_to_size(alpha.shape) if ctx.needs_input_grad[1] else None
-        return g.masked_fill(above | (x <= 0), 0).sum_to_size(x.shape), g_alpha, None
+        v, g_alpha = x / alpha, None  # 1 exactly where x is alpha, and below where it is below
+        if ctx.needs_input_grad[1]:
+            g_alpha = (g - inside(g, v, -math.inf, 1)).sum_to_size(alpha.shape)
+        return inside(g, v, 0, 1).sum_to_size(x.shape), g_alpha, None
 
 
 @final

@@ -61,7 +61,9 @@ class Grid:
             raise ConfigError(f"{who}: axis and channels go together, got axis={axis!r} and channels={channels!r}.")
         if role == "activation" and axis is not None:
             raise ConfigError(f"{who}: an activation has one scale, got axis={axis!r}; leave axis and channels out.")
-        self.bits, self.role, self.axis, self.features, self.init = bits, role, axis, features, init
+        if features is not None and features < 1:
+            raise ConfigError(f"{who}.features must be at least 1, got {features!r}.")
+        self.who, self.bits, self.role, self.axis, self.features, self.init = who, bits, role, axis, features, init
         self.signed = role == "weight" if signed is None else signed
         self.limits: IntegerRange = uniform_range(who, bits, self.signed)
         self.shape: tuple[int, ...] = () if channels is None else (channels,)
@@ -76,11 +78,19 @@ class Grid:
         return scale if self.axis is None else scale.reshape([-1 if i == self.axis % ndim else 1 for i in range(ndim)])
 
     def start(self, values: Tensor | Sequence[Tensor], *, has_offset: bool = False) -> tuple[Tensor, Tensor]:
-        """Scale, in the scale's shape, and offset, 0-d, to start from."""
+        """Scale, in the scale's shape, and offset, 0-d, to start from.
+
+        Raises:
+            ConfigError: there are no values, or the weight has other channels than were told.
+        """
         x = one_tensor(values)
         if self.role == "activation":
             return activation_scale(x.reshape(-1), self.limits, self.init, has_offset=has_offset)
         rows_OR = x.reshape(1, -1) if self.axis is None else granularity.rows(x, self.axis)
+        if self.shape and len(rows_OR) != self.shape[0]:
+            raise ConfigError(
+                f"{self.who}.channels is {self.shape[0]}, but the weight has {len(rows_OR)} on that axis."
+            )
         return weight_scale(rows_OR, self.limits, self.init).reshape(self.shape), x.new_zeros(())
 
     def integer_weight(self, weight: Tensor, scale: Tensor) -> IntegerWeight:

@@ -79,10 +79,10 @@ def soft_min_max(w: Tensor, alpha: Tensor, dim: int = 1) -> Tensor:
     >>> round(soft_min_max(torch.tensor([-1.0, 0.0, 2.0]), torch.tensor(9.0)).item(), 3)
     3.0
     """
-    w_VD = vectors(w, dim)
-    scaled_VD = alpha * w_VD
-    highest = (scaled_VD.softmax(0) * w_VD).sum()
-    lowest = ((-scaled_VD).softmax(0) * w_VD).sum()
+    w_DV = vectors(w, dim).T
+    scaled_DV = alpha * w_DV
+    highest = (scaled_DV.softmax(1) * w_DV).sum()
+    lowest = ((-scaled_DV).softmax(1) * w_DV).sum()
     return highest - lowest + dim * (-alpha).exp()
 
 

@@ -146,12 +146,10 @@ def test_a_uniform_grid_holds_what_it_gave(name, found, bits):
     assert torch.equal(quantizer(once), once)
 
 
-@pytest.mark.parametrize("quantizer", [*activation_cases()])
+@pytest.mark.parametrize("quantizer", [case for case in activation_cases() if not case.id.startswith("n2uq")])
 def test_a_uniform_activation_grid_holds_what_it_gave(quantizer):
     quantizer = copy.deepcopy(quantizer)
     quantizer.initialise(BATCHES["swish"])
-    if isinstance(quantizer, qc.quantizers.N2uqActivation):
-        return  # what it gives is on another scale
     once = quantizer(BATCHES["swish"][0])
     twice = quantizer(once)
     torch.testing.assert_close(twice, once)
@@ -376,6 +374,11 @@ ONE_BIT = "a signed grid of 1 bit has no positive code; use 2 to 8 bits, or dore
         (
             lambda: q.Lsq(bits=4, role="activation", axis=0, channels=3),
             "Lsq: an activation has one scale, got axis=0; leave axis and channels out.",
+        ),
+        (lambda: q.Tqt(bits=4, role="activation", features=0), "Tqt.features must be at least 1, got 0."),
+        (
+            lambda: q.Lsq(bits=4, role="weight", axis=0, channels=3).initialise(torch.ones(4, 3)),
+            "Lsq.channels is 3, but the weight has 4 on that axis.",
         ),
         (lambda: q.Ewgs(bits=4, role="weight", delta=-1), "Ewgs.delta must be finite and at least 0, got -1."),
         (lambda: q.Ternary(bits=3), "Ternary.bits must be 2, got 3."),

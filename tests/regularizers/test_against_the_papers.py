@@ -106,4 +106,8 @@ def test_br_is_zero_exactly_where_every_weight_sits_on_its_grid_point(bits):
 def test_kurtosis_of_distributions():
     values = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
     assert r.kurtosis(values).item() == pytest.approx(0, abs=1e-3)
-    assert r.kurtosis(torch.full((5,), 2.0)).item() == pytest.approx(1.8**2)
+    constant = torch.full((5,), 2.0, requires_grad=True)
+    penalty = r.kurtosis(constant)
+    penalty.backward()
+    assert penalty.item() == pytest.approx(1.8**2)
+    assert constant.grad.tolist() == [0] * 5
