@@ -564,6 +564,16 @@ class ThresholdGrid:
         return (1 << self.bits) - 1
 
     @property
+    def zero_point(self) -> int:
+        """The code of 0.0: what layers take from here are the codes of an unsigned grid."""
+        return 0
+
+    @property
+    def offset(self) -> Floats:
+        """What is added to scaled codes: nothing."""
+        return np.zeros((), np.float32)
+
+    @property
     def nbytes(self) -> int:
         """Bytes on disk: thresholds and scale."""
         return self.thresholds.nbytes + self.scale.nbytes
@@ -617,6 +627,23 @@ class ThresholdGrid:
             scale=_float32(fields["scale"]),
             bits=fields["bits"],
         )
+
+
+AnyGrid = ActivationGrid | ThresholdGrid
+
+
+def grid_from_dict(fields: Mapping[str, Any]) -> AnyGrid:
+    """The exact inverse of `as_dict` of either grid.
+
+    Raises:
+        ConfigError: a field is missing, of another type, or has a value that it cannot have.
+
+    >>> grid = ActivationGrid.from_zero_point(("x", -1), scale=0.5, zero_point=2, bits=4)
+    >>> type(grid_from_dict(grid.as_dict())).__name__
+    'ActivationGrid'
+    """
+    kind: type[ActivationGrid] | type[ThresholdGrid] = ThresholdGrid if "thresholds" in fields else ActivationGrid
+    return kind.from_dict(fields)
 
 
 def _float32(value: float | list[float] | Floats) -> Floats:

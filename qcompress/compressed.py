@@ -15,7 +15,7 @@ import numpy.typing as npt
 import safetensors
 from safetensors.numpy import save
 
-from qcompress.artifacts import ARTIFACTS, ActivationGrid, Artifact, bits_per_weight
+from qcompress.artifacts import ARTIFACTS, AnyGrid, Artifact, ThresholdGrid, bits_per_weight, grid_from_dict
 from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.files import sync
 from qcompress.packing import pack, unpack
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from qcompress.program import FloatProgram
 
-FORMAT_VERSION: Final = 2  # 2: int8 palettes, one scale for a whole palette, activation grids
-_READABLE: Final = (FORMAT_VERSION - 1, FORMAT_VERSION)
+# 2: int8 palettes, one scale for a whole palette, activation grids; 3: grids with thresholds
+FORMAT_VERSION: Final = 3
+_READABLE: Final = (1, 2, FORMAT_VERSION)
 
 # What layers compute in: floats; int8 with the activation grids of the model; int8 with scales found at run time.
 Compute = Literal["float", "int8", "dynamic8"]
@@ -87,7 +88,7 @@ class CompressedModel:
     source_digest: str
     plan_digest: str
     notes: tuple[str, ...] = ()
-    activations: Mapping[tuple[str, int], ActivationGrid] = field(default_factory=dict)
+    activations: Mapping[tuple[str, int], AnyGrid] = field(default_factory=dict)
     compute: Compute = "float"
     saturation: Mapping[tuple[str, int], float] = field(default_factory=dict)
     snapped: Mapping[str, float] = field(default_factory=dict)
@@ -138,6 +139,7 @@ class CompressedModel:
                     "zero_point": grid.zero_point,
                     "offset": float(grid.offset),
                     "bits": grid.bits,
+                    **({"thresholds": grid.thresholds.tolist()} if isinstance(grid, ThresholdGrid) else {}),
                 }
                 for site, grid in self.activations.items()
             ],
@@ -307,9 +309,9 @@ def _complete(about: Mapping[str, Any]) -> bool:
     )
 
 
-def _activations(about: Mapping[str, Any]) -> dict[tuple[str, int], ActivationGrid]:
+def _activations(about: Mapping[str, Any]) -> dict[tuple[str, int], AnyGrid]:
     """The activation grids of a header by site; ConfigError for what is none, or two at one site."""
-    grids = [ActivationGrid.from_dict(fields) for fields in about["activations"]]
+    grids = [grid_from_dict(fields) for fields in about["activations"]]
     sites = {grid.site: grid for grid in grids}
     if len(sites) < len(grids):
         raise ConfigError("every activation grid must have a site of its own.")

@@ -16,7 +16,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
 
-from qcompress.artifacts import ActivationGrid
+from qcompress.artifacts import AnyGrid
 from qcompress.errors import ConfigError, QCompressError
 from qcompress.layers import Layer, data_input, layers
 from qcompress.program import Arrays, FloatProgram, copy_graph, rebuild, state_nodes, tensor_of, user_inputs, value_of
@@ -301,7 +301,7 @@ def _places(root: Node, state: Container[Node]) -> list[Node]:
 Visit = Callable[[int, npt.NDArray[np.float32], bool], npt.NDArray[np.float32]]
 
 
-def rounding(grids: Sequence[ActivationGrid]) -> Visit:
+def rounding(grids: Sequence[AnyGrid]) -> Visit:
     """The visit that puts the value at each site's first place on its grid.
 
     Args:

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompress.artifacts import ActivationGrid, digest
+from qcompress.artifacts import ActivationGrid, ThresholdGrid, digest
 from qcompress.compressed import FORMAT_VERSION, CompressedModel, read_artifacts
 from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.sources import load_source
 
 FIXTURES = Path(__file__).parent / "fixtures"
-V1, V2 = FIXTURES / "compressed_v1", FIXTURES / "compressed_v2"
+V1, V2, V3 = (FIXTURES / f"compressed_v{n}" for n in (1, 2, 3))
 
 # Of the decoded tensors. A change here means that users' files read differently: never change it, fix the reader.
 DIGESTS_V1 = {
@@ -34,6 +34,7 @@ DIGESTS_V1 = {
 NBYTES_V1 = 349
 DIGESTS_V2 = {**DIGESTS_V1, "integers.weight": "lTYiTw-lERu", "scaled.weight": "gwZwsGnjCFe"}
 NBYTES_V2 = 439
+NBYTES_V3 = NBYTES_V2 + 16
 
 X = np.sin(np.arange(1, 25, dtype=np.float64)).reshape(3, 8).astype(np.float32)
 
@@ -41,7 +42,7 @@ X = np.sin(np.arange(1, 25, dtype=np.float64)).reshape(3, 8).astype(np.float32)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A copy of the newest fixture, to be damaged."""
-    shutil.copytree(V2, tmp_path / "small")
+    shutil.copytree(V3, tmp_path / "small")
     return tmp_path / "small"
 
 
@@ -118,8 +119,37 @@ def test_the_whole_model_of_version_2() -> None:
     np.testing.assert_allclose(decoded.run({"x": X})["scores"], wanted, rtol=1e-5)
 
 
+def test_version_2_is_saved_as_the_newest_with_the_same_values(tmp_path: Path) -> None:
+    old = CompressedModel.load(V2)
+    old.save(tmp_path / "again")
+    new = CompressedModel.load(tmp_path / "again")
+    assert read_artifacts(tmp_path / "again")[0]["format_version"] == FORMAT_VERSION
+    assert {name: digest(a.dequantize()) for name, a in new.artifacts.items()} == DIGESTS_V2
+    assert new.activations == old.activations
+
+
+def test_version_3_has_grids_with_thresholds() -> None:
+    about, artifacts = read_artifacts(V3)
+    assert about["format_version"] == 3
+    assert {name: digest(a.dequantize()) for name, a in artifacts.items()} == DIGESTS_V2
+    small, before = CompressedModel.load(V3), CompressedModel.load(V2)
+    assert small.nbytes == NBYTES_V3
+    *uniform, grid = small.activations.values()
+    assert uniform == list(before.activations.values())
+    assert isinstance(grid, ThresholdGrid)
+    assert (grid.site, grid.bits, grid.levels, grid.zero_point, float(grid.offset)) == (
+        ("scaled.weight", 0),
+        2,
+        3,
+        0,
+        0,
+    )
+    np.testing.assert_array_equal(grid.thresholds, np.sort(np.sin([1, 2, 3])).astype(np.float32))
+    assert grid.scale == np.float32(1 / 3)
+
+
 def test_the_report_lists_the_activation_grids() -> None:
-    assert CompressedModel.load(V2).report()["activations"][1:] == [
+    assert CompressedModel.load(V3).report()["activations"][1:] == [
         {
             "site": ["blocks.weight", 0], "scale": float(np.float32(0.1)), "zero_point": 77,
             "offset": float(np.float32(-77) * np.float32(0.1)), "bits": 4,
@@ -128,15 +158,19 @@ def test_the_report_lists_the_activation_grids() -> None:
             "site": ["scores", -1], "scale": float(np.float32(1 / 3)), "zero_point": None,
             "offset": float(-np.float32(1 / 3) / 4), "bits": 2,
         },
+        {
+            "site": ["scaled.weight", 0], "scale": float(np.float32(1 / 3)), "zero_point": 0, "offset": 0.0, "bits": 2,
+            "thresholds": np.sort(np.sin([1, 2, 3])).astype(np.float32).tolist(),
+        },
     ]  # fmt: skip
 
 
 def test_what_is_read_is_written_again_to_the_same_bytes(tmp_path: Path) -> None:
-    CompressedModel.load(V2).save(tmp_path / "again")
+    CompressedModel.load(V3).save(tmp_path / "again")
     for name in ("weights.safetensors", "plan.toml", "report.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (V2 / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (V3 / name).read_bytes()
     with pytest.raises(OutputError, match=r"again exists: name another folder, or remove it first\.$"):
-        CompressedModel.load(V2).save(tmp_path / "again")
+        CompressedModel.load(V3).save(tmp_path / "again")
 
 
 def test_a_model_that_does_not_fit_itself_is_refused() -> None:
@@ -155,7 +189,7 @@ def test_a_model_that_does_not_fit_itself_is_refused() -> None:
 
 def test_a_newer_format_says_so(folder: Path) -> None:
     edit_header(folder, lambda about: about.update(format_version=FORMAT_VERSION + 1))
-    message = r"small has format 3, this version reads 1, 2: use a newer qcompress\.$"
+    message = r"small has format 4, this version reads 1, 2, 3: use a newer qcompress\.$"
     with pytest.raises(SourceError, match=message):
         read_artifacts(folder)
     with pytest.raises(SourceError, match=message):
@@ -199,6 +233,15 @@ def test_a_program_of_another_model(folder: Path, tmp_path: Path) -> None:
         (lambda about: about.update(compute=["int8"]), r"its header lacks what the format holds\.$"),
         (lambda about: about["activations"][0].update(bits=9), r"bits must be in \[1, 8\], got 9\.$"),
         (lambda about: about["activations"][0].update(scale=-0.5), r"scale must be finite and above 0, got -0\.5\.$"),
+        (
+            lambda about: about["activations"][3].update(thresholds=[0.5, 0.25, 1.0]),
+            r"must be finite and ascend, got .*",
+        ),
+        (lambda about: about["activations"][3].update(thresholds=[0.5, "1", 2.0]), r"must be stored as floats, got .*"),
+        (lambda about: about["activations"][3].update(thresholds=[float("nan")] * 3), r"must be finite and ascend, .*"),
+        (lambda about: about["activations"][3].update(bits=3), r"must be float32 \[7\] at 3 bits, got float32 \[3\]\."),
+        (lambda about: about["activations"][3].update(scale=0.0), r"scale must be finite and above 0, got 0\.0\."),
+        (lambda about: about["activations"][3].pop("thresholds"), r"offset must be stored as float, got None\."),
         (lambda about: about["activations"][0].pop("signed"), r"signed must be stored as bool, got None\.$"),
         (
             lambda about: about["activations"].append(about["activations"][0]),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from rich.table import Table
 
-from qcompress.artifacts import ActivationGrid
+from qcompress.artifacts import AnyGrid
 from qcompress.plan import ResolvedPlan
 from qcompress_cli.console import new_table
 from qcompress_cli.numbers import counted, number, share
@@ -36,7 +36,7 @@ class ComputeReport:
     small: "CompressedModel"
     report: "ExportReport"
     format: str | None
-    widened: Collection[ActivationGrid]
+    widened: Collection[AnyGrid]
 
     @classmethod
     def of(
@@ -130,13 +130,13 @@ _OFFSETS = {
 }
 
 
-def _site(grid: ActivationGrid) -> str:
+def _site(grid: AnyGrid) -> str:
     """The value that a grid is for: its name, or that of the layer whose input it is."""
     name, index = grid.site
     return name if index < 0 else f"input of {name}"
 
 
-def _widths(grids: Iterable[ActivationGrid]) -> list[tuple[int, int]]:
+def _widths(grids: Iterable[AnyGrid]) -> list[tuple[int, int]]:
     return sorted(Counter(grid.bits for grid in grids).items())
 
 

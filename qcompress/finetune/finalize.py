@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight
+from qcompress.artifacts import AnyGrid, Artifact, FloatWeight, IntegerWeight, PalettizedWeight
 from qcompress.batchnorm import fold_batchnorm, fold_factors
 from qcompress.compressed import CompressedModel
 from qcompress.errors import ConfigError
@@ -16,7 +16,6 @@ from qcompress.layers import weight_layers
 from qcompress.plan import ResolvedPlan
 from qcompress.posthoc.biases import fitting, in_steps
 from qcompress.program import FloatProgram
-from qcompress.quantizers.base import AnyGrid
 from qcompress.sites import Site
 
 BatchNorm = Literal["train", "freeze", "fold"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qcompress.artifacts import ActivationGrid, Floats
+from qcompress.artifacts import ActivationGrid, AnyGrid, Floats
 from qcompress.data import Dataset
 from qcompress.errors import DataError
 from qcompress.posthoc import calibration
@@ -96,9 +96,7 @@ def constant_inputs(data: Dataset) -> Iterator[str]:
             yield f"calibration data {data.name}: input {name} is the same in {many}, and its grids fit nothing else"
 
 
-def widened(
-    program: FloatProgram, grids: Sequence[ActivationGrid], activation_bits: Mapping[str, int]
-) -> list[ActivationGrid]:
+def widened(program: FloatProgram, grids: Sequence[AnyGrid], activation_bits: Mapping[str, int]) -> list[AnyGrid]:
     """The grids that have more bits than was asked for the layers that take them, or for any where none does.
 
     Args:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from qcompress import granularity
 from qcompress.artifacts import (
-    ActivationGrid,
+    AnyGrid,
     Artifact,
     Floats,
     FloatWeight,
@@ -45,14 +45,12 @@ class _Bias:
     name: str
     weight: str
     values: npt.NDArray[np.float64]
-    grid: ActivationGrid
+    grid: AnyGrid
     scale: Floats
     sums: npt.NDArray[np.int64]
 
 
-def _biases(
-    program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Sequence[ActivationGrid]
-) -> Iterator[_Bias]:
+def _biases(program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Sequence[AnyGrid]) -> Iterator[_Bias]:
     marked = mark(program, [grid.site for grid in grids])
     state, sites = state_nodes(marked.exported), input_sites(marked)
     for name, layer in weight_layers(marked).items():
@@ -67,9 +65,7 @@ def _biases(
             yield _Bias(state[bias], name, values_O, grids[sites[name]], scale, sums_O)
 
 
-def fitting(
-    program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Sequence[ActivationGrid]
-) -> dict[str, Artifact]:
+def fitting(program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Sequence[AnyGrid]) -> dict[str, Artifact]:
     """Weights whose biases fit 32 bits: channels of next to nothing but a bias get a scale that is large enough.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from qcompress.artifacts import Floats, FloatWeight
+from qcompress.artifacts import ActivationGrid, Floats, FloatWeight
 from qcompress.compressed import CompressedModel
 from qcompress.data import Dataset
 from qcompress.layers import Layer, bias_of, weight_layers
@@ -86,7 +86,7 @@ def snap_offsets(
     if not free:
         return model
     keys = list(model.activations)
-    grids = {site: grid.snapped() if site in free else grid for site, grid in model.activations.items()}
+    grids = {s: g.snapped() if isinstance(g, ActivationGrid) and s in free else g for s, g in model.activations.items()}
     inputs = input_sites(mark(model.program, keys))
     behind: dict[str, Layer] = {
         name: layer

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from qcompress import granularity
-from qcompress.artifacts import ActivationGrid, Artifact, FloatWeight, PalettizedWeight
+from qcompress.artifacts import AnyGrid, Artifact, FloatWeight, PalettizedWeight
 from qcompress.compressed import LayerGain
 from qcompress.grid import IntegerRange
 from qcompress.palettes.integer import LARGEST, LARGEST_REDUCED
@@ -73,7 +73,7 @@ def solve_weights(
     batches: Sequence[Arrays],
     settings: SolveSettings = _DEFAULT,
     *,
-    grids: Sequence[ActivationGrid] = (),
+    grids: Sequence[AnyGrid] = (),
     device: str = "cpu",
     track: Track = untracked,
 ) -> Solved:

@@ -8,14 +8,13 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from qcompress.artifacts import ActivationGrid, Artifact, ThresholdGrid
+from qcompress.artifacts import AnyGrid, Artifact
 from qcompress.errors import ConfigError
 from qcompress.grid import IntegerRange
 from qcompress.quantizers.positive import Positive
 
 Role = Literal["weight", "activation"]
 Site = tuple[str, int]
-AnyGrid = ActivationGrid | ThresholdGrid
 
 
 class AbstractQuantizer(nn.Module, abc.ABC):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcompress.artifacts import Artifact
+from qcompress.artifacts import AnyGrid, Artifact
 from qcompress.errors import ConfigError
-from qcompress.quantizers.base import AbstractQuantizer, AnyGrid, Role, Site
+from qcompress.quantizers.base import AbstractQuantizer, Role, Site
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.step import Grid, Step
 from qcompress.ste import codes, inside, scale_gradient

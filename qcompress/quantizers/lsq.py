@@ -11,8 +11,8 @@ from typing import final
 
 from torch import Tensor
 
-from qcompress.artifacts import Artifact
-from qcompress.quantizers.base import AbstractQuantizer, AnyGrid, Role, Site
+from qcompress.artifacts import AnyGrid, Artifact
+from qcompress.quantizers.base import AbstractQuantizer, Role, Site
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.step import Grid, Step
 from qcompress.ste import fake_quantize

@@ -13,9 +13,9 @@ from typing import Final, final
 import torch
 from torch import Tensor, nn
 
-from qcompress.artifacts import Artifact
+from qcompress.artifacts import AnyGrid, Artifact
 from qcompress.errors import ConfigError
-from qcompress.quantizers.base import AbstractQuantizer, AnyGrid, Role, Site
+from qcompress.quantizers.base import AbstractQuantizer, Role, Site
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.positive import multiplied_gradient
 from qcompress.quantizers.step import Grid, Step

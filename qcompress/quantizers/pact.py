@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qcompress.artifacts import AnyGrid
 from qcompress.grid import IntegerRange
-from qcompress.quantizers.base import AbstractQuantizer, AnyGrid, Site
+from qcompress.quantizers.base import AbstractQuantizer, Site
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.positive import Positive
 from qcompress.quantizers.step import Grid

@@ -14,8 +14,8 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
-from qcompress.artifacts import Artifact
-from qcompress.quantizers.base import AbstractQuantizer, AnyGrid, Role, Site
+from qcompress.artifacts import AnyGrid, Artifact
+from qcompress.quantizers.base import AbstractQuantizer, Role, Site
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.positive import SMALLEST
 from qcompress.quantizers.step import Grid
