@@ -31,6 +31,12 @@ class DataError(QCompressError, ValueError):
     """A data file (calibration, labels) does not fit the model or itself."""
 
 
+class DivergenceError(QCompressError, ArithmeticError):
+    """Training went where no number is."""
+
+    exit_code = 1
+
+
 class OutputError(QCompressError, OSError):
     """A file cannot be written where it was asked for."""
 

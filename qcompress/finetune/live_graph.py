@@ -12,6 +12,7 @@ from torch.fx import Interpreter, Node
 from torch.nn import functional
 
 from qcompress.batchnorm import BATCH_NORMS, statistics
+from qcompress.layers import layers
 from qcompress.program import FloatProgram, copy_graph, state_nodes
 from qcompress.sites import site_op
 
@@ -42,6 +43,8 @@ class LiveGraph(Interpreter):
         names = {node.name: name for node, name in state_nodes(program.exported).items()}
         self._names = {node: names[node.name] for node in module.graph.nodes if node.name in names}
         self._placeholders = module.graph.find_nodes(op="placeholder")
+        self._weights = {layer.node.name: layer.weight for layer in layers(program)}
+        self.first_not_finite: str | None = None
 
     def __deepcopy__(self, memo: object) -> "LiveGraph":
         """Nothing of it belongs to one module."""
@@ -60,6 +63,7 @@ class LiveGraph(Interpreter):
         norms: Mapping[str, nn.Module],
         *,
         training: bool,
+        watch: bool = False,
     ) -> list[Tensor]:
         """The program's outputs.
 
@@ -69,14 +73,23 @@ class LiveGraph(Interpreter):
             at_site: what happens to values at sites, once for each.
             norms: the BatchNorms that run themselves, by the qualified name of their running mean.
             training: whether dropout drops.
+            watch: whether to look for NaN and Inf: `first_not_finite` is then the first tensor, layer (its weight) or
+                value that has one.
         """
         self._at_site, self._norms, self._training, self._seen = at_site, norms, training, set[int]()
+        self._watch, self.first_not_finite = watch, None
         left = iter(inputs)
         values = [tensors[self._names[n]] if n in self._names else next(left) for n in self._placeholders]
         return list(self.run(*values))
 
     def run_node(self, n: Node) -> Any:
         """A site goes to `at_site`, BatchNorm and dropout to their modules, anything else is run."""
+        value = self._computed(n)
+        if self._watch and self.first_not_finite is None and isinstance(value, Tensor) and not value.isfinite().all():
+            self.first_not_finite = self._names.get(n) or self._weights.get(n.name, n.name)
+        return value
+
+    def _computed(self, n: Node) -> Any:
         if n.op != "call_function":
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)

@@ -57,8 +57,8 @@ def prepare(
         methods: how values are quantized; None: weights with LSQ, activations with LSQ+.
         regularizers: each makes a module with a method `penalty()` for the model with its quantizers.
         placement: which activations are quantized; see `sites.activation_sites`.
-        batchnorm: "train": as its modules do; "freeze": with stored statistics, while γ and β train; "fold": folded into
-            the layers before training, and their biases train.
+        batchnorm: "train": as its modules do; "freeze": with stored statistics, while γ and β train; "fold": folded
+            into the layers before training, and their biases train.
 
     Raises:
         ConfigError: plan, methods and model do not go together.
@@ -110,7 +110,7 @@ class Prepared(nn.Module):
 
     def __init__(self, model: nn.Module, parts: Parts) -> None:
         super().__init__()
-        self.model, self.parts = model, parts
+        self.model, self.parts, self.training = model, parts, model.training
         self.activations, self.regularizers = nn.ModuleList(), nn.ModuleList()
         names = unfolded_names(parts.program, parts.folded)
         keys = [(names.get(s.name, s.name) if s.index == OUTPUT else s.name, s.index) for s in parts.sites]
@@ -127,17 +127,32 @@ class Prepared(nn.Module):
 
     def penalty(self) -> Tensor:
         """The sum of all regularizers' terms, 0-d; 0 where there is none."""
-        terms = [regularizer.penalty() for regularizer in self.regularizers]
-        return torch.stack(terms).sum() if terms else next(self.parameters()).new_zeros(())
+        terms: list[Tensor] = [getattr(regularizer, "penalty")() for regularizer in self.regularizers]  # noqa: B009
+        return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def quantizers(self) -> dict[str, AbstractQuantizer]:
         """All of them: weights' by qualified name, activations' by the site's name."""
         sites = (f"{s.name} (activation)" for s in self.parts.sites)
-        return self._weight_quantizers() | dict(zip(sites, self.activations, strict=True))
+        return self._weight_quantizers() | dict(zip(sites, self._activations, strict=True))
 
     def quantizer_parameters(self) -> list[nn.Parameter]:
         """What quantizers learn: it commonly has a learning rate of its own."""
         return [parameter for quantizer in self.quantizers().values() for parameter in quantizer.parameters()]
+
+    @torch.no_grad()
+    def first_not_finite(self, batch: Inputs) -> str | None:
+        """The weight of the first layer that gives NaN or Inf for a batch, or the name of another first such value."""
+        self._run(self._batch(batch), self._quantized, watch=True)
+        return self._graph.first_not_finite
+
+    def snap_offsets(self) -> None:
+        """From now on keep the offsets of activations at multiples of their scales, which zero points stand for.
+
+        A layer that pads its input with zeros computes in integers with no other offset: at the latest for the last
+        steps.
+        """
+        for quantizer in self._activations:
+            quantizer.snap_offset()
 
     def finalize(self) -> CompressedModel:
         """What has been trained, with the codes of the last step.
@@ -151,7 +166,7 @@ class Prepared(nn.Module):
         tensors = {name: getattr(place.module, place.attribute) for name, place in self._homes.items()}
         quantizers = self._weight_quantizers()
         weights = {name: q.weight_artifact(self._homes[name].weight().detach()) for name, q in quantizers.items()}
-        grids = [q.activation_grid(s.key) for q, s in zip(self.activations, self.parts.sites, strict=True)]
+        grids = [q.activation_grid(s.key) for q, s in zip(self._activations, self.parts.sites, strict=True)]
         return compressed(self.parts, tensors, weights, grids)
 
     def unwrap(self) -> nn.Module:
@@ -212,14 +227,18 @@ class Prepared(nn.Module):
             device = place.weight().device
             parametrize.register_parametrization(place.module, place.attribute, quantizer.to(device))
 
+    @property
+    def _activations(self) -> list[AbstractQuantizer]:
+        return [part for part in self.activations if isinstance(part, AbstractQuantizer)]
+
     def _quantized(self, index: int, x: Tensor) -> Tensor:
         quantized: Tensor = self.activations[index](x)
         return quantized
 
-    def _run(self, inputs: list[Tensor], at_site: AtSite) -> Any:
+    def _run(self, inputs: list[Tensor], at_site: AtSite, *, watch: bool = False) -> Any:
         tensors = {name: getattr(self, _constant(name)) for name in self._graph.tensors if name not in self._homes}
         tensors |= {name: getattr(place.module, place.attribute) for name, place in self._homes.items()}
-        outputs = self._graph.outputs(tensors, inputs, at_site, self._norms, training=self.training)
+        outputs = self._graph.outputs(tensors, inputs, at_site, self._norms, training=self.training, watch=watch)
         return pytree.tree_unflatten(outputs, self.parts.program.exported.call_spec.out_spec)
 
     def _flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

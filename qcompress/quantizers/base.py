@@ -59,6 +59,9 @@ class AbstractQuantizer(nn.Module, abc.ABC):
         """
         raise ConfigError(f"{type(self).__name__} quantizes a weight here and has no activation grid.")
 
+    def snap_offset(self) -> None:
+        """From now on keep the offset, where there is one, at a multiple of the scale that a zero point stands for."""
+
     def step_size(self, weight: Tensor) -> Tensor | None:
         """The learned scale, as it broadcasts against a weight; None: codes are not multiples of one."""
         return None

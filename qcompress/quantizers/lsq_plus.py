@@ -19,7 +19,7 @@ from qcompress.quantizers.base import AbstractQuantizer, Role, Site
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.positive import multiplied_gradient
 from qcompress.quantizers.step import Grid, Step
-from qcompress.ste import fake_quantize
+from qcompress.ste import fake_quantize, straight_through
 
 # Table 1: configuration -> (signed, has an offset).
 _CONFIGURATIONS: Final = {1: (False, False), 2: (True, False), 3: (True, True), 4: (False, True)}
@@ -95,6 +95,7 @@ class LsqPlus(AbstractQuantizer):
         )
         self.scale = Step(self.grid)
         self.offset = nn.Parameter(torch.zeros(())) if has_offset else None
+        self._is_snapped = False
 
     def forward(self, x: Tensor) -> Tensor:
         """The fake-quantized tensor."""
@@ -102,7 +103,27 @@ class LsqPlus(AbstractQuantizer):
         if self.offset is None:
             return fake_quantize(x, scale, None, limits.n, limits.p)
         offset = multiplied_gradient(self.offset, self.grid.gradient_factor(x))
+        if self._is_snapped:
+            offset = straight_through(offset, self._snapped())
         return lsq_plus(x, scale, offset, limits.n, limits.p)
+
+    def snap_offset(self) -> None:
+        """From now on the offset is the nearest multiple of the scale that a zero point in [0, 255] stands for."""
+        self._is_snapped = self.offset is not None
+
+    def get_extra_state(self) -> dict[str, bool]:
+        """Whether the offset is snapped: part of the state dict."""
+        return {"is_snapped": self._is_snapped}
+
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        """As it was saved."""
+        self._is_snapped = state["is_snapped"]
+
+    def _snapped(self) -> Tensor:
+        assert self.offset is not None
+        scale, n = self.scale.value().detach(), self.grid.limits.n
+        steps = (-self.offset.detach() / scale).round().clamp(n, n + 255)
+        return -steps * scale
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Sets scale and offset from the weight or from batches of the activation."""
@@ -127,4 +148,4 @@ class LsqPlus(AbstractQuantizer):
         """The grid, with its offset where the configuration has one."""
         if self.grid.role != "activation":
             return super().activation_grid(site)
-        return self.grid.activation_grid(site, self.scale.value(), self.offset)
+        return self.grid.activation_grid(site, self.scale.value(), self._snapped() if self._is_snapped else self.offset)
