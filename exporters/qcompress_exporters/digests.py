@@ -17,7 +17,9 @@ def tensor_digest(name: str, values: npt.NDArray[Any]) -> str:
     return short_digest(name.encode(), digest(np.asarray(values)).encode())
 
 
-def grid_digest(site: tuple[str, int], scale: Floats, zero_point: int, offset: Floats, bits: int) -> str:
+def grid_digest(
+    site: tuple[str, int], scale: Floats, zero_point: int, offset: Floats, bits: int, thresholds: Floats | None
+) -> str:
     """11 characters for a grid at its site, as a file has it.
 
     Args:
@@ -26,10 +28,13 @@ def grid_digest(site: tuple[str, int], scale: Floats, zero_point: int, offset: F
         zero_point: the stored code of 0, or of `offset` where that is free.
         offset: float32; 0 unless it is free.
         bits: width of a code.
+        thresholds: float32 [L]; None: the grid is uniform.
 
     >>> one, zero = np.float32(1), np.float32(0)
-    >>> grid_digest(("x", -1), one, 0, zero, 8) == grid_digest(("x", -1), one, 1, zero, 8)
+    >>> grid_digest(("x", -1), one, 0, zero, 8, None) == grid_digest(("x", -1), one, 1, zero, 8, None)
     False
     """
     numbers = np.array([scale, offset], np.float32).tobytes()
-    return short_digest(repr((site, zero_point, bits)).encode(), numbers)
+    return short_digest(
+        repr((site, zero_point, bits)).encode(), numbers, b"" if thresholds is None else thresholds.tobytes()
+    )

@@ -55,8 +55,7 @@ def _product(lowering: Lowering, layer: IntegerLayer) -> None:
 
 def _input(lowering: Lowering, layer: IntegerLayer) -> list[str]:
     source = layer.source
-    scale = lowering.writer.constant(np.asarray(source.grid.scale))
-    return [source.codes, scale, lowering.writer.constant(np.asarray(source.zero_point, np.uint8))]
+    return [source.codes, source.scale, lowering.writer.constant(np.asarray(source.zero_point, np.uint8))]
 
 
 def _drop(lowering: Lowering, nodes: list[onnx.NodeProto]) -> None:

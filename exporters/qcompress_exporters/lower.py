@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from qcompress.artifacts import ActivationGrid, Artifact, FloatWeight, IntegerWeight, PalettizedWeight
+from qcompress.artifacts import AnyGrid, Artifact, FloatWeight, IntegerWeight, PalettizedWeight
 from qcompress.errors import ConfigError
 from qcompress_exporters import dynamic, integer, qdq
 from qcompress_exporters.digests import tensor_digest
@@ -24,6 +24,7 @@ from qcompress_exporters.marks import (
     Lowering,
     bias_name,
     code_name,
+    code_scale_name,
     offset_name,
     pair_saturation,
     scale_name,
@@ -120,7 +121,7 @@ def lower_integer(
     trace: Trace,
     artifacts: Mapping[str, Artifact],
     opset: int,
-    grids: Sequence[ActivationGrid],
+    grids: Sequence[AnyGrid],
     write: WriteLayer,
 ) -> Lowered:
     """Write a marked graph for integer compute.
@@ -191,10 +192,12 @@ def _offset_of(use: Layer, found: IntegerLayer | str, added: Container[str]) -> 
 
 
 def _begin(
-    trace: Trace, artifacts: Mapping[str, Artifact], opset: int, grids: Sequence[ActivationGrid]
+    trace: Trace, artifacts: Mapping[str, Artifact], opset: int, grids: Sequence[AnyGrid]
 ) -> tuple[Lowering, onnx.ModelProto]:
     model = trace.at_opset(opset, marked=True)
-    fixed = {code_name(i) for i in range(trace.marks)} | {scale_name(name) for name in trace.state_names}
+    fixed = {text(i) for text in (code_name, code_scale_name) for i in range(trace.marks)} | {
+        scale_name(name) for name in trace.state_names
+    }
     fixed |= {text.format(i) for text in (dynamic.SCALE, dynamic.ZERO_POINT) for i in range(trace.marks)}
     fixed |= {text(n, i) for text in (bias_name, offset_name) for n in trace.state_names for i in range(trace.marks)}
     names = ShortNames({*_names_in(model.graph), *fixed})

@@ -13,6 +13,7 @@ from qcompress.artifacts import (
     FloatWeight,
     IntegerWeight,
     PalettizedWeight,
+    ThresholdGrid,
     bits_per_weight,
     integer_values,
 )
@@ -228,11 +229,13 @@ def unfolded(model: CompressedModel, report: ExportReport) -> list[tuple[str, in
 
 
 def _grid_entries(model: CompressedModel) -> list[metadata.GridEntry]:
-    stored = [(grid, Quantized("", 0, grid)) for grid in model.activations.values()]
-    return [
-        metadata.GridEntry(g.bits, grid_digest(g.site, g.scale, q.zero_point, q.offset, g.bits), float(q.offset))
-        for g, q in stored
-    ]
+    found = []
+    for grid in model.activations.values():
+        stored = Quantized("", 0, grid, "")
+        thresholds = grid.thresholds if isinstance(grid, ThresholdGrid) else None
+        digest = grid_digest(grid.site, grid.scale, stored.zero_point, stored.offset, grid.bits, thresholds)
+        found.append(metadata.GridEntry(grid.bits, digest, float(stored.offset)))
+    return found
 
 
 Lower = Callable[[int], Lowered]

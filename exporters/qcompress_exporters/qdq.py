@@ -32,6 +32,7 @@ def write_layer(lowering: Lowering, layer: IntegerLayer) -> None:
     scales = bias_scale(layer)
     rounded = np.rint(layer.bias / scales.astype(np.float64)).astype(np.int32)
     bias = lowering.write_bias(layer, rounded)
-    s_x = writer.constant(np.asarray(layer.source.grid.scale))
-    product = writer.node("Mul", [s_x, scale])  # stored, it would be as large as the bias; folded when loaded
+    product = writer.node(
+        "Mul", [layer.source.scale, scale]
+    )  # stored, it would be as large as the bias; folded when loaded
     graph.set_input(node, 2, writer.node("DequantizeLinear", [bias, product], axis=0))

@@ -21,7 +21,7 @@ from qcompress_exporters import metadata
 from qcompress_exporters.digests import grid_digest
 from qcompress_exporters.dynamic import SCALE, ZERO_POINT
 from qcompress_exporters.edit import GraphEditor
-from qcompress_exporters.marks import bias_name, code_name, offset_name, scale_name
+from qcompress_exporters.marks import bias_name, code_name, code_scale_name, offset_name, scale_name
 from qcompress_exporters.names import ShortNames
 from qcompress_exporters.sessions import Mode, run, session
 
@@ -44,6 +44,7 @@ class FileGrid:
         offset: a free offset, which is taken off in front of the quantizer.
         folded: whether the layers behind it have the offset in their biases.
         taken: whether the layer in front of it has the offset in its bias.
+        thresholds: float32 [L] that values are compared with; None: they are rounded.
     """
 
     scale: Floats
@@ -54,9 +55,15 @@ class FileGrid:
     offset: Floats
     folded: bool
     taken: bool = False
+    thresholds: Floats | None = None
 
     def quantize(self, x: Floats) -> npt.NDArray[np.uint8]:
         """Codes of a value."""
+        if self.thresholds is not None:
+            reached = np.zeros(x.shape, np.uint8)
+            for count, threshold in enumerate(self.thresholds, 1):
+                reached[x >= threshold] = count
+            return reached
         codes = np.rint((x - self.offset) / self.scale) + np.float32(self.zero_point)
         return np.asarray(np.clip(codes, 0, (1 << self.bits) - 1), np.uint8)
 
@@ -73,7 +80,7 @@ def wrong_grids(model: onnx.ModelProto, sites: Sequence[tuple[str, int]]) -> lis
     return [
         f"{site[0]}"
         for site, grid, entry in zip(sites, file_grids(model, len(sites)), stored, strict=True)
-        if grid_digest(site, grid.scale, grid.zero_point, grid.offset, grid.bits) != entry.digest
+        if grid_digest(site, grid.scale, grid.zero_point, grid.offset, grid.bits, grid.thresholds) != entry.digest
     ]
 
 
@@ -91,21 +98,26 @@ def file_grids(model: onnx.ModelProto, count: int) -> list[FileGrid]:
     stored = metadata.grids_from(metadata.entry_of(model, metadata.GRIDS) or "")
     if len(stored) != count:
         raise SourceError("The file's metadata does not say what its grids are: export it again.")
-    return [_file_grid(graph, code_name(i), entry) for i, entry in enumerate(stored)]
+    scales = {code_name(i): code_scale_name(i) for i in range(count)}
+    return [_file_grid(graph, code_name(i), entry, scales) for i, entry in enumerate(stored)]
 
 
-def _file_grid(graph: GraphEditor, name: str, entry: metadata.GridEntry) -> FileGrid:
+def _file_grid(graph: GraphEditor, name: str, entry: metadata.GridEntry, scales: Mapping[str, str]) -> FileGrid:
     node, ends = graph.producer(name), [0, 255]
     if node is not None and node.op_type == "Identity":
         name = node.input[0]
         node = graph.producer(name)
+    if node is not None and node.op_type == "Where" and name in scales:
+        scale, thresholds = _constant(graph, scales[name]), _thresholds(graph, node, (1 << entry.bits) - 1)
+        none = np.zeros((), np.float32)
+        return FileGrid(scale, 0, 0, len(thresholds), entry.bits, none, folded=False, thresholds=thresholds)
     if node is not None and node.op_type == "Clip":
         for position, end in enumerate(node.input[1:]):
             if end:
                 ends[position] = int(_constant(graph, end))
         node = graph.producer(node.input[0])
     if node is None or node.op_type not in _REQUANTIZERS:
-        raise SourceError(f"The file does not quantize {name} as its metadata says: export it again.")
+        raise _not_as_said(name)
     position = _REQUANTIZERS[node.op_type]
     scale, zero = (_constant(graph, value) for value in node.input[position : position + 2])
     source = graph.producer(node.input[0])
@@ -114,6 +126,33 @@ def _file_grid(graph: GraphEditor, name: str, entry: metadata.GridEntry) -> File
         offset, taken = np.asarray(_constant(graph, source.input[1]), np.float32), False
     folded = bool(entry.offset) and not _is_added_back(graph, name, offset)
     return FileGrid(np.asarray(scale, np.float32), int(zero), ends[0], ends[1], entry.bits, offset, folded, taken)
+
+
+def _thresholds(graph: GraphEditor, last: onnx.NodeProto, count: int) -> Floats:
+    """What a value is compared with, one threshold after another; see `Lowering`.
+
+    Args:
+        graph: of the file.
+        last: the choice that gives the codes.
+        count: how many thresholds there are.
+    """
+    found: list[Any] = []
+    codes, compared = last.output[0], set[str]()
+    for code in range(count, 0, -1):
+        choice = graph.producer(codes)
+        below = graph.producer(choice.input[0]) if choice is not None and choice.op_type == "Where" else None
+        if choice is None or below is None or below.op_type != "Less" or _constant(graph, choice.input[2]) != code:
+            raise _not_as_said(last.output[0])
+        found.insert(0, _constant(graph, below.input[1]))
+        compared.add(below.input[0])
+        codes = choice.input[1]
+    if len(compared) != 1 or _constant(graph, codes) != 0:
+        raise _not_as_said(last.output[0])
+    return np.array(found, np.float32)
+
+
+def _not_as_said(codes: str) -> SourceError:
+    return SourceError(f"The file does not quantize {codes} as its metadata says: export it again.")
 
 
 def _is_added_back(graph: GraphEditor, codes: str, offset: Floats) -> bool:
