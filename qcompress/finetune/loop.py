@@ -45,8 +45,8 @@ class LoopConfig:
         weight_decay: of tensors with two axes or more.
         schedule: how rates fall to 0, "cosine" or "linear".
         warm_up: share of all steps in which they rise.
-        stage: when regularizers act, as "bin regularization" has it: "S1" from the start, "S2" in the last two thirds of
-            the epochs, "S3" in every other epoch.
+        stage: when regularizers act, as "bin regularization" has it: "S1" from the start, "S2" in the last two thirds
+            of the epochs, "S3" in every other epoch.
         snap_offsets: share of the steps, the last ones, in which offsets keep to zero points.
 
     Raises:
@@ -86,7 +86,7 @@ class LoopConfig:
     def share_of_rate(self, done: float) -> float:
         """The learning rate in parts of the highest, by the share of all steps that is done.
 
-        >>> [LoopConfig(epochs=1, warm_up=0.5).share_of_rate(done) for done in (0.25, 0.5, 0.75)]
+        >>> [round(LoopConfig(epochs=1, warm_up=0.5).share_of_rate(done), 3) for done in (0.25, 0.5, 0.75)]
         [0.5, 1.0, 0.5]
         """
         if done < self.warm_up:
