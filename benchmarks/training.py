@@ -115,6 +115,13 @@ class Shuffled:
             yield x, self.y[part]
 
 
+def tensors(data: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """All inputs as the net takes them, and labels."""
+    batches = list(data.batches(500))
+    x = np.concatenate([next(iter(batch.inputs.values())) for batch in batches])
+    return torch.from_numpy(x), torch.from_numpy(np.concatenate([batch.labels for batch in batches])).long()
+
+
 def crops(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Each image mirrored or not, and moved by up to 2 pixels."""
     mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
@@ -230,10 +237,10 @@ def trained(task: Task, row: Row) -> dict[str, float]:
 
 def top1_of_module(task: Task) -> float:
     """Of the float net."""
-    x = torch.from_numpy(np.array(next(iter(task.test.inputs.values()))))
+    x, y = tensors(task.test)
     with torch.no_grad():
         found = torch.cat([task.module(part).argmax(1) for part in x.split(500)])
-    return float((found.numpy() == task.test.labels).mean())
+    return float((found == y).double().mean())
 
 
 def steps(task: Task, rounds: int) -> dict[str, float]:

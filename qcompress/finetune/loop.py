@@ -208,11 +208,11 @@ def _wrong(prepared: Prepared, loss: Tensor, inputs: Inputs) -> str | None:
     """What is wrong behind a backward pass, and where; None: nothing."""
     if not torch.isfinite(loss):
         where = prepared.first_not_finite(inputs)
-        return f"the loss is {float(loss.detach())}" + (
-            f", the first value that is not finite at {where}" if where else ""
-        )
+        return f"the loss is {float(loss.detach())}" + (f"; the first NaN or Inf is that of {where}" if where else "")
     found = [(name, p.grad) for name, p in prepared.named_parameters() if p.grad is not None]
-    if not torch.stack(torch._foreach_norm([g for _, g in found])).isfinite().all():
-        return f"the gradient of {next(name for name, g in found if not g.isfinite().all())} is not finite"
+    if not torch.stack(torch._foreach_norm([g for _, g in found])).isfinite().all():  # which large ones may overflow
+        wrong = next((name for name, g in found if not g.isfinite().all()), None)
+        if wrong is not None:
+            return f"the gradient of {wrong} is not finite"
     collapsed = next((name for name, quantizer in prepared.quantizers().items() if quantizer.collapsed), None)
     return None if collapsed is None else f"the scale of {collapsed} collapsed to a thousandth of its start"
