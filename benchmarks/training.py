@@ -95,10 +95,7 @@ class Shuffled:
     """Batches of arrays, in another order each epoch, the same ones each run."""
 
     def __init__(self, data: Dataset, *, flips: bool, size: int = 64) -> None:
-        self.x, self.y = (
-            torch.from_numpy(np.array(next(iter(data.inputs.values())))),
-            torch.from_numpy(data.labels).long(),
-        )
+        self.x, self.y = tensors(data)
         self.size, self.flips = size, flips
         self.generator = torch.Generator().manual_seed(SEED)
 
