@@ -45,8 +45,8 @@ class LoopConfig:
         weight_decay: of tensors with two axes or more.
         schedule: how rates fall to 0, "cosine" or "linear".
         warm_up: share of all steps in which they rise.
-        stage: when regularizers act, as "bin regularization" has it: "S1" from the start, "S2" in the last two thirds of
-            the epochs, "S3" in every other epoch.
+        stage: when regularizers act, as "bin regularization" has it: "S1" from the start, "S2" in the last two thirds
+            of the epochs, "S3" in every other epoch.
         snap_offsets: share of the steps, the last ones, in which offsets keep to zero points.
 
     Raises:
@@ -86,7 +86,7 @@ class LoopConfig:
     def share_of_rate(self, done: float) -> float:
         """The learning rate in parts of the highest, by the share of all steps that is done.
 
-        >>> [LoopConfig(epochs=1, warm_up=0.5).share_of_rate(done) for done in (0.25, 0.5, 0.75)]
+        >>> [round(LoopConfig(epochs=1, warm_up=0.5).share_of_rate(done), 3) for done in (0.25, 0.5, 0.75)]
         [0.5, 1.0, 0.5]
         """
         if done < self.warm_up:
@@ -208,11 +208,11 @@ def _wrong(prepared: Prepared, loss: Tensor, inputs: Inputs) -> str | None:
     """What is wrong behind a backward pass, and where; None: nothing."""
     if not torch.isfinite(loss):
         where = prepared.first_not_finite(inputs)
-        return f"the loss is {float(loss.detach())}" + (
-            f", the first value that is not finite at {where}" if where else ""
-        )
+        return f"the loss is {float(loss.detach())}" + (f"; the first NaN or Inf is that of {where}" if where else "")
     found = [(name, p.grad) for name, p in prepared.named_parameters() if p.grad is not None]
-    if not torch.stack(torch._foreach_norm([g for _, g in found])).isfinite().all():
-        return f"the gradient of {next(name for name, g in found if not g.isfinite().all())} is not finite"
+    if not torch.stack(torch._foreach_norm([g for _, g in found])).isfinite().all():  # which large ones may overflow
+        wrong = next((name for name, g in found if not g.isfinite().all()), None)
+        if wrong is not None:
+            return f"the gradient of {wrong} is not finite"
     collapsed = next((name for name, quantizer in prepared.quantizers().items() if quantizer.collapsed), None)
     return None if collapsed is None else f"the scale of {collapsed} collapsed to a thousandth of its start"

@@ -4,6 +4,7 @@ Weights get their quantizers as `torch.nn.utils.parametrize` parametrizations. A
 of the program's graph, which runs in place of the model's own forward: operands of a sum are no module's input.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, final, get_args
@@ -23,6 +24,7 @@ from qcompress.finetune.methods import Methods
 from qcompress.layers import weight_layers
 from qcompress.plan import Plan, resolve
 from qcompress.posthoc.compress import by_position, program_tensors
+from qcompress.program import FloatProgram
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import Place
 from qcompress.sites import OUTPUT, Placement, activation_sites, mark
@@ -78,7 +80,7 @@ def prepare(
     program = from_module(model, ProgramOptions(inputs=arrays))
     folded = fold_batchnorm(program)
     if batchnorm == "fold":
-        model, program = folded.module().requires_grad_(), folded
+        model, program = _folded_copy(model, program, folded), folded
     resolved = resolve(plan, program_tensors(folded))
     layers, factors, state = weight_layers(folded), fold_factors(program), program.state()
     made: dict[str, AbstractQuantizer] = {}
@@ -261,6 +263,21 @@ class Prepared(nn.Module):
 
     def _weight_quantizers(self) -> dict[str, AbstractQuantizer]:
         return {name: found for name, place in self._homes.items() if (found := place.quantizer()) is not None}
+
+
+def _folded_copy(model: nn.Module, program: FloatProgram, folded: FloatProgram) -> nn.Module:
+    """A copy of a model with the weights and biases of its folded program, and nothing in the BatchNorms' place."""
+    copied, state = copy.deepcopy(model), folded.state()
+    for name, value in state.items():
+        path, _, attribute = name.rpartition(".")
+        home = _home(copied, name)
+        if isinstance(value, nn.Parameter) and (home is not None or name not in program.state()):
+            copied.get_submodule(path).register_parameter(attribute, nn.Parameter(value.detach().clone()))
+    for path, module in list(copied.named_modules()):
+        if isinstance(module, _BatchNorm) and f"{path}.running_mean" not in state:
+            parent, _, attribute = path.rpartition(".")
+            setattr(copied.get_submodule(parent), attribute, nn.Identity())
+    return copied
 
 
 def _constant(name: str) -> str:

@@ -68,7 +68,7 @@ class AbstractQuantizer(nn.Module, abc.ABC):
 
     @property
     def collapsed(self) -> bool:
-        """Whether a parameter that must stay positive sits on its floor."""
+        """Whether a parameter that must stay positive sits on its floor, or most of its values do."""
         return any(module.collapsed for module in self.modules() if isinstance(module, Positive))
 
 

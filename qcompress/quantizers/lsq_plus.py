@@ -121,9 +121,11 @@ class LsqPlus(AbstractQuantizer):
 
     def _snapped(self) -> Tensor:
         assert self.offset is not None
-        scale, n = self.scale.value().detach(), self.grid.limits.n
+        scale: Tensor = self.scale.value().detach()
+        n = self.grid.limits.n
         steps = (-self.offset.detach() / scale).round().clamp(n, n + 255)
-        return -steps * scale
+        snapped: Tensor = -steps * scale
+        return snapped
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Sets scale and offset from the weight or from batches of the activation."""

@@ -1,0 +1,280 @@
+"""A model in training computes what its export computes, and leaves as it came."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+
+from qcompress.artifacts import FloatWeight, IntegerWeight
+from qcompress.errors import ConfigError, DataError
+from qcompress.finetune.methods import Methods
+from qcompress.finetune.prepare import Prepared, prepare
+from qcompress.plan import Plan, parse_plan
+from qcompress.quantizers import Lsq, LsqPlus, N2uqActivation
+from qcompress.regularizers import BinRegularizer, KurtosisRegularizer
+from qcompress.sites import MarkedRunner, mark, rounding
+
+MIN_MAX = Methods(weight_options={"init": "min_max"}, activation_options={"init": "min_max"})
+
+
+class Residual(nn.Module):
+    """A sum, activations in place, dropout, BatchNorms with every sign of γ."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.drop, self.fc = nn.Dropout(dropout), nn.Linear(8, 4)
+        with torch.no_grad():
+            for norm in (self.norm1, self.norm2):
+                norm.weight.copy_(torch.linspace(-1, 1.2, 8))
+                norm.running_mean.normal_(0, 0.1)
+                norm.running_var.uniform_(0.3, 0.6)
+            self.norm2.weight[2] = 0
+
+    def forward(self, x):
+        y = functional.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = y + self.norm2(self.conv2(y))
+        return self.fc(self.drop(functional.relu_(y).mean((2, 3))))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def plan(bits, activation_bits=None):
+    return Plan.from_flags(bits=bits, activation_bits=activation_bits)
+
+
+def without_codes():
+    return parse_plan("version = 1\n[default]\nskip = true")
+
+
+def test_the_model_computes_what_the_artifacts_and_grids_say(x):
+    tuned = prepare(Residual().eval(), plan(4, 8), example_inputs=(x,), methods=MIN_MAX)
+    tuned.snap_offsets()
+    small = tuned.finalize()
+    assert small.compute == "int8"
+    assert len(small.activations) == 5
+    assert all(grid.zero_point is not None for grid in small.activations.values())
+    program = small.program.with_state({name: a.dequantize() for name, a in small.artifacts.items()})
+    grids = list(small.activations.values())
+    wanted = MarkedRunner(mark(program, list(small.activations)))({"x": x.numpy()}, rounding(grids))["output"]
+    with torch.no_grad():
+        got = tuned(x).numpy()
+    spread = wanted.std(axis=0).max()
+    assert np.sqrt(np.square(got - wanted).mean()) < 0.03 * spread  # some codes go the other way
+
+
+@pytest.mark.parametrize("batchnorm", ["train", "freeze", "fold"])
+def test_weights_are_stored_as_they_were_trained_with(x, batchnorm):
+    model = Residual().eval()
+    tuned = prepare(model, plan(3), example_inputs=(x,), batchnorm=batchnorm)
+    small = tuned.finalize()
+    with torch.no_grad():
+        wanted = tuned(x)
+    np.testing.assert_allclose(small.to_module()(x).detach(), wanted, rtol=1e-4, atol=1e-5)
+    assert np.array_equal(small.artifacts["fc.weight"].dequantize(), tuned.model.fc.weight.detach())
+    folded = small.artifacts["conv2.weight"]
+    assert isinstance(folded, IntegerWeight)
+    if batchnorm != "fold":
+        trained = model.conv2.weight.detach().double()
+        factor = model.norm2.weight.double() / (model.norm2.running_var.double() + model.norm2.eps).sqrt()
+        wanted_OIHW = (trained * factor.detach()[:, None, None, None]).numpy()
+        np.testing.assert_allclose(folded.dequantize(), wanted_OIHW, rtol=1e-6)
+        assert (folded.scale < 0).any()
+        assert not folded.dequantize()[2].any()
+
+
+def test_without_quantizers_it_trains_as_the_module_does(x):
+    module, again = Residual(dropout=0.5), Residual(dropout=0.5)
+    tuned = prepare(again, without_codes(), example_inputs=(x,))
+    assert tuned.training
+    torch.manual_seed(3)
+    wanted = module(x)
+    torch.manual_seed(3)
+    got = tuned(x)
+    assert torch.equal(got, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(again.buffers(), module.buffers(), strict=True))
+    got.sum().backward()
+    wanted.sum().backward()
+    for mine, theirs in zip(again.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_frozen_statistics_stay(x):
+    model = Residual()
+    before = model.norm1.running_mean.clone()
+    tuned = prepare(model, plan(4), example_inputs=(x,), batchnorm="freeze")
+    tuned(x).sum().backward()
+    assert torch.equal(model.norm1.running_mean, before)
+    assert model.norm1.weight.grad is not None
+
+
+def test_folded_training_leaves_the_module_alone(x):
+    model = Residual().eval()
+    before = copy.deepcopy(model.state_dict())
+    tuned = prepare(model, plan(4), example_inputs=(x,), batchnorm="fold")
+    tuned(x).sum().backward()
+    assert {name for name, _ in tuned.model.named_parameters()} >= {"conv1.bias", "fc.bias"}
+    assert all(p.grad is not None for p in tuned.parameters())
+    assert not parametrize.is_parametrized(model.conv1)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_every_parameter_learns(x):
+    tuned = prepare(Residual(), plan(2, 4), example_inputs=(x,), regularizers=[BinRegularizer])
+    (tuned(x).square().sum() + tuned.penalty()).backward()
+    assert [name for name, p in tuned.named_parameters() if p.grad is None] == []
+
+
+def test_state_dict_and_deepcopy(x):
+    tuned = prepare(Residual().eval(), plan(2, 4), example_inputs=(x,))
+    other = copy.deepcopy(tuned)
+    with torch.no_grad():
+        wanted = tuned(x)
+        for parameter in other.parameters():
+            parameter.add_(0.01)
+        assert not torch.equal(other(x), wanted)
+        assert torch.equal(tuned(x), wanted)
+        tuned.snap_offsets()
+        other.load_state_dict(tuned.state_dict())
+        assert torch.equal(other(x), tuned(x))
+
+
+def test_unwrapping_gives_the_plain_model_back(x):
+    model = Residual().eval()
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        wanted = model(x)
+        found = prepare(model, plan(2, 4), example_inputs=(x,)).unwrap()
+        assert found is model
+        assert set(model.state_dict()) == set(before)
+        assert torch.equal(model(x), wanted)
+
+
+def test_tied_weights_are_one(x):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.out(self.embed(ids).relu())
+
+    ids = torch.randint(0, 10, (4, 5))
+    tuned = prepare(Tied(), plan(2), example_inputs=(ids,))
+    assert len(tuned.quantizers()) == 1
+    weight = tuned.finalize().artifacts["embed.weight"].dequantize()
+    wanted = functional.linear(functional.embedding(ids, torch.from_numpy(weight)).relu(), torch.from_numpy(weight))
+    torch.testing.assert_close(tuned(ids).detach(), wanted)
+
+
+def test_inputs_by_name_and_several_outputs():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(5, 3)
+
+        def forward(self, left, right):
+            return {"sum": self.a(left) + self.b(right), "left": self.a(left)}
+
+    left, right = torch.randn(6, 4), torch.randn(6, 5)
+    tuned = prepare(Two(), plan(4, 8), example_inputs={"left": left, "right": right})
+    found = tuned(left, right=right)
+    assert list(found) == ["sum", "left"]
+    assert torch.equal(found["sum"], tuned(right=right, left=left)["sum"])
+    with pytest.raises(DataError, match=r"^The model was prepared with left, right as inputs, got left\.$"):
+        tuned(left)
+
+
+def test_a_method_without_negative_codes_leaves_such_sites_to_lsq_plus(x):
+    methods = Methods(activations="n2uq")
+    tuned = prepare(Residual(), plan(2, 2), example_inputs=(x,), methods=methods, placement="paper")
+    kinds = dict(zip((s.name for s in tuned.parts.sites), map(type, tuned.activations), strict=True))
+    assert kinds.pop("x") is LsqPlus
+    assert set(kinds.values()) == {N2uqActivation}
+
+
+def test_placement_is_that_of_export(x):
+    deployed = prepare(Residual(), plan(4, 4), example_inputs=(x,))
+    papers = prepare(Residual(), plan(4, 4), example_inputs=(x,), placement="paper")
+    assert len(papers.activations) == 3 < len(deployed.activations)
+
+
+def test_statistics_are_estimated_again(x):
+    tuned = prepare(Residual().eval(), plan(8), example_inputs=(x,))
+    tuned.reestimate_batchnorm(x.split(8))
+    norm, conv = tuned.model.norm1, tuned.model.conv1
+    with torch.no_grad():
+        parts = [conv(part).mean((0, 2, 3)) for part in x.split(8)]
+    torch.testing.assert_close(norm.running_mean, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-5)
+    assert not norm.training
+    assert norm.momentum == 0.1
+
+
+def test_regularizers_add_up(x):
+    tuned = prepare(Residual(), plan(2), example_inputs=(x,), regularizers=[BinRegularizer, KurtosisRegularizer])
+    parts = [regularizer.penalty() for regularizer in tuned.regularizers]
+    assert torch.equal(tuned.penalty(), parts[0] + parts[1])
+    assert prepare(Residual(), plan(2), example_inputs=(x,)).penalty() == 0
+
+
+def test_quantizers_have_names(x):
+    tuned = prepare(Residual(), plan(2, 4), example_inputs=(x,), methods=Methods(per_channel=False))
+    found = tuned.quantizers()
+    assert list(found)[:3] == ["conv1.weight", "conv2.weight", "fc.weight"]
+    assert "x (activation)" in found
+    assert isinstance(found["conv1.weight"], Lsq)
+    assert len(tuned.quantizer_parameters()) == sum(1 for q in found.values() for _ in q.parameters())
+    assert found["conv1.weight"].scale.value().shape == ()
+
+
+def test_what_would_not_get_smaller_is_stored_as_floats():
+    tuned = prepare(nn.Linear(1, 1), plan(8), example_inputs=(torch.randn(2, 1),))
+    stored = tuned.finalize().artifacts["weight"]
+    assert isinstance(stored, FloatWeight)
+    assert stored.reason.startswith("too small")
+    assert np.array_equal(stored.dequantize(), tuned.model.weight.detach())
+
+
+def test_numbers_that_are_none_are_not_stored():
+    model = nn.Linear(4, 4)
+    tuned = prepare(model, plan(4), example_inputs=(torch.randn(2, 4),))
+    with torch.no_grad():
+        model.bias[1] = torch.nan
+    with pytest.raises(ConfigError, match=r"^bias must be finite, and training made it NaN or Inf: take the last good"):
+        tuned.finalize()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"methods": Methods(weights="lqs")}, r"^Unknown method 'lqs'; known: .* Did you mean lsq"),
+        ({"methods": Methods(weights="pact")}, r"^pact does not quantize weights;"),
+        ({"methods": Methods(activations="dorefa")}, r"^dorefa does not quantize activations;"),
+        ({"plan": plan(1)}, r"^lsq quantizes weights at 2 to 8 bits, got 1; dorefa and n2uq work there\.$"),
+        ({"batchnorm": "none"}, r"^batchnorm must be one of train, freeze, fold, got 'none'\.$"),
+    ],
+)
+def test_what_does_not_go_together(x, changed, message):
+    model = Residual()
+    given = {"plan": plan(2, 4), "example_inputs": (x,), **changed}
+    with pytest.raises(ConfigError, match=message):
+        prepare(model, given.pop("plan"), **given)
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+
+
+def test_a_batchnorm_that_fits_no_scale():
+    net = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 4, 3, 3)
+    with pytest.raises(ConfigError, match=r'^0\.weight: the BatchNorm behind .* \(\[name\."0\.weight"\] skip = true\)'):
+        prepare(net, plan(4), example_inputs=(x,))
+    assert isinstance(prepare(net, plan(4), example_inputs=(x,), batchnorm="fold"), Prepared)
