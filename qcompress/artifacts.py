@@ -565,7 +565,7 @@ class ThresholdGrid:
 
     @property
     def zero_point(self) -> int:
-        """The code of 0.0: what layers take from here are the codes of an unsigned grid."""
+        """The code that stands for 0.0: layers take the codes of an even, unsigned grid."""
         return 0
 
     @property

@@ -32,7 +32,6 @@ def write_layer(lowering: Lowering, layer: IntegerLayer) -> None:
     scales = bias_scale(layer)
     rounded = np.rint(layer.bias / scales.astype(np.float64)).astype(np.int32)
     bias = lowering.write_bias(layer, rounded)
-    product = writer.node(
-        "Mul", [layer.source.scale, scale]
-    )  # stored, it would be as large as the bias; folded when loaded
+    # Stored, the product would be as large as the bias; it is folded when the file is loaded.
+    product = writer.node("Mul", [layer.source.scale, scale])
     graph.set_input(node, 2, writer.node("DequantizeLinear", [bias, product], axis=0))
