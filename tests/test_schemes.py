@@ -115,3 +115,76 @@ def test_vectors_beside_int8_layers_compute_in_float():
     small = compress_program(program, Plan.from_flags(bits=4, vector_dim=2, activation_bits=8), calibration=data)
     (layer,) = build(small).report.layers
     assert (layer.compute, bool(layer.why)) == ("float", True)
+
+
+def test_blocks_from_a_plan_to_a_file():
+    random = np.random.default_rng(0)
+    weight = (random.standard_normal((48, 70)) * random.lognormal(0, 1, 70)).astype(np.float32)
+    mix = random.standard_normal((70, 70)) + 8 * np.eye(70)
+    x, new = ((np.random.default_rng(s).standard_normal((512, 70)) @ mix).astype(np.float32) for s in (2, 3))
+
+    def error(effort, **words):
+        given = {"calibration": Dataset(inputs={"input": x}), "effort": effort}
+        small = compress_program(program_of(weight), Plan.from_flags(bits=3, scheme="uniform", **words), **given)
+        return small, np.square((small.artifacts["weight"].dequantize() - weight) @ new.T).sum()
+
+    (_, nearest), (small, solved) = (error(effort, block_size=16) for effort in ("fast", "balanced"))
+    assert solved < 0.75 * nearest
+    assert solved < 0.5 * error("balanced")[1]
+    artifact = small.artifacts["weight"]
+    assert (artifact.axis, artifact.block_size, artifact.scale.shape) == (1, 16, (48, 5))
+    assert artifact.nbytes == 48 * 70 * 3 // 8 + 48 * 5 * 4
+    for target in ("1.16", "1.20", "1.24"):
+        decodes(small, target)
+
+
+def decodes(small, target="1.24"):
+    built = build(small, target=f"onnxruntime=={target}")
+    model = onnx.load_from_string(built.data)
+    assert mismatches(model, decoded(model)) == []
+    assert built.report.size.ideal == small.nbytes
+    assert built.report.size.file == len(built.data)
+    return built
+
+
+class Words(nn.Module):
+    """An embedding, and a product with W[in, out]."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(30, 20)
+        self.weight = nn.Parameter(torch.randn(20, 24))
+
+    def forward(self, x):
+        return self.embed(x) @ self.weight
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_blocks_of_embeddings_and_of_products_with_inputs_first(bits):
+    program = traced(Words().eval(), x=np.arange(12).reshape(2, 6))
+    plan = Plan.from_flags(bits=bits, scheme="uniform", block_size=8)
+    small = compress_program(program, plan, calibration=Dataset(inputs={"x": np.arange(24).reshape(4, 6)}))
+    found = {name: (a.axis, a.scale.shape) for name, a in small.artifacts.items()}
+    assert found == {"embed.weight": (1, (30, 3)), "weight": (0, (3, 24))}
+    for target in ("1.16", "1.20", "1.24"):
+        decodes(small, target)
+
+
+def test_blocks_beside_int8_layers_compute_in_float():
+    program = program_of(np.random.default_rng(0).standard_normal((48, 64)).astype(np.float32))
+    data = Dataset(inputs={"input": np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32)})
+    plan = Plan.from_flags(bits=4, scheme="uniform", block_size=16, activation_bits=8)
+    small = compress_program(program, plan, calibration=data)
+    assert small.artifacts["weight"].block_size == 16
+    (layer,) = build(small).report.layers
+    assert (layer.compute, layer.why) == ("float", "its grid has blocks, a zero point, or codes above 127")
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_auto_has_blocks_in_its_even_grids_alone(name):
+    weight, wanted = WEIGHTS[name]
+    plan = Plan.from_flags(bits=2 if name == "clusters" else 4, scheme="auto", block_size=128)
+    artifact = compress_program(program_of(weight), plan, effort="fast").artifacts["weight"]
+    assert isinstance(artifact, wanted)
+    assert getattr(artifact, "block_size", None) == (128 if wanted is IntegerWeight else None)

@@ -84,7 +84,10 @@ def _vectors(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact
 
 
 def _uniform(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
-    return round_to_nearest(values, tensor.bits, how.axis, reduce_range=how.reduce_range, clip=tensor.bits < _UNCLIPPED)
+    return round_to_nearest(
+        values, tensor.bits, how.axis, reduce_range=how.reduce_range, clip=tensor.bits < _UNCLIPPED,
+        block_size=tensor.block_size,
+    )  # fmt: skip
 
 
 def _error(small: Artifact, values: npt.NDArray[Any]) -> float:

@@ -183,7 +183,7 @@ def _levels(
     bits, rows_per_lut = plan.bits, plan.rows_per_lut
     if kind == "uniform":
         limits = IntegerRange(min(bits, REDUCED_BITS) if reduce_range else bits, signed=True)
-        return UniformLevels.fit(rows_OK, importance_OK, bits, limits)
+        return UniformLevels.fit(rows_OK, importance_OK, bits, limits, plan.block_size)
     if kind == "int8 palette":
         largest = LARGEST_REDUCED if reduce_range else LARGEST
         return IntegerPaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, largest=largest)
