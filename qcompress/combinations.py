@@ -18,7 +18,7 @@ MEMORIES: Final = ("unpacked", "packed")
 
 _FLAGS: Final = {
     name: f"--{name.replace('_', '-')}"
-    for name in ("bits", "activation_bits", "scheme", "rows_per_lut", "vector_dim", "block_size")
+    for name in ("bits", "activation_bits", "scheme", "rows_per_lut", "vector_dim", "lut_dtype", "block_size")
 }
 
 
@@ -33,6 +33,7 @@ def check(
     rows_per_lut: int | None = None,
     vector_dim: int = 1,
     block_size: int | None = None,
+    lut_dtype: str | None = None,
     origins: Mapping[str, str] = _FLAGS,
 ) -> "Compute":
     """Refuse words that do not go together.
@@ -47,6 +48,7 @@ def check(
         rows_per_lut: output channels that share a palette.
         vector_dim: weights that share a code.
         block_size: inputs that share a scale.
+        lut_dtype: type of palettes' entries.
         origins: where each of what is about weights was said, and activation_bits.
 
     Returns:
@@ -59,7 +61,9 @@ def check(
     ('float', 'int8', 'dynamic8')
     """
     if scheme is not None:
-        check_weight(scheme, bits, rows_per_lut, origins, vector_dim=vector_dim, block_size=block_size)
+        check_weight(
+            scheme, bits, rows_per_lut, origins, vector_dim=vector_dim, block_size=block_size, lut_dtype=lut_dtype
+        )
     said = None if activation_bits is None else f"activation_bits = {activation_bits} ({origins['activation_bits']})"
     settled = settled_compute(compute, said)
     check_file(settled, format, memory)
@@ -75,6 +79,7 @@ def check_weight(
     name: str = "",
     vector_dim: int = 1,
     block_size: int | None = None,
+    lut_dtype: str | None = None,
 ) -> None:
     """A uniform grid has no palette to share, none of 1 bit and none of vectors; vectors have one palette for all.
 
@@ -88,6 +93,7 @@ def check_weight(
         name: of the tensor; empty for all.
         vector_dim: weights that share a code.
         block_size: inputs that share a scale.
+        lut_dtype: type of palettes' entries.
 
     Raises:
         ConfigError: names the words, and what to do.
@@ -112,6 +118,11 @@ def check_weight(
         raise ConfigError(
             f"{who}rows_per_lut = {rows_per_lut} ({origins['rows_per_lut']}) is about palettes, and {what} has none: "
             'leave one of them out, or say rows_per_lut = "auto" where the scheme is uniform.'
+        )
+    if lut_dtype not in (None, "float32"):
+        raise ConfigError(
+            f'{who}lut_dtype = "{lut_dtype}" ({origins["lut_dtype"]}) is about palettes, and {what} has none: leave '
+            'one of them out, or say lut_dtype = "float32" where the scheme is uniform.'
         )
     if bits == 1:
         raise ConfigError(

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, Self, final
 
 from qcompress import _plan_toml
 from qcompress._plan_toml import header
-from qcompress._settings import Scheme, Settings, settings_from
+from qcompress._settings import LutDtype, Scheme, Settings, settings_from
 from qcompress.artifacts import short_digest
 from qcompress.combinations import check_weight
 from qcompress.errors import ConfigError, did_you_mean
@@ -85,13 +85,14 @@ class Plan:
         activation_bits: int | None = None,
         vector_dim: int | None = None,
         block_size: int | None = None,
+        lut_dtype: str | None = None,
     ) -> Self:
         """The plan that flags alone make.
 
         >>> Plan.from_flags(bits=2).default.bits
         2
         """
-        return cls().with_flags(bits, rows_per_lut, scheme, activation_bits, vector_dim, block_size)
+        return cls().with_flags(bits, rows_per_lut, scheme, activation_bits, vector_dim, block_size, lut_dtype)
 
     def with_flags(
         self,
@@ -101,6 +102,7 @@ class Plan:
         activation_bits: int | None = None,
         vector_dim: int | None = None,
         block_size: int | None = None,
+        lut_dtype: str | None = None,
     ) -> Self:
         """This plan with flags in place of what `[default]` says; None: flag not given.
 
@@ -109,7 +111,7 @@ class Plan:
         """
         flags = {
             "bits": bits, "rows_per_lut": rows_per_lut, "scheme": scheme, "activation_bits": activation_bits,
-            "vector_dim": vector_dim, "block_size": block_size,
+            "vector_dim": vector_dim, "block_size": block_size, "lut_dtype": lut_dtype,
         }  # fmt: skip
         given = {name: value for name, value in flags.items() if value is not None}
         values, origins = {**self.default.given(), **given}, {**self.origins}
@@ -267,6 +269,12 @@ class TensorPlan:
         return self.settings.vector_dim or 1
 
     @property
+    def lut_dtype(self) -> LutDtype | None:
+        """Type of a palette's entries; None: what layers compute in decides."""
+        assert self.settings is not None
+        return self.settings.lut_dtype
+
+    @property
     def block_size(self) -> int | None:
         """Consecutive inputs that share a scale of an even grid; None: all of an output channel."""
         assert self.settings is not None
@@ -351,7 +359,7 @@ def resolve(plan: Plan, tensors: Iterable[SourceTensor | tuple[str, str]]) -> Re
         if tensor.settings is not None:
             check_weight(
                 tensor.scheme, tensor.bits, tensor.rows_per_lut, tensor.origins, name=tensor.name,
-                vector_dim=tensor.vector_dim, block_size=tensor.block_size,
+                vector_dim=tensor.vector_dim, block_size=tensor.block_size, lut_dtype=tensor.lut_dtype,
             )  # fmt: skip
             if tensor.block_size is not None and tensor.kind not in BLOCK_KINDS:
                 raise ConfigError(

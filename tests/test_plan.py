@@ -29,6 +29,7 @@ SETTINGS = st.builds(
     scheme=st.sampled_from([None, "palette", "uniform", "auto"]),
     rows_per_lut=st.none() | st.just("auto") | st.integers(1, 10**6),
     vector_dim=st.sampled_from([None, 1, 2, 4, 8]),
+    lut_dtype=st.sampled_from([None, "float32", "float16", "int8"]),
     block_size=st.none() | st.integers(2, 10**6),
     skip=st.none() | st.booleans(),
 )
@@ -221,7 +222,7 @@ def test_a_saved_plan_resolves_to_the_same_again(tensors, data):
     try:
         resolved = resolve(plan, tensors)
     except ConfigError as e:
-        assert 'scheme = "uniform"' in str(e) or "vector_dim" in str(e) or "block_size" in str(e)  # noqa: PT017
+        assert 'scheme = "uniform"' in str(e) or "vector_dim" in str(e) or "_size" in str(e)  # noqa: PT017
         reject()
     again = resolve(parse_plan(resolved.to_toml()), tensors)
     assert again.digest == resolved.digest
@@ -361,6 +362,19 @@ def test_block_size_that_no_weight_can_have_is_refused():
         resolve(Plan.from_flags(bits=4, scheme="uniform", block_size=32), NET[:4])
 
 
+def test_a_uniform_grid_has_no_table_of_any_type():
+    plan = parse_plan('version = 1\n[default]\nbits = 4\nlut_dtype = "int8"\n[kind.linear]\nscheme = "uniform"', "p")
+    message = (
+        r'^fc\.weight: lut_dtype = "int8" \(p:4 \[default\]\) is about palettes, and scheme = "uniform" '
+        r"\(p:6 \[kind\.linear\]\) has none: leave one of them out, or say lut_dtype = \"float32\" where the scheme is "
+        r"uniform\.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        resolve(plan, NET)
+    allowed = dataclasses.replace(plan, kind={"linear": Settings(scheme="uniform", lut_dtype="float32")})
+    assert [t.lut_dtype for t in resolve(allowed, NET).compressed] == ["int8", "int8", "int8", "float32"]
+
+
 def test_a_saved_plan_gives_what_some_lack_to_no_one_else():
     plan = Plan(default=Settings(bits=2), kind={k: Settings(vector_dim=2) for k in ("conv", "depthwise")})
     resolved = resolve(plan, NET)
@@ -414,6 +428,10 @@ def test_a_saved_plan_gives_what_some_lack_to_no_one_else():
         (
             "version = 1\n[default]\nblock_size = 1",
             r"p:3 \[default\] block_size must be an integer of at least 2, got 1\.",
+        ),
+        (
+            'version = 1\n[default]\nlut_dtype = "float64"',
+            r"p:3 \[default\] lut_dtype must be 'float32', 'float16' or 'int8', got 'float64'\.",
         ),
         ("version = 1\n[default]\nskip = 1", r"p:3 \[default\] skip must be true or false, got 1\."),
     ],

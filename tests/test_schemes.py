@@ -40,6 +40,13 @@ def program_of(weight: np.ndarray):
         ({"scheme": "auto", "bits": 4}, False, ("palette", "uniform")),
         ({"scheme": "auto", "bits": 4}, True, ("int8 palette", "uniform")),
         ({"scheme": "auto", "bits": 1}, False, ("palette",)),
+        ({"lut_dtype": "float16", "bits": 4}, False, ("palette",)),
+        ({"lut_dtype": "float16", "bits": 4}, True, ("palette",)),
+        ({"lut_dtype": "float32", "bits": 4}, True, ("palette",)),
+        ({"lut_dtype": "int8", "bits": 4}, False, ("int8 palette",)),
+        ({"lut_dtype": "int8", "bits": 8}, False, ("uniform",)),
+        ({"lut_dtype": "int8", "bits": 4, "scheme": "auto"}, False, ("int8 palette", "uniform")),
+        ({"lut_dtype": "int8", "bits": 4, "vector_dim": 2}, True, ("vectors",)),
     ],
 )
 def test_what_a_plan_allows(settings, integer, wanted):
@@ -100,8 +107,6 @@ def test_vectors_from_a_plan_to_a_file(vector_dim):
 
 def test_vectors_are_refused_where_they_cannot_be():
     program = program_of(np.ones((3, 5), np.float32))
-    with pytest.raises(ConfigError, match=r"weight: vector_dim = 2 \(--vector-dim\) must divide the 15 weights"):
-        compress_program(program, Plan.from_flags(bits=4, vector_dim=2), effort="fast")
     for other, value in (("scheme", "uniform"), ("rows_per_lut", 2)):
         with pytest.raises(ConfigError, match=rf"vector_dim = 2 \(--vector-dim\) is about one .* {other} = "):
             compress_program(program, Plan.from_flags(bits=4, vector_dim=2, **{other: value}), effort="fast")
@@ -188,3 +193,58 @@ def test_auto_has_blocks_in_its_even_grids_alone(name):
     artifact = compress_program(program_of(weight), plan, effort="fast").artifacts["weight"]
     assert isinstance(artifact, wanted)
     assert getattr(artifact, "block_size", None) == (128 if wanted is IntegerWeight else None)
+
+
+def test_vectors_that_do_not_divide_a_weight_are_filled_up():
+    weight = np.random.default_rng(0).standard_normal((37, 45)).astype(np.float32)
+    x = np.random.default_rng(2).standard_normal((128, 45)).astype(np.float32)
+    for effort in ("fast", "balanced"):
+        plan = Plan.from_flags(bits=3, vector_dim=4)
+        small = compress_program(program_of(weight), plan, calibration=Dataset(inputs={"input": x}), effort=effort)
+        artifact = small.artifacts["weight"]
+        assert (artifact.vector_dim, artifact.codes.shape) == (4, (417,))
+        for target in ("1.16", "1.20", "1.24"):
+            decodes(small, target)
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_small_palettes_of_fewer_bits_make_a_smaller_file(effort):
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((64, 70)).astype(np.float32)
+    mix = random.standard_normal((70, 70)) + 8 * np.eye(70)
+    x, new = ((np.random.default_rng(s).standard_normal((512, 70)) @ mix).astype(np.float32) for s in (2, 3))
+    nbytes, errors = {}, {}
+    for lut_dtype in ("float32", "float16", "int8"):
+        plan = Plan.from_flags(bits=4, rows_per_lut=4, lut_dtype=lut_dtype)
+        given = {"calibration": Dataset(inputs={"input": x}), "effort": effort}
+        small = compress_program(program_of(weight), plan, **given)
+        artifact = small.artifacts["weight"]
+        assert artifact.lut.dtype == lut_dtype
+        assert artifact.nbytes == 64 * 70 // 2 + 16 * 16 * artifact.lut.itemsize + (
+            0 if artifact.scale is None else artifact.scale.nbytes
+        )
+        nbytes[lut_dtype] = [decodes(small, target).report.size.file for target in ("1.16", "1.24")]
+        errors[lut_dtype] = np.square((artifact.dequantize() - weight) @ new.T).sum()
+    assert nbytes["int8"][1] < nbytes["float16"][1] < nbytes["float32"][1] - 400
+    assert nbytes["float16"][0] < nbytes["float32"][0] - 400
+    assert errors["float16"] < 1.02 * errors["float32"]
+    assert errors["int8"] < 1.1 * errors["float32"]
+
+
+@pytest.mark.parametrize("lut_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("vector_dim", [1, 4])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width_of_every_table_decodes(lut_dtype, vector_dim, bits):
+    weight = np.random.default_rng(bits).standard_normal((40, 101)).astype(np.float32)
+    plan = Plan.from_flags(bits=bits, lut_dtype=lut_dtype, vector_dim=vector_dim)
+    small = compress_program(program_of(weight), plan, effort="fast")
+    for target in ("1.16", "1.24"):
+        decodes(small, target)
+
+
+def test_palettes_of_floats_beside_int8_layers_compute_in_float():
+    program = program_of(np.random.default_rng(0).standard_normal((48, 64)).astype(np.float32))
+    data = Dataset(inputs={"input": np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32)})
+    plan = Plan.from_flags(bits=4, lut_dtype="float16", activation_bits=8)
+    (layer,) = build(compress_program(program, plan, calibration=data)).report.layers
+    assert (layer.compute, layer.why) == ("float", "its palette is not on an int8 grid")

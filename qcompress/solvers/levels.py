@@ -36,6 +36,7 @@ class PaletteLevels:
         rows_per_lut: output channels that share a table; None: all.
         bits: width of a code.
         channels: output channels, O.
+        halves: whether tables hold what float16 can hold, and nothing else.
     """
 
     lut: torch.Tensor
@@ -43,10 +44,18 @@ class PaletteLevels:
     rows_per_lut: int | None
     bits: int
     channels: int
+    halves: bool = False
 
     @classmethod
     def fit(
-        cls, rows_OK: Doubles, importance_OK: Doubles, bits: int, rows_per_lut: int | None, *, scaled: bool
+        cls,
+        rows_OK: Doubles,
+        importance_OK: Doubles,
+        bits: int,
+        rows_per_lut: int | None,
+        *,
+        scaled: bool,
+        halves: bool = False,
     ) -> "PaletteLevels":
         """Tables by k-means on the values, each weighted by how much it counts.
 
@@ -56,6 +65,7 @@ class PaletteLevels:
             bits: width of a code.
             rows_per_lut: as in the class.
             scaled: whether each output channel has a scale, at first its largest magnitude.
+            halves: as in the class; for tables with scales, whose entries are near 1.
         """
         scale_O = np.abs(rows_OK).max(axis=1, initial=0)
         scale_O = np.where((scale_O > 0) & scaled, scale_O, 1.0)
@@ -68,8 +78,11 @@ class PaletteLevels:
             lut[table] = np.pad(entries, (0, lut.shape[1] - len(entries)), mode="edge")
         return cls(
             lut=torch.from_numpy(lut), scale=torch.from_numpy(scale_O) if scaled else None,
-            rows_per_lut=rows_per_lut, bits=bits, channels=len(rows_OK),
-        )  # fmt: skip
+            rows_per_lut=rows_per_lut, bits=bits, channels=len(rows_OK), halves=halves,
+        )._rounded()  # fmt: skip
+
+    def _rounded(self) -> Self:
+        return replace(self, lut=self.lut.half().double()) if self.halves else self
 
     @property
     def _table_of(self) -> torch.Tensor:
@@ -110,7 +123,7 @@ class PaletteLevels:
         order = torch.argsort(lut, dim=1, stable=True)
         lut, place = torch.gather(lut, 1, order), torch.argsort(order, dim=1)
         codes = torch.gather(place[table_of], 2, codes_GRK)
-        return replace(self, lut=lut)._with_scales(problem, codes), codes
+        return replace(self, lut=lut)._rounded()._with_scales(problem, codes), codes
 
     def _with_scales(self, problem: Problem, codes_GRK: torch.Tensor) -> Self:
         if self.scale is None:
@@ -130,9 +143,10 @@ class PaletteLevels:
             codes_OK[members] = (np.cumsum(is_used) - 1).astype(np.uint8)[codes_OK[members]]
             luts.append(lut[is_used])
         entries = max(len(lut) for lut in luts)
+        stacked: Any = np.stack([np.pad(lut, (0, entries - len(lut)), mode="edge") for lut in luts])
         return PalettizedWeight(
             codes=_shaped(codes_OK, shape, axis),
-            lut=np.stack([np.pad(lut, (0, entries - len(lut)), mode="edge") for lut in luts]),
+            lut=stacked.astype(np.float16) if self.halves else stacked,
             bits=self.bits,
             axis=axis,
             rows_per_lut=self.rows_per_lut,

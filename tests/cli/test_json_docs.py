@@ -86,7 +86,9 @@ def model(folder, monkeypatch):
 
 
 def test_export_and_validate(qcompress, model):
-    result = qcompress("export", model, "--bits", "2", "--rows-per-lut", "4", "--vector-dim", "1", "--json")
+    result = qcompress(
+        "export", model, "--bits", "2", "--rows-per-lut", "4", "--vector-dim", "1", "--lut-dtype", "float16", "--json"
+    )
     assert result.exit_code == 0
     # Of integer compute and of calibration data.
     integer = ("layers[]", "activations[]", "plan[].settings.activation_bits", "solved[]", "plan[].settings.block_size")
@@ -114,7 +116,7 @@ def test_export_for_integer_compute(qcompress, model):
     flags = ("--bits", "4", "--vector-dim", "1", "--activation-bits", "4", "--calibration", "test.npz")
     result = qcompress("export", model, *flags, "--json")
     assert result.exit_code == 0
-    assert check("export", result.stdout) == {"notes[]", "plan[].settings.block_size"}
+    assert check("export", result.stdout) == {"notes[]", "plan[].settings.block_size", "plan[].settings.lut_dtype"}
     document = json.loads(result.stdout)
     assert (document["compute"], document["format"]) == ("int8", "qdq")
     assert {layer["compute"] for layer in document["layers"]} == {"int8"}
