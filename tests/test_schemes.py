@@ -1,11 +1,14 @@
 """Which codes a plan allows, and which of two schemes is the better."""
 
+import functools
+
 import numpy as np
 import onnx
 import pytest
 import torch
 from torch import nn
 
+import small_models
 from nets import traced
 from qcompress.artifacts import IntegerWeight, PalettizedWeight
 from qcompress.data import Dataset
@@ -14,8 +17,13 @@ from qcompress.plan import Plan, resolve
 from qcompress.posthoc.compress import compress_program, program_tensors
 from qcompress.posthoc.schemes import better, codes_for
 from qcompress.uniform import round_to_nearest
-from qcompress_exporters import build
+from qcompress_exporters import build, onnx_file
 from qcompress_exporters.decode import decoded, mismatches
+
+
+@pytest.fixture(autouse=True)
+def _trace_once(monkeypatch):
+    monkeypatch.setattr(onnx_file, "trace", small_models.trace_once)
 
 
 def linear(weight: np.ndarray) -> nn.Module:
@@ -165,9 +173,14 @@ class Words(nn.Module):
         return self.embed(x) @ self.weight
 
 
+@functools.cache
+def words():
+    return traced(Words().eval(), x=np.arange(12).reshape(2, 6))
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_blocks_of_embeddings_and_of_products_with_inputs_first(bits):
-    program = traced(Words().eval(), x=np.arange(12).reshape(2, 6))
+    program = words()
     plan = Plan.from_flags(bits=bits, scheme="uniform", block_size=8)
     small = compress_program(program, plan, calibration=Dataset(inputs={"x": np.arange(24).reshape(4, 6)}))
     found = {name: (a.axis, a.scale.shape) for name, a in small.artifacts.items()}
@@ -233,9 +246,9 @@ def test_small_palettes_of_fewer_bits_make_a_smaller_file(effort):
 
 @pytest.mark.parametrize("lut_dtype", ["float16", "int8"])
 @pytest.mark.parametrize("vector_dim", [1, 4])
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_every_width_of_every_table_decodes(lut_dtype, vector_dim, bits):
-    weight = np.random.default_rng(bits).standard_normal((40, 101)).astype(np.float32)
+@pytest.mark.parametrize("bits", [1, 3, 4, 7])
+def test_every_table_decodes(lut_dtype, vector_dim, bits):
+    weight = np.random.default_rng(bits).standard_normal((37, 45)).astype(np.float32)
     plan = Plan.from_flags(bits=bits, lut_dtype=lut_dtype, vector_dim=vector_dim)
     small = compress_program(program_of(weight), plan, effort="fast")
     for target in ("1.16", "1.24"):
