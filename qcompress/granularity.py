@@ -88,9 +88,12 @@ def input_axis(ndim: int, axis: int) -> int:
 def blocks(rows_OR: npt.NDArray[np.generic], block_size: int) -> npt.NDArray[np.generic]:
     """Rows as [O, N, B]: consecutive elements each, the last block of a row filled up with zeros.
 
+    B is block_size, or the length of a row where that is less.
+
     >>> blocks(np.array([[1, 2, 3]]), 2).tolist()
     [[[1, 2], [3, 0]]]
     """
+    block_size = max(1, min(block_size, rows_OR.shape[1]))
     count = -(-rows_OR.shape[1] // block_size)
     filled = np.pad(rows_OR, ((0, 0), (0, count * block_size - rows_OR.shape[1])))
     return filled.reshape(len(rows_OR), count, block_size)

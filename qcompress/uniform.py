@@ -87,7 +87,7 @@ def _in_blocks(
     moved = np.moveaxis(values, inputs, -1)
     rows_OK = moved.reshape(int(np.prod(moved.shape[:-1])), moved.shape[-1])
     blocks_ONB: Any = granularity.blocks(rows_OK, block_size)
-    flat: Any = blocks_ONB.reshape(-1, block_size)
+    flat: Any = blocks_ONB.reshape(-1, blocks_ONB.shape[2])
     scale = _normal_clipped(flat, limits) if clip else symmetric_scale(flat, limits.p, 0)
     codes = np.clip(np.rint(in_steps(flat, scale, 0)), limits.n, limits.p)
     codes = codes.reshape(len(rows_OK), flat.size // max(1, len(rows_OK)))[:, : rows_OK.shape[1]].reshape(moved.shape)

@@ -105,6 +105,20 @@ def test_a_palette_is_refitted_by_least_squares(seed):
     assert np.allclose(better.lut[0].numpy(), np.sort(wanted), rtol=1e-6, atol=1e-8)
 
 
+def test_a_block_of_more_inputs_than_there_are_is_a_channel():
+    given = problem(0)
+    rows = given.target.reshape(6, 7).numpy()
+    made = {
+        size: UniformLevels.fit(rows, np.ones_like(rows), 3, IntegerRange(3, signed=True), size)
+        for size in (None, 7, 10**12)
+    }
+    found = {
+        size: gptq(given, start)[0].artifact(np.zeros((6, 7), np.uint8), (6, 7), 0) for size, start in made.items()
+    }
+    np.testing.assert_array_equal(found[7].scale, found[10**12].scale)
+    np.testing.assert_allclose(found[7].scale[:, 0], found[None].scale, rtol=0.02)
+
+
 @given(seed=SEEDS, bits=st.integers(2, 4))
 def test_scales_of_blocks_are_refitted_together(seed, bits):
     given = problem(seed)

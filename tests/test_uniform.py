@@ -187,8 +187,9 @@ def test_blocks_hold_an_outlier_s_harm():
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 3, 4)])
-def test_blocks_of_any_shape(shape):
-    found = round_to_nearest(np.ones(shape, np.float32), 4, block_size=2)
+@pytest.mark.parametrize("block_size", [2, 10**12])
+def test_blocks_of_any_shape(shape, block_size):
+    found = round_to_nearest(np.ones(shape, np.float32), 4, block_size=block_size)
     np.testing.assert_array_equal(found.dequantize(), np.ones(shape, np.float32))
 
 

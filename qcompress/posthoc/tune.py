@@ -219,7 +219,8 @@ class _Codes:
         soft_OK = self._latent * self._gap
         scale = self._scale * (1 + self._grown)
         if self._block_size:
-            scale = scale.repeat_interleave(self._block_size, dim=1)[:, : hard_OK.shape[1]]
+            count = hard_OK.shape[1]
+            scale = scale.repeat_interleave(min(self._block_size, count), dim=1)[:, :count]
         values_OK = (hard_OK + (soft_OK - soft_OK.detach())) * scale
         shape, axis = self._made.shape, self._axis % len(self._made.shape)
         return values_OK.reshape(shape[axis], *shape[:axis], *shape[axis + 1 :]).movedim(0, axis)

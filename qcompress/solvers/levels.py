@@ -240,7 +240,7 @@ class UniformLevels:
         else:
             blocks: Any = granularity.blocks(rows_OK, block_size)
             importance: Any = granularity.blocks(importance_OK, block_size)
-            flat = (len(rows_OK) * blocks.shape[1], block_size)
+            flat = (-1, blocks.shape[2])
             scale = clipped_scale(blocks.reshape(flat), limits, importance.reshape(flat)).reshape(blocks.shape[:2])
         return cls(
             scale=torch.from_numpy(scale), bits=bits, limits=limits, columns=rows_OK.shape[1], block_size=block_size
@@ -262,13 +262,14 @@ class UniformLevels:
         """float64 [O, K], the scale of each weight's block; None without blocks: scales are in the values."""
         if self.block_size is None:
             return None
-        return self.scale.repeat_interleave(self.block_size, dim=1)[:, : self.columns]
+        return self.scale.repeat_interleave(min(self.block_size, self.columns), dim=1)[:, : self.columns]
 
     def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
         """Scales by least squares for the codes."""
         integers = self._integers[codes_GRK]
         if self.block_size is not None:
-            return replace(self, scale=self._block_scales(problem, integers, self.block_size)), codes_GRK
+            block_size = min(self.block_size, self.columns)
+            return replace(self, scale=self._block_scales(problem, integers, block_size)), codes_GRK
         weighed = integers @ problem.hessian
         best = ((problem.target * weighed).sum(2) / (integers * weighed).sum(2)).reshape(-1)
         return replace(self, scale=torch.where(torch.isfinite(best) & (best > 0), best, self.scale)), codes_GRK
