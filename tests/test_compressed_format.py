@@ -18,7 +18,7 @@ from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.sources import load_source
 
 FIXTURES = Path(__file__).parent / "fixtures"
-V1, V2 = FIXTURES / "compressed_v1", FIXTURES / "compressed_v2"
+V1, V2, V3 = (FIXTURES / f"compressed_v{version}" for version in (1, 2, 3))
 
 # Of the decoded tensors. A change here means that users' files read differently: never change it, fix the reader.
 DIGESTS_V1 = {
@@ -34,6 +34,8 @@ DIGESTS_V1 = {
 NBYTES_V1 = 349
 DIGESTS_V2 = {**DIGESTS_V1, "integers.weight": "lTYiTw-lERu", "scaled.weight": "gwZwsGnjCFe"}
 NBYTES_V2 = 439
+DIGESTS_V3 = {**DIGESTS_V2, "halves.weight": "fNjW523kSJF"}
+NBYTES_V3 = 473
 
 X = np.sin(np.arange(1, 25, dtype=np.float64)).reshape(3, 8).astype(np.float32)
 
@@ -41,7 +43,7 @@ X = np.sin(np.arange(1, 25, dtype=np.float64)).reshape(3, 8).astype(np.float32)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A copy of the newest fixture, to be damaged."""
-    shutil.copytree(V2, tmp_path / "small")
+    shutil.copytree(V3, tmp_path / "small")
     return tmp_path / "small"
 
 
@@ -118,8 +120,27 @@ def test_the_whole_model_of_version_2() -> None:
     np.testing.assert_allclose(decoded.run({"x": X})["scores"], wanted, rtol=1e-5)
 
 
+def test_version_3_is_read_to_the_same_values() -> None:
+    about, artifacts = read_artifacts(V3)
+    assert about["format_version"] == 3
+    assert {name: digest(a.dequantize()) for name, a in artifacts.items()} == DIGESTS_V3
+    assert artifacts["halves.weight"].to_arrays()[0]["lut"].dtype == np.float16
+
+
+def test_the_whole_model_of_version_3() -> None:
+    small = CompressedModel.load(V3)
+    assert small.nbytes == NBYTES_V3
+    wanted = [
+        [-3798.4448, -4104.617, 1408.4027, 7553.0234],
+        [-2891.5078, -3124.5767, 1071.3969, 5745.718],
+        [-2696.8286, -2914.205, 999.0563, 5357.7686],
+    ]
+    decoded = small.program.with_state({name: a.dequantize() for name, a in small.artifacts.items()})
+    np.testing.assert_allclose(decoded.run({"x": X})["scores"], wanted, rtol=1e-5)
+
+
 def test_the_report_lists_the_activation_grids() -> None:
-    assert CompressedModel.load(V2).report()["activations"][1:] == [
+    assert CompressedModel.load(V3).report()["activations"][1:] == [
         {
             "site": ["blocks.weight", 0], "scale": float(np.float32(0.1)), "zero_point": 77,
             "offset": float(np.float32(-77) * np.float32(0.1)), "bits": 4,
@@ -132,11 +153,11 @@ def test_the_report_lists_the_activation_grids() -> None:
 
 
 def test_what_is_read_is_written_again_to_the_same_bytes(tmp_path: Path) -> None:
-    CompressedModel.load(V2).save(tmp_path / "again")
+    CompressedModel.load(V3).save(tmp_path / "again")
     for name in ("weights.safetensors", "plan.toml", "report.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (V2 / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (V3 / name).read_bytes()
     with pytest.raises(OutputError, match=r"again exists: name another folder, or remove it first\.$"):
-        CompressedModel.load(V2).save(tmp_path / "again")
+        CompressedModel.load(V3).save(tmp_path / "again")
 
 
 def test_a_model_that_does_not_fit_itself_is_refused() -> None:
@@ -155,7 +176,7 @@ def test_a_model_that_does_not_fit_itself_is_refused() -> None:
 
 def test_a_newer_format_says_so(folder: Path) -> None:
     edit_header(folder, lambda about: about.update(format_version=FORMAT_VERSION + 1))
-    message = r"small has format 3, this version reads 1, 2: use a newer qcompress\.$"
+    message = r"small has format 4, this version reads 1, 2, 3: use a newer qcompress\.$"
     with pytest.raises(SourceError, match=message):
         read_artifacts(folder)
     with pytest.raises(SourceError, match=message):
