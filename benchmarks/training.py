@@ -28,9 +28,9 @@ from torch import nn
 from torch.nn import functional
 
 from qcompress.data import Dataset, load_data
+from qcompress.finetune.attach import Prepared, prepare
 from qcompress.finetune.loop import LoopConfig, train
 from qcompress.finetune.methods import Methods
-from qcompress.finetune.prepare import Prepared, prepare
 from qcompress.plan import Plan
 from qcompress.regularizers import BinRegularizer, RangeRegularizer
 from qcompress_exporters import build

@@ -7,12 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from qcompress import quantizers, regularizers
+    from qcompress import finetune, quantizers, regularizers
     from qcompress.analysis import analyze
     from qcompress.artifacts import FloatWeight, IntegerWeight, PalettizedWeight
     from qcompress.compressed import CompressedModel
     from qcompress.data import Dataset, load_data
     from qcompress.errors import QCompressError
+    from qcompress.finetune import prepare
     from qcompress.plan import Plan, load_plan
     from qcompress.posthoc.compress import compress
     from qcompress.sources import load_source
@@ -31,10 +32,11 @@ _HOME: Final = {
     "load_data": "qcompress.data",
     "load_plan": "qcompress.plan",
     "load_source": "qcompress.sources",
+    "prepare": "qcompress.finetune",
 }
 
 # Public packages: what is in them is public, too.
-_PACKAGES: Final = ("quantizers", "regularizers")
+_PACKAGES: Final = ("finetune", "quantizers", "regularizers")
 
 __all__ = [
     "CompressedModel",
@@ -46,9 +48,11 @@ __all__ = [
     "QCompressError",
     "analyze",
     "compress",
+    "finetune",
     "load_data",
     "load_plan",
     "load_source",
+    "prepare",
     "quantizers",
     "regularizers",
 ]

@@ -16,11 +16,14 @@ FIELDS: Final = {
     "scheme": "'palette', 'uniform' or 'auto'",
     "rows_per_lut": "'auto' or an integer of at least 1",
     "vector_dim": "1, 2, 4 or 8",
+    "lut_dtype": "'float32', 'float16' or 'int8'",
+    "block_size": "an integer of at least 2",
     "skip": "true or false",
 }
 
 Width = Annotated[int, Field(strict=True, ge=1, le=8)]
 Scheme = Literal["palette", "uniform", "auto"]
+LutDtype = Literal["float32", "float16", "int8"]
 
 _C = TypeVar("_C")
 
@@ -65,6 +68,8 @@ class Settings:
         scheme: `palette`, `uniform` for codes on an even grid, `auto` for the one with fewer bytes at the same error.
         rows_per_lut: output channels that share a palette, or `auto`.
         vector_dim: consecutive weights that share a code of a palette; set nowhere: 1.
+        lut_dtype: type of a palette's entries; set nowhere: float32, and int8 where layers compute in int8.
+        block_size: consecutive inputs that share a scale of an even grid; set nowhere: all of an output channel.
         skip: whether a tensor is left in float.
 
     Raises:
@@ -76,6 +81,8 @@ class Settings:
     scheme: Scheme | None = None
     rows_per_lut: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] | None = None
     vector_dim: Literal[1, 2, 4, 8] | None = None
+    lut_dtype: LutDtype | None = None
+    block_size: Annotated[int, Field(strict=True, ge=2)] | None = None
     skip: StrictBool | None = None
 
     def given(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from qcompress.errors import ConfigError
 from qcompress.packing import check_bits, packed_nbytes
 
 Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.float16]
 Int8s = npt.NDArray[np.int8]
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -63,7 +64,7 @@ class PalettizedWeight:
 
     Args:
         codes: uint8 in the weight's shape, or [ceil(N / vector_dim)] where an entry is a vector.
-        lut: float32 or int8 [G, K], or [G, K, D] for vectors; int8 needs a scale.
+        lut: float32, float16 or int8 [G, K], or [G, K, D] for vectors; int8 needs a scale.
         bits: width of a code, 1 to 8; K <= 2**bits.
         axis: the weight's axis that counts output channels.
         rows_per_lut: output channels that share a table; None: all of them (G = 1).
@@ -78,7 +79,7 @@ class PalettizedWeight:
 
     kind: ClassVar[str] = "palette"
     codes: npt.NDArray[np.uint8]
-    lut: Floats | Int8s
+    lut: Floats | Halves | Int8s
     bits: int
     axis: int = 0
     rows_per_lut: int | None = None
@@ -89,7 +90,9 @@ class PalettizedWeight:
         check_bits(self.bits)
         _require(self.codes.dtype == np.uint8, "PalettizedWeight.codes must be uint8", self.codes.dtype)
         _require(
-            self.lut.dtype in (np.float32, np.int8), "PalettizedWeight.lut must be float32 or int8", self.lut.dtype
+            self.lut.dtype in (np.float32, np.float16, np.int8),
+            "PalettizedWeight.lut must be float32, float16 or int8",
+            self.lut.dtype,
         )
         _require(
             self.lut.ndim == 2 or (self.lut.ndim == 3 and self.lut.shape[2] > 1),
@@ -109,7 +112,7 @@ class PalettizedWeight:
         _require(highest < entries, f"PalettizedWeight.codes must be below the LUT's {entries} entries", highest)
         _require(self.vector_dim == 1 or groups == 1, "A vector LUT must be one for the whole tensor", groups)
         if self.scale is None:
-            _require(self.lut.dtype == np.float32, "PalettizedWeight.scale must be given for an int8 lut", None)
+            _require(self.lut.dtype != np.int8, "PalettizedWeight.scale must be given for an int8 lut", None)
         else:
             _require(self.scale.dtype == np.float32, "PalettizedWeight.scale must be float32", self.scale.dtype)
             _require(

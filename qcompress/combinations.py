@@ -17,7 +17,8 @@ FORMATS: Final = (QDQ, "integer")
 MEMORIES: Final = ("unpacked", "packed")
 
 _FLAGS: Final = {
-    name: f"--{name.replace('_', '-')}" for name in ("bits", "activation_bits", "scheme", "rows_per_lut", "vector_dim")
+    name: f"--{name.replace('_', '-')}"
+    for name in ("bits", "activation_bits", "scheme", "rows_per_lut", "vector_dim", "lut_dtype", "block_size")
 }
 
 
@@ -31,6 +32,8 @@ def check(
     activation_bits: int | None = None,
     rows_per_lut: int | None = None,
     vector_dim: int = 1,
+    block_size: int | None = None,
+    lut_dtype: str | None = None,
     origins: Mapping[str, str] = _FLAGS,
 ) -> "Compute":
     """Refuse words that do not go together.
@@ -44,7 +47,9 @@ def check(
         activation_bits: of what layers take.
         rows_per_lut: output channels that share a palette.
         vector_dim: weights that share a code.
-        origins: where each of the last four was said.
+        block_size: inputs that share a scale.
+        lut_dtype: type of palettes' entries.
+        origins: where each of what is about weights was said, and activation_bits.
 
     Returns:
         What layers compute in.
@@ -56,7 +61,9 @@ def check(
     ('float', 'int8', 'dynamic8')
     """
     if scheme is not None:
-        check_weight(scheme, bits, rows_per_lut, origins, vector_dim=vector_dim)
+        check_weight(
+            scheme, bits, rows_per_lut, origins, vector_dim=vector_dim, block_size=block_size, lut_dtype=lut_dtype
+        )
     said = None if activation_bits is None else f"activation_bits = {activation_bits} ({origins['activation_bits']})"
     settled = settled_compute(compute, said)
     check_file(settled, format, memory)
@@ -71,16 +78,22 @@ def check_weight(
     *,
     name: str = "",
     vector_dim: int = 1,
+    block_size: int | None = None,
+    lut_dtype: str | None = None,
 ) -> None:
     """A uniform grid has no palette to share, none of 1 bit and none of vectors; vectors have one palette for all.
 
+    A palette has no scales for blocks.
+
     Args:
-        scheme: `palette` or `uniform`.
+        scheme: `palette`, `uniform` or `auto`.
         bits: None: not said yet.
         rows_per_lut: None: all of them.
         origins: where each was said.
         name: of the tensor; empty for all.
         vector_dim: weights that share a code.
+        block_size: inputs that share a scale.
+        lut_dtype: type of palettes' entries.
 
     Raises:
         ConfigError: names the words, and what to do.
@@ -93,6 +106,11 @@ def check_weight(
             f"{who}vector_dim = {vector_dim} ({origins['vector_dim']}) is about one palette for a whole weight, and "
             f"{other} = {value} ({origins[other]}) asks for something else: leave one of them out."
         )
+    if block_size is not None and scheme == "palette":
+        raise ConfigError(
+            f"{who}block_size = {block_size} ({origins['block_size']}) is about scales of even grids, and scheme = "
+            f'"palette" ({origins["scheme"]}) has none for blocks: say scheme = "uniform" or "auto", or leave it out.'
+        )
     if scheme != "uniform":
         return
     what = f'scheme = "uniform" ({origins["scheme"]})'
@@ -100,6 +118,11 @@ def check_weight(
         raise ConfigError(
             f"{who}rows_per_lut = {rows_per_lut} ({origins['rows_per_lut']}) is about palettes, and {what} has none: "
             'leave one of them out, or say rows_per_lut = "auto" where the scheme is uniform.'
+        )
+    if lut_dtype not in (None, "float32"):
+        raise ConfigError(
+            f'{who}lut_dtype = "{lut_dtype}" ({origins["lut_dtype"]}) is about palettes, and {what} has none: leave '
+            'one of them out, or say lut_dtype = "float32" where the scheme is uniform.'
         )
     if bits == 1:
         raise ConfigError(

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from qcompress.program import FloatProgram
 
-# 2: int8 palettes, one scale for a whole palette, activation grids; 3: grids with thresholds
-FORMAT_VERSION: Final = 3
-_READABLE: Final = (1, 2, FORMAT_VERSION)
+# 2: int8 palettes, one scale for a whole palette, activation grids. 3: float16 palettes. 4: grids with thresholds.
+FORMAT_VERSION: Final = 4
+_READABLE: Final = (1, 2, 3, FORMAT_VERSION)
 
 # What layers compute in: floats; int8 with the activation grids of the model; int8 with scales found at run time.
 Compute = Literal["float", "int8", "dynamic8"]

@@ -1,8 +1,9 @@
-"""The only view of a weight as rows, LUT groups and vectors; whoever needs one calls this, so they cannot disagree.
+"""The only view of a weight as rows, LUT groups, blocks and vectors: whoever needs one calls this, so all agree.
 
 `rows`, `vectors` and their inverses take arrays and tensors alike; gradients pass through those of tensors.
 
-Shape suffixes: O = output channels, R = elements of one output channel, G = LUT groups, V = vectors, D = vector_dim.
+Shape suffixes: O = output channels, R = elements of one output channel, G = LUT groups, V = vectors, D = vector_dim,
+N = blocks of one row, B = block_size.
 """
 
 import math
@@ -78,6 +79,33 @@ def group_of_row(channels: int, rows_per_lut: int | None) -> npt.NDArray[np.int6
         return np.zeros(channels, np.int64)
     lut_groups(channels, rows_per_lut)
     return np.arange(channels, dtype=np.int64) // rows_per_lut
+
+
+def input_axis(ndim: int, axis: int) -> int:
+    """The axis of a matrix that counts inputs, or of an embedding its dimensions: the one that blocks run along.
+
+    Args:
+        ndim: of the weight, at least 2.
+        axis: the one that counts output channels.
+
+    >>> input_axis(2, axis=0), input_axis(2, axis=1)
+    (1, 0)
+    """
+    return ndim - 1 - axis
+
+
+def blocks(rows_OR: npt.NDArray[np.generic], block_size: int) -> npt.NDArray[np.generic]:
+    """Rows as [O, N, B]: consecutive elements each, the last block of a row filled up with zeros.
+
+    B is block_size, or the length of a row where that is less.
+
+    >>> blocks(np.array([[1, 2, 3]]), 2).tolist()
+    [[[1, 2], [3, 0]]]
+    """
+    block_size = max(1, min(block_size, rows_OR.shape[1]))
+    count = -(-rows_OR.shape[1] // block_size)
+    filled = np.pad(rows_OR, ((0, 0), (0, count * block_size - rows_OR.shape[1])))
+    return filled.reshape(len(rows_OR), count, block_size)
 
 
 def vectors(weight: Values, d: int, axis: int | None = None) -> Values:

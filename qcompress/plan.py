@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, Self, final
 
 from qcompress import _plan_toml
 from qcompress._plan_toml import header
-from qcompress._settings import Scheme, Settings, settings_from
+from qcompress._settings import LutDtype, Scheme, Settings, settings_from
 from qcompress.artifacts import short_digest
 from qcompress.combinations import check_weight
 from qcompress.errors import ConfigError, did_you_mean
@@ -28,6 +28,8 @@ FIRST: Final = "first"
 LAST: Final = "last"
 # What a `[kind.…]` table can be for.
 TABLE_KINDS: Final = (*KINDS, FIRST, LAST)
+# Of weights that are matrices of inputs and outputs: these can have a block_size.
+BLOCK_KINDS: Final = ("linear", "embedding")
 BUILT_IN: Final = Settings(scheme="palette", rows_per_lut="auto", skip=False)
 
 _BUILT_IN_ORIGIN: Final = "built-in default"
@@ -82,13 +84,15 @@ class Plan:
         scheme: str | None = None,
         activation_bits: int | None = None,
         vector_dim: int | None = None,
+        block_size: int | None = None,
+        lut_dtype: str | None = None,
     ) -> Self:
         """The plan that flags alone make.
 
         >>> Plan.from_flags(bits=2).default.bits
         2
         """
-        return cls().with_flags(bits, rows_per_lut, scheme, activation_bits, vector_dim)
+        return cls().with_flags(bits, rows_per_lut, scheme, activation_bits, vector_dim, block_size, lut_dtype)
 
     def with_flags(
         self,
@@ -97,6 +101,8 @@ class Plan:
         scheme: str | None = None,
         activation_bits: int | None = None,
         vector_dim: int | None = None,
+        block_size: int | None = None,
+        lut_dtype: str | None = None,
     ) -> Self:
         """This plan with flags in place of what `[default]` says; None: flag not given.
 
@@ -105,7 +111,7 @@ class Plan:
         """
         flags = {
             "bits": bits, "rows_per_lut": rows_per_lut, "scheme": scheme, "activation_bits": activation_bits,
-            "vector_dim": vector_dim,
+            "vector_dim": vector_dim, "block_size": block_size, "lut_dtype": lut_dtype,
         }  # fmt: skip
         given = {name: value for name, value in flags.items() if value is not None}
         values, origins = {**self.default.given(), **given}, {**self.origins}
@@ -262,6 +268,18 @@ class TensorPlan:
         assert self.settings is not None
         return self.settings.vector_dim or 1
 
+    @property
+    def lut_dtype(self) -> LutDtype | None:
+        """Type of a palette's entries; None: what layers compute in decides."""
+        assert self.settings is not None
+        return self.settings.lut_dtype
+
+    @property
+    def block_size(self) -> int | None:
+        """Consecutive inputs that share a scale of an even grid; None: all of an output channel."""
+        assert self.settings is not None
+        return self.settings.block_size
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,9 +302,10 @@ class ResolvedPlan:
         if not wanted:
             return Plan()
         default = Counter(wanted.values()).most_common(1)[0][0]
-        if any(s.activation_bits is None and not s.skip for s in wanted.values()):
-            # No table can take activation_bits back: said by name, for those that have them.
-            default = dataclasses.replace(default, activation_bits=None)
+        kept = [settings.given() for settings in wanted.values() if not settings.skip]
+        # No table can take back what another one says: what some weights have nothing of is said by name for those
+        # that have it.
+        default = dataclasses.replace(default, **{f: None for f in default.given() if any(f not in s for s in kept)})
         exceptions = {
             _literally(name): Settings(**_difference(settings, default))
             for name, settings in wanted.items()
@@ -340,8 +359,20 @@ def resolve(plan: Plan, tensors: Iterable[SourceTensor | tuple[str, str]]) -> Re
         if tensor.settings is not None:
             check_weight(
                 tensor.scheme, tensor.bits, tensor.rows_per_lut, tensor.origins, name=tensor.name,
-                vector_dim=tensor.vector_dim,
+                vector_dim=tensor.vector_dim, block_size=tensor.block_size, lut_dtype=tensor.lut_dtype,
             )  # fmt: skip
+            if tensor.block_size is not None and tensor.kind not in BLOCK_KINDS:
+                raise ConfigError(
+                    f"{tensor.name}: block_size = {tensor.block_size} ({tensor.origins['block_size']}) is for weights "
+                    f"of kind {' or '.join(BLOCK_KINDS)}, and this one is of kind {tensor.kind}: leave it out, or say "
+                    "it in [default], where it goes to those that can have it."
+                )
+    by_default = plan.default.block_size
+    if by_default is not None and all(t.settings is None or t.block_size is None for t in resolved):
+        raise ConfigError(
+            f"block_size = {by_default} ({plan.where(('default', 'block_size'))}) is for weights of kind "
+            f"{' or '.join(BLOCK_KINDS)}, and none that is compressed to an even grid is of these: leave it out."
+        )
     return ResolvedPlan(tensors=resolved)
 
 
@@ -354,6 +385,7 @@ def _one(plan: Plan, name: str, kind: str, names: tuple[str, ...], *, first: boo
         return TensorPlan(name=name, kind=kind, settings=None, reason=_not_compressed(kind))
     kinds = {kind} | ({FIRST} if first else set()) | ({LAST} if last else set())
     values, origins = BUILT_IN.given(), dict.fromkeys(BUILT_IN.given(), _BUILT_IN_ORIGIN)
+    tables = dict[str, str]()
     for table, settings in plan.tables():
         if (
             table[0] == "default"
@@ -362,6 +394,10 @@ def _one(plan: Plan, name: str, kind: str, names: tuple[str, ...], *, first: boo
         ):
             values |= settings.given()
             origins |= {f: plan.where((*table, f)) for f in settings.given()}
+            tables |= dict.fromkeys(settings.given(), table[0])
+    is_other = kind not in BLOCK_KINDS or (values["scheme"] == "palette" and tables.get("scheme") in ("kind", "name"))
+    if is_other and tables.get("block_size") == "default":
+        del values["block_size"], origins["block_size"]
     if values["skip"]:
         return TensorPlan(name=name, kind=kind, settings=None, reason=f"by plan ({origins['skip']})", origins=origins)
     return TensorPlan(name=name, kind=kind, settings=Settings(**values), origins=origins)

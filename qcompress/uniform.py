@@ -28,6 +28,7 @@ def round_to_nearest(
     reduce_range: bool = False,
     per_channel: bool = True,
     clip: bool = False,
+    block_size: int | None = None,
 ) -> IntegerWeight:
     """A weight on a symmetric grid of signed codes, the largest of which stands for the largest magnitude.
 
@@ -39,13 +40,15 @@ def round_to_nearest(
             larger ones.
         per_channel: one scale for each output channel; else one for the tensor.
         clip: whether scales may be smaller, so that a few large values are clipped and the squared error is least.
+        block_size: consecutive inputs of an output channel that share a scale, where the weight is a matrix; None: all
+            of them.
 
     Returns:
-        The artifact, without zero points. Its scale is max|w| / p, p the largest code, or less with `clip`; 1.0 where
-        that is no normal float32 above 0 (channels of zeros).
+        The artifact, without zero points; with blocks its axis is the one that counts inputs. Its scale is max|w| / p,
+        p the largest code, or less with `clip`; 1.0 where that is no normal float32 above 0 (channels of zeros).
 
     Raises:
-        ConfigError: bits outside 2..8, another dtype, or NaN or Inf.
+        ConfigError: bits outside 2..8, another dtype, NaN or Inf, or blocks of what is no matrix.
 
     >>> w = round_to_nearest(np.array([[-0.5, 0.25, 1.5], [0.0, 0.0, 0.0]], np.float32), bits=3)
     >>> w.codes.tolist(), w.scale.tolist()
@@ -59,15 +62,47 @@ def round_to_nearest(
         )
     wide = finite_floats(values, "round")
     limits = IntegerRange(min(bits, REDUCED_BITS) if reduce_range else bits, signed=True)
+    if block_size is not None:
+        return _in_blocks(wide, bits, limits, axis, block_size, clip=clip)
     scale = symmetric_scale(wide, limits.p, axis if per_channel else None)
     if clip:
         rows_OK: Any = granularity.rows(wide, axis) if scale.ndim else wide.reshape(1, -1)
-        clipped = np.maximum(clipped_scale(rows_OK, limits), np.finfo(np.float32).tiny)
-        scale = clipped.astype(np.float32).reshape(scale.shape)
+        scale = _normal_clipped(rows_OK, limits).reshape(scale.shape)
     codes = np.clip(np.rint(in_steps(wide, scale, axis)), limits.n, limits.p)
     return IntegerWeight(
         codes=np.array(codes, np.int8, order="C"), scale=scale, bits=bits, axis=axis if scale.ndim else None
     )
+
+
+def _in_blocks(
+    values: Floats, bits: int, limits: IntegerRange, axis: int, block_size: int, *, clip: bool
+) -> IntegerWeight:
+    """Each block as a row of its own."""
+    if values.ndim < 2:
+        raise ConfigError(
+            f"block_size must be for a weight of inputs and outputs, got {block_size} for one of shape "
+            f"{list(values.shape)}: leave it out."
+        )
+    inputs = granularity.input_axis(values.ndim, axis)
+    moved = np.moveaxis(values, inputs, -1)
+    rows_OK = moved.reshape(int(np.prod(moved.shape[:-1])), moved.shape[-1])
+    blocks_ONB: Any = granularity.blocks(rows_OK, block_size)
+    flat: Any = blocks_ONB.reshape(-1, blocks_ONB.shape[2])
+    scale = _normal_clipped(flat, limits) if clip else symmetric_scale(flat, limits.p, 0)
+    codes = np.clip(np.rint(in_steps(flat, scale, 0)), limits.n, limits.p)
+    codes = codes.reshape(len(rows_OK), flat.size // max(1, len(rows_OK)))[:, : rows_OK.shape[1]].reshape(moved.shape)
+    return IntegerWeight(
+        codes=np.array(np.moveaxis(codes, -1, inputs), np.int8, order="C"),
+        scale=np.array(np.moveaxis(scale.reshape(*moved.shape[:-1], blocks_ONB.shape[1]), -1, inputs), order="C"),
+        bits=bits,
+        axis=inputs,
+        block_size=block_size,
+    )
+
+
+def _normal_clipped(rows_OK: Floats, limits: IntegerRange) -> Floats:
+    """`clipped_scale` as float32, none below the normal ones."""
+    return np.maximum(clipped_scale(rows_OK, limits), np.finfo(np.float32).tiny).astype(np.float32)
 
 
 def clipped_scale(rows_OK: Floats | F64, limits: IntegerRange, importance_OK: F64 | None = None) -> F64:

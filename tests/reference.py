@@ -180,13 +180,13 @@ def best_integer_error(values: Sequence[float], masses: Sequence[float], k: int,
     return min(error(chosen) for chosen in combinations(range(-largest, largest + 1), k))
 
 
-def gptq(weights_K, hessian_KK, levels_L, damping):
+def gptq(weights_K, hessian_KK, levels_KL, damping):
     """GPTQ with activation order: after each rounding the weights that are still free move to their optimum."""
     hessian = hessian_KK + damping * np.mean(np.diag(hessian_KK)) * np.eye(len(weights_K))
     now, free, codes = weights_K.astype(np.float64).copy(), list(range(len(weights_K))), np.zeros(len(weights_K), int)
     for j in sorted(free, key=lambda k: -hessian[k, k]):
-        codes[j] = np.argmin(np.abs(levels_L - now[j]))
-        error = now[j] - levels_L[codes[j]]
+        codes[j] = np.argmin(np.abs(levels_KL[j] - now[j]))
+        error = now[j] - levels_KL[j, codes[j]]
         free.remove(j)
         if free:  # minimise over the free ones: H_ff d = H_fj error
             now[free] += np.linalg.solve(hessian[np.ix_(free, free)], hessian[free, j] * error)

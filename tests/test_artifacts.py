@@ -39,11 +39,12 @@ def _floats(draw, shape):
 
 
 def _lut_and_scale(draw, shape, channels):
-    """float32 with or without a scale, or int8 with one."""
+    """float32 or float16 with or without a scale, or int8 with one."""
     scale_shape = draw(st.sampled_from([(), (channels,)]))
-    if draw(st.booleans()):
+    dtype = draw(st.sampled_from([np.float32, np.float16, np.int8]))
+    if dtype == np.int8:
         return draw(hnp.arrays(np.int8, shape)), _floats(draw, scale_shape)
-    return _floats(draw, shape), _floats(draw, scale_shape) if draw(st.booleans()) else None
+    return _floats(draw, shape).astype(dtype), _floats(draw, scale_shape) if draw(st.booleans()) else None
 
 
 @st.composite
@@ -213,7 +214,7 @@ UNIFORM = {"codes": CODES, "scale": np.ones((), np.float32), "bits": 2}
     [
         ({"bits": 9}, r"bits must be in \[1, 8\], got 9\."),
         ({"codes": CODES.astype(np.int64)}, r"PalettizedWeight\.codes must be uint8, got int64\."),
-        ({"lut": LUT.astype(np.float64)}, r"PalettizedWeight\.lut must be float32 or int8, got float64\."),
+        ({"lut": LUT.astype(np.float64)}, r"PalettizedWeight\.lut must be float32, float16 or int8, got float64\."),
         ({"lut": LUT.astype(np.int8)}, r"PalettizedWeight\.scale must be given for an int8 lut, got None\."),
         (
             {"lut": LUT[0]},
@@ -316,7 +317,7 @@ def test_integers_stand_for_the_same_floats_or_there_are_none(kind, data):
     if integer_values(artifact) is not None:
         assert_exact(artifact)
     else:
-        assert kind == "float" or artifact.to_arrays()[0].get("lut", LUT).dtype == np.float32
+        assert kind == "float" or artifact.to_arrays()[0].get("lut", LUT).dtype != np.int8
 
 
 @given(uniform())

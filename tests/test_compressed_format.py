@@ -18,7 +18,7 @@ from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.sources import load_source
 
 FIXTURES = Path(__file__).parent / "fixtures"
-V1, V2, V3 = (FIXTURES / f"compressed_v{n}" for n in (1, 2, 3))
+V1, V2, V3, V4 = (FIXTURES / f"compressed_v{version}" for version in (1, 2, 3, 4))
 
 # Of the decoded tensors. A change here means that users' files read differently: never change it, fix the reader.
 DIGESTS_V1 = {
@@ -34,7 +34,9 @@ DIGESTS_V1 = {
 NBYTES_V1 = 349
 DIGESTS_V2 = {**DIGESTS_V1, "integers.weight": "lTYiTw-lERu", "scaled.weight": "gwZwsGnjCFe"}
 NBYTES_V2 = 439
-NBYTES_V3 = NBYTES_V2 + 16
+DIGESTS_V3 = {**DIGESTS_V2, "halves.weight": "fNjW523kSJF"}
+NBYTES_V3 = 473
+NBYTES_V4 = NBYTES_V3 + 16
 
 X = np.sin(np.arange(1, 25, dtype=np.float64)).reshape(3, 8).astype(np.float32)
 
@@ -42,7 +44,7 @@ X = np.sin(np.arange(1, 25, dtype=np.float64)).reshape(3, 8).astype(np.float32)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A copy of the newest fixture, to be damaged."""
-    shutil.copytree(V3, tmp_path / "small")
+    shutil.copytree(V4, tmp_path / "small")
     return tmp_path / "small"
 
 
@@ -119,37 +121,54 @@ def test_the_whole_model_of_version_2() -> None:
     np.testing.assert_allclose(decoded.run({"x": X})["scores"], wanted, rtol=1e-5)
 
 
-def test_version_2_is_saved_as_the_newest_with_the_same_values(tmp_path: Path) -> None:
-    old = CompressedModel.load(V2)
-    old.save(tmp_path / "again")
-    new = CompressedModel.load(tmp_path / "again")
-    assert read_artifacts(tmp_path / "again")[0]["format_version"] == FORMAT_VERSION
-    assert {name: digest(a.dequantize()) for name, a in new.artifacts.items()} == DIGESTS_V2
-    assert new.activations == old.activations
-
-
-def test_version_3_has_grids_with_thresholds() -> None:
+def test_version_3_is_read_to_the_same_values() -> None:
     about, artifacts = read_artifacts(V3)
     assert about["format_version"] == 3
-    assert {name: digest(a.dequantize()) for name, a in artifacts.items()} == DIGESTS_V2
-    small, before = CompressedModel.load(V3), CompressedModel.load(V2)
+    assert {name: digest(a.dequantize()) for name, a in artifacts.items()} == DIGESTS_V3
+    assert artifacts["halves.weight"].to_arrays()[0]["lut"].dtype == np.float16
+
+
+def test_the_whole_model_of_version_3() -> None:
+    small = CompressedModel.load(V3)
     assert small.nbytes == NBYTES_V3
+    wanted = [
+        [-3798.4448, -4104.617, 1408.4027, 7553.0234],
+        [-2891.5078, -3124.5767, 1071.3969, 5745.718],
+        [-2696.8286, -2914.205, 999.0563, 5357.7686],
+    ]
+    decoded = small.program.with_state({name: a.dequantize() for name, a in small.artifacts.items()})
+    np.testing.assert_allclose(decoded.run({"x": X})["scores"], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("old", "wanted"), [(V2, DIGESTS_V2), (V3, DIGESTS_V3)])
+def test_older_versions_are_saved_as_the_newest_with_the_same_values(
+    tmp_path: Path, old: Path, wanted: dict[str, str]
+) -> None:
+    before = CompressedModel.load(old)
+    before.save(tmp_path / "again")
+    after = CompressedModel.load(tmp_path / "again")
+    assert read_artifacts(tmp_path / "again")[0]["format_version"] == FORMAT_VERSION
+    assert {name: digest(a.dequantize()) for name, a in after.artifacts.items()} == wanted
+    assert after.activations == before.activations
+
+
+def test_version_4_has_grids_with_thresholds() -> None:
+    about, artifacts = read_artifacts(V4)
+    assert about["format_version"] == 4
+    assert {name: digest(a.dequantize()) for name, a in artifacts.items()} == DIGESTS_V3
+    small, before = CompressedModel.load(V4), CompressedModel.load(V3)
+    assert small.nbytes == NBYTES_V4
     *uniform, grid = small.activations.values()
     assert uniform == list(before.activations.values())
     assert isinstance(grid, ThresholdGrid)
-    assert (grid.site, grid.bits, grid.levels, grid.zero_point, float(grid.offset)) == (
-        ("scaled.weight", 0),
-        2,
-        3,
-        0,
-        0,
-    )
+    assert (grid.site, grid.bits, grid.levels) == (("scaled.weight", 0), 2, 3)
+    assert (grid.zero_point, float(grid.offset)) == (0, 0.0)
     np.testing.assert_array_equal(grid.thresholds, np.sort(np.sin([1, 2, 3])).astype(np.float32))
     assert grid.scale == np.float32(1 / 3)
 
 
 def test_the_report_lists_the_activation_grids() -> None:
-    assert CompressedModel.load(V3).report()["activations"][1:] == [
+    assert CompressedModel.load(V4).report()["activations"][1:] == [
         {
             "site": ["blocks.weight", 0], "scale": float(np.float32(0.1)), "zero_point": 77,
             "offset": float(np.float32(-77) * np.float32(0.1)), "bits": 4,
@@ -166,11 +185,11 @@ def test_the_report_lists_the_activation_grids() -> None:
 
 
 def test_what_is_read_is_written_again_to_the_same_bytes(tmp_path: Path) -> None:
-    CompressedModel.load(V3).save(tmp_path / "again")
+    CompressedModel.load(V4).save(tmp_path / "again")
     for name in ("weights.safetensors", "plan.toml", "report.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (V3 / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (V4 / name).read_bytes()
     with pytest.raises(OutputError, match=r"again exists: name another folder, or remove it first\.$"):
-        CompressedModel.load(V3).save(tmp_path / "again")
+        CompressedModel.load(V4).save(tmp_path / "again")
 
 
 def test_a_model_that_does_not_fit_itself_is_refused() -> None:
@@ -189,7 +208,7 @@ def test_a_model_that_does_not_fit_itself_is_refused() -> None:
 
 def test_a_newer_format_says_so(folder: Path) -> None:
     edit_header(folder, lambda about: about.update(format_version=FORMAT_VERSION + 1))
-    message = r"small has format 4, this version reads 1, 2, 3: use a newer qcompress\.$"
+    message = r"small has format 5, this version reads 1, 2, 3, 4: use a newer qcompress\.$"
     with pytest.raises(SourceError, match=message):
         read_artifacts(folder)
     with pytest.raises(SourceError, match=message):

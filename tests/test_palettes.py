@@ -554,3 +554,26 @@ def test_an_int8_palette_of_what_is_not_finite_is_refused():
         palettize_int8(np.array([1, np.inf], np.float32), 2)
     with pytest.raises(ConfigError, match=r"^bits must be in \[1, 8\], got 9\.$"):
         palettize_int8(np.zeros(3, np.float32), 9)
+
+
+@pytest.mark.parametrize("exponent", [-100, -30, -7, 0, 14, 100])
+@pytest.mark.parametrize("rows_per_lut", [None, 4])
+def test_entries_of_float16_are_what_codes_are_nearest_to(rows_per_lut, exponent):
+    weight = np.ldexp(np.random.default_rng(0).uniform(-1, 1, (10, 200)).astype(np.float32), exponent)
+    plain, made = (palettize(weight, 4, rows_per_lut, lut_dtype=dtype) for dtype in ("float32", "float16"))
+    assert made.lut.dtype == np.float16
+    assert (made.scale is None) == (-8 < exponent <= 15)
+    assert made.nbytes == plain.nbytes - plain.lut.nbytes // 2 + (0 if made.scale is None else 4)
+    errors = [np.square(m.dequantize().astype(np.float64) - weight).sum() for m in (plain, made)]
+    assert errors[1] <= 1.001 * errors[0]
+    for row, codes, table in zip(
+        weight, made.codes, np.repeat(made.lut, 4 if rows_per_lut else 10, axis=0), strict=False
+    ):
+        entries = table.astype(np.float32) * (1 if made.scale is None else made.scale)
+        np.testing.assert_array_equal(entries[assign(row, entries)], entries[codes])
+
+
+def test_palettes_of_int8_are_made_elsewhere():
+    message = r"^lut_dtype must be float32 or float16, got 'int8': palettes\.integer makes palettes of int8\.$"
+    with pytest.raises(ConfigError, match=message):
+        palettize(np.ones(4, np.float32), 2, lut_dtype="int8")

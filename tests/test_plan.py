@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
+from qcompress._settings import FIELDS
 from qcompress.errors import ConfigError
 from qcompress.plan import TABLE_KINDS, Plan, Settings, load_plan, parse_plan, resolve
 from qcompress.sources.base import KINDS, WEIGHT_KINDS, LazyArray, SourceTensor
@@ -25,9 +26,11 @@ SETTINGS = st.builds(
     Settings,
     bits=st.none() | st.integers(1, 8),
     activation_bits=st.none() | st.integers(1, 8),
-    scheme=st.sampled_from([None, "palette", "uniform"]),
+    scheme=st.sampled_from([None, "palette", "uniform", "auto"]),
     rows_per_lut=st.none() | st.just("auto") | st.integers(1, 10**6),
     vector_dim=st.sampled_from([None, 1, 2, 4, 8]),
+    lut_dtype=st.sampled_from([None, "float32", "float16", "int8"]),
+    block_size=st.none() | st.integers(2, 10**6),
     skip=st.none() | st.booleans(),
 )
 PLANS = st.builds(
@@ -219,7 +222,7 @@ def test_a_saved_plan_resolves_to_the_same_again(tensors, data):
     try:
         resolved = resolve(plan, tensors)
     except ConfigError as e:
-        assert 'scheme = "uniform"' in str(e) or "vector_dim" in str(e)  # noqa: PT017
+        assert 'scheme = "uniform"' in str(e) or "vector_dim" in str(e) or "_size" in str(e)  # noqa: PT017
         reject()
     again = resolve(parse_plan(resolved.to_toml()), tensors)
     assert again.digest == resolved.digest
@@ -310,6 +313,75 @@ def test_a_uniform_grid_has_more_than_one_bit():
         resolve(Plan.from_flags(bits=1, scheme="uniform"), NET)
 
 
+BLOCKS = 'version = 1\n[default]\nbits = 4\nscheme = "uniform"\n'
+
+
+def test_block_size_by_default_goes_to_those_that_can_have_it():
+    tensors = [*NET, ("embed.weight", "embedding"), ("head.weight", "linear")]
+    plan = parse_plan(f'{BLOCKS}block_size = 32\n[name."head.*"]\nscheme = "palette"')
+    resolved = resolve(plan, tensors)
+    wanted = {"fc.weight": 32, "embed.weight": 32}
+    assert {t.name: t.block_size for t in resolved.compressed if t.block_size} == wanted
+    assert "block_size" not in resolved["stem.weight"].origins
+    again = resolve(parse_plan(resolved.to_toml()), tensors)
+    assert again.digest == resolved.digest
+    assert "block_size" not in resolve(plan, tensors).as_plan().default.given()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            f"{BLOCKS}[kind.conv]\nblock_size = 16",
+            r"stem\.weight: block_size = 16 \(p:6 \[kind\.conv\]\) is for weights of kind linear or embedding, and "
+            r"this one is of kind conv: leave it out, or say it in \[default\], where it goes to those that can have "
+            r"it\.",
+        ),
+        (
+            f'{BLOCKS}[name."layer1.dw.*"]\nblock_size = 16',
+            r"layer1\.dw\.weight: block_size = 16 \(p:6 .* this one is of kind depthwise: leave it out.*",
+        ),
+        (
+            "version = 1\n[default]\nbits = 4\nblock_size = 32",
+            r'fc\.weight: block_size = 32 \(p:4 \[default\]\) is about scales of even grids, and scheme = "palette" '
+            r'\(built-in default\) has none for blocks: say scheme = "uniform" or "auto", or leave it out\.',
+        ),
+    ],
+)
+def test_block_size_where_it_cannot_be_is_refused(text, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        resolve(parse_plan(text, "p"), NET)
+
+
+def test_block_size_that_no_weight_can_have_is_refused():
+    message = (
+        r"^block_size = 32 \(--block-size\) is for weights of kind linear or embedding, and none that is compressed to "
+        r"an even grid is of these: leave it out\.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        resolve(Plan.from_flags(bits=4, scheme="uniform", block_size=32), NET[:4])
+
+
+def test_a_uniform_grid_has_no_table_of_any_type():
+    plan = parse_plan('version = 1\n[default]\nbits = 4\nlut_dtype = "int8"\n[kind.linear]\nscheme = "uniform"', "p")
+    message = (
+        r'^fc\.weight: lut_dtype = "int8" \(p:4 \[default\]\) is about palettes, and scheme = "uniform" '
+        r"\(p:6 \[kind\.linear\]\) has none: leave one of them out, or say lut_dtype = \"float32\" where the scheme is "
+        r"uniform\.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        resolve(plan, NET)
+    allowed = dataclasses.replace(plan, kind={"linear": Settings(scheme="uniform", lut_dtype="float32")})
+    assert [t.lut_dtype for t in resolve(allowed, NET).compressed] == ["int8", "int8", "int8", "float32"]
+
+
+def test_a_saved_plan_gives_what_some_lack_to_no_one_else():
+    plan = Plan(default=Settings(bits=2), kind={k: Settings(vector_dim=2) for k in ("conv", "depthwise")})
+    resolved = resolve(plan, NET)
+    again = resolve(parse_plan(resolved.to_toml()), NET)
+    assert [t.settings for t in again.tensors] == [t.settings for t in resolved.tensors]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -335,8 +407,7 @@ def test_a_uniform_grid_has_more_than_one_bit():
         ),
         (
             "version = 1\n\n[default]\nbit = 2",
-            r"p:4 \[default\] bit: unknown key; known: bits, activation_bits, scheme, rows_per_lut, vector_dim, skip\. "
-            r"Did you mean bits\?",
+            rf"p:4 \[default\] bit: unknown key; known: {', '.join(FIELDS)}\. Did you mean bits\?",
         ),
         ("version = 1\n[default]\nbits = 9", r"p:3 \[default\] bits must be an integer in \[1, 8\], got 9\."),
         ("version = 1\n[default]\nbits = 2.0", r"p:3 \[default\] bits must be an integer in \[1, 8\], got 2\.0\."),
@@ -353,6 +424,14 @@ def test_a_uniform_grid_has_more_than_one_bit():
         (
             'version = 1\n[name."a"]\nrows_per_lut = 0',
             r"p:3 \[name\.\"a\"\] rows_per_lut must be 'auto' or an integer of at least 1, got 0\.",
+        ),
+        (
+            "version = 1\n[default]\nblock_size = 1",
+            r"p:3 \[default\] block_size must be an integer of at least 2, got 1\.",
+        ),
+        (
+            'version = 1\n[default]\nlut_dtype = "float64"',
+            r"p:3 \[default\] lut_dtype must be 'float32', 'float16' or 'int8', got 'float64'\.",
         ),
         ("version = 1\n[default]\nskip = 1", r"p:3 \[default\] skip must be true or false, got 1\."),
     ],
@@ -376,8 +455,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         (lambda: Settings(bits=9), r"Settings\.bits must be an integer in \[1, 8\], got 9\."),
         (
             lambda: Settings(bit=2),
-            r"Settings\.bit: unknown key; known: bits, activation_bits, scheme, rows_per_lut, vector_dim, skip\. "
-            r"Did you mean bits\?",
+            rf"Settings\.bit: unknown key; known: {', '.join(FIELDS)}\. Did you mean bits\?",
         ),
         (lambda: Plan.from_flags(bits=9), r"--bits must be an integer in \[1, 8\], got 9\."),
         (

@@ -12,9 +12,10 @@ import qcompress_exporters
 
 CORE = [
     "CompressedModel", "Dataset", "FloatWeight", "IntegerWeight", "PalettizedWeight", "Plan", "QCompressError",
-    "analyze", "compress", "load_data", "load_plan", "load_source",
+    "analyze", "compress", "load_data", "load_plan", "load_source", "prepare",
 ]  # fmt: skip
-PACKAGES = ["quantizers", "regularizers"]
+PACKAGES = ["finetune", "quantizers", "regularizers"]
+FINETUNE = ["Inputs", "LoopConfig", "Methods", "Prepared", "StepRecord", "distillation", "prepare", "train"]
 QUANTIZERS = [
     "AbstractQuantizer", "DoReFa", "Ewgs", "Lsq", "LsqPlus", "Method", "N2uqActivation", "N2uqWeight", "Pact",
     "QUANTIZERS", "Ternary", "Tqt", "Way", "dorefa_weight", "ewgs", "lsq", "lsq_plus", "n2uq_activation",
@@ -39,13 +40,15 @@ def test_public_names(package, names):
         package.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize(("package", "names"), [("quantizers", QUANTIZERS), ("regularizers", REGULARIZERS)])
+@pytest.mark.parametrize(
+    ("package", "names"), [("finetune", FINETUNE), ("quantizers", QUANTIZERS), ("regularizers", REGULARIZERS)]
+)
 def test_public_packages(package, names):
     found = getattr(qcompress, package)
     assert sorted(found.__all__) == names
     for name in names:
         value = getattr(found, name)
-        assert name == "QUANTIZERS" or (callable(value) and value.__doc__)
+        assert name in ("QUANTIZERS", "Inputs") or (callable(value) and value.__doc__)
 
 
 def test_a_name_is_still_itself_after_its_neighbours_were_imported():

@@ -27,14 +27,20 @@ def problem(seed: int, groups: int = 2, rows: int = 3, columns: int = 7, rank: i
 def levels(kind: str, given: Problem, bits: int):
     rows = given.target.reshape(-1, given.target.shape[2]).numpy()
     weights = np.ones_like(rows)
-    if kind == "uniform":
-        return UniformLevels.fit(rows, weights, bits, IntegerRange(bits, signed=True))
+    if "uniform" in kind:
+        block_size = 3 if "blocks" in kind else None
+        return UniformLevels.fit(rows, weights, bits, IntegerRange(bits, signed=True), block_size)
     if kind == "int8 palette":
         return IntegerPaletteLevels.fit(rows, weights, bits, None, largest=127)
-    return PaletteLevels.fit(rows, weights, bits, 2 if "rows" in kind else None, scaled="scaled" in kind)
+    return PaletteLevels.fit(
+        rows, weights, bits, 2 if "rows" in kind else None, scaled="scaled" in kind, halves="halves" in kind
+    )
 
 
-KINDS = ("uniform", "palette", "palette scaled", "palette rows", "palette rows scaled", "int8 palette")
+KINDS = (
+    "uniform", "uniform blocks", "palette", "palette scaled", "palette rows", "palette rows scaled",
+    "palette rows scaled halves", "int8 palette",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,11 +50,12 @@ def test_error_feedback_is_the_slow_loop(kind, seed, bits):
     given = problem(seed)
     found = levels(kind, given, bits)
     codes = error_feedback(given, found)
-    values = found.values.reshape(2, 3, -1).numpy()
-    for g in range(2):
-        for r in range(3):
-            wanted = reference.gptq(given.target[g, r].numpy(), given.hessian[g].numpy(), values[g, r], damping=0.01)
-            assert values[g, r][codes[g, r].numpy()].tolist() == values[g, r][wanted].tolist()
+    factor = torch.ones(6, 7) if found.factor is None else found.factor
+    values = (found.values[:, None] * factor[:, :, None]).reshape(2, 3, 7, -1).numpy()
+    for g, r in np.ndindex(2, 3):
+        wanted = reference.gptq(given.target[g, r].numpy(), given.hessian[g].numpy(), values[g, r], damping=0.01)
+        got, each = codes[g, r].numpy(), np.arange(7)
+        assert values[g, r][each, got].tolist() == values[g, r][each, wanted].tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +85,7 @@ def test_refitted_levels_are_better_and_sorted(kind, seed, bits):
     before = given.error(looked_up(found, codes))
     better, codes = found.refit(given, codes)
     assert (better.values.diff(dim=1) >= 0).all()
-    slack = 1.02 if kind == "int8 palette" else 1 + 1e-9  # its entries are rounded
+    slack = 1.02 if kind == "int8 palette" else 1.005 if "halves" in kind else 1 + 1e-9  # entries are rounded
     assert given.error(looked_up(better, codes)) <= before * slack + 1e-12
 
 
@@ -96,6 +103,44 @@ def test_a_palette_is_refitted_by_least_squares(seed):
     left, right = np.concatenate([left, ridge * np.eye(4)]), np.concatenate([right, ridge * found.lut[0].numpy()])
     wanted = np.linalg.lstsq(left, right, rcond=None)[0]
     assert np.allclose(better.lut[0].numpy(), np.sort(wanted), rtol=1e-6, atol=1e-8)
+
+
+def test_a_block_of_more_inputs_than_there_are_is_a_channel():
+    given = problem(0)
+    rows = given.target.reshape(6, 7).numpy()
+    made = {
+        size: UniformLevels.fit(rows, np.ones_like(rows), 3, IntegerRange(3, signed=True), size)
+        for size in (None, 7, 10**12)
+    }
+    found = {
+        size: gptq(given, start)[0].artifact(np.zeros((6, 7), np.uint8), (6, 7), 0) for size, start in made.items()
+    }
+    np.testing.assert_array_equal(found[7].scale, found[10**12].scale)
+    np.testing.assert_allclose(found[7].scale[:, 0], found[None].scale, rtol=0.02)
+
+
+@given(seed=SEEDS, bits=st.integers(2, 4))
+def test_scales_of_blocks_are_refitted_together(seed, bits):
+    given = problem(seed)
+    found = levels("uniform blocks", given, bits)
+    codes = nearest(found, given.target)
+    better, _ = found.refit(given, codes)
+    assert (better.scale >= 0.1 * found.scale * (1 - 1e-9)).all()
+    integers = (looked_up(found, codes) / found.factor.reshape(codes.shape)).numpy()
+    for g, r in np.ndindex(2, 3):
+        root = np.linalg.cholesky(given.hessian[g].numpy() + 1e-12 * np.eye(7))
+        blocks = np.stack([np.where(np.arange(7) // 3 == n, integers[g, r], 0) for n in range(3)])
+        left, before = root.T @ blocks.T, found.scale[3 * g + r].numpy()
+        ridge = np.sqrt(1e-4 * np.mean(np.square(left).sum(0))) or 1.0  # towards the scales as they were
+        both = np.concatenate([left, ridge * np.eye(3)])
+        best = np.linalg.lstsq(both, np.append(root.T @ given.target[g, r].numpy(), ridge * before), rcond=None)[0]
+        got = better.scale[3 * g + r].numpy()
+        if (best >= 0.1 * before).all():
+            np.testing.assert_allclose(got, best, rtol=1e-6)
+        else:  # on the way there
+            way = (got - before) / (best - before)
+            np.testing.assert_allclose(way, way[0], rtol=1e-5)
+            assert 0 <= way[0] < 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,6 +165,8 @@ def test_inputs_of_zeros_are_solved_by_the_nearest_levels(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("shape", "axis"), [((6, 7), 0), ((7, 6), 1), ((6, 7, 1, 1), 0)])
 def test_the_artifact_holds_what_the_codes_stand_for(kind, shape, axis):
+    if kind == "uniform blocks" and len(shape) > 2:
+        return  # matrices alone
     given = problem(3)
     found, codes = gptq(given, levels(kind, given, 3))
     small = found.artifact(codes.reshape(6, 7).numpy().astype(np.uint8), shape, axis)

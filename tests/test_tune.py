@@ -11,6 +11,7 @@ from nets import Residual, image, randomized, traced
 from qcompress.artifacts import FloatWeight, PalettizedWeight
 from qcompress.data import Dataset
 from qcompress.errors import ConfigError
+from qcompress.palettes.integer import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.plan import Plan
 from qcompress.posthoc.compress import compress_program
@@ -27,7 +28,12 @@ ARTIFACTS = {
         codes=random.integers(0, 4, WEIGHT.shape).astype(np.uint8), lut=np.array([[-1, 0, 0.5, 1]], np.float32), bits=2,
         scale=np.array([1, -2, 0.5, 3, 1, 1], np.float32),
     ),
+    "halves": palettize(WEIGHT, 3, rows_per_lut=2, lut_dtype="float16"),
+    "integers": palettize_int8(WEIGHT, 3),
+    "integers, one scale": palettize_int8(WEIGHT, 3, per_channel=False),
     "even": round_to_nearest(WEIGHT, 4),
+    "blocks": round_to_nearest(WEIGHT.reshape(6, 36), 3, block_size=16),
+    "blocks of inputs first": round_to_nearest(WEIGHT.reshape(36, 6), 3, axis=1, block_size=16),
     "even, one scale": round_to_nearest(WEIGHT, 3, per_channel=False),
 }  # fmt: skip
 
@@ -44,7 +50,8 @@ def test_it_starts_from_what_was_solved(name):
 def test_gradients_pass_straight_on_and_codes_follow(name):
     artifact = replace(ARTIFACTS[name], codes=np.roll(ARTIFACTS[name].codes, 1, axis=-1))
     place = _Codes(artifact, "cpu")
-    wanted = torch.from_numpy(WEIGHT)
+    weight = WEIGHT.reshape(artifact.shape)
+    wanted = torch.from_numpy(weight)
     optimizer = torch.optim.Adam([*place.latents(), *place.others()], lr=0.02)
     for _ in range(100):
         optimizer.zero_grad()
@@ -52,7 +59,7 @@ def test_gradients_pass_straight_on_and_codes_follow(name):
         optimizer.step()
     found = place.artifact()
     np.testing.assert_allclose(found.dequantize(), place.value().detach().numpy(), rtol=1e-5, atol=1e-6)
-    errors = [float(np.square(a.dequantize() - WEIGHT).mean()) for a in (artifact, found)]
+    errors = [float(np.square(a.dequantize() - weight).mean()) for a in (artifact, found)]
     assert errors[1] < 0.5 * errors[0]
     assert (type(found), found.bits, found.shape) == (type(artifact), artifact.bits, artifact.shape)
 

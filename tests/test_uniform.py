@@ -161,3 +161,39 @@ def test_clipping_finds_the_least_error(bits, per_channel):
 def test_clipping_keeps_what_is_exact():
     weight = np.array([[-7, 1, 0], [0, 0, 0], [0.25, 0.25, 0.25]], np.float32)
     assert round_to_nearest(weight, 4, clip=True).dequantize().tolist() == weight.tolist()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(("shape", "axis"), [((5, 12), 0), ((12, 5), 1), ((5, 10), 0)])
+def test_each_block_is_rounded_as_a_row_of_its_own(shape, axis, clip):
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    found = round_to_nearest(weight, 3, axis, clip=clip, block_size=4)
+    assert (found.axis, found.block_size) == (1 - axis, 4)
+    rows, got = (np.moveaxis(values, axis, 0) for values in (weight, found.dequantize()))
+    for start in range(0, rows.shape[1], 4):
+        alone = round_to_nearest(rows[:, start : start + 4], 3, clip=clip)
+        np.testing.assert_array_equal(got[:, start : start + 4], alone.dequantize())
+        np.testing.assert_array_equal(np.moveaxis(found.scale, axis, 0)[:, start // 4], alone.scale)
+
+
+def test_blocks_hold_an_outlier_s_harm():
+    weight = np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32)
+    weight[:, 5] *= 50
+    errors = {
+        size: np.square(round_to_nearest(weight, 4, clip=True, block_size=size).dequantize() - weight).sum()
+        for size in (None, 64, 16)
+    }
+    assert errors[16] < errors[64] < errors[None]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 3, 4)])
+@pytest.mark.parametrize("block_size", [2, 10**12])
+def test_blocks_of_any_shape(shape, block_size):
+    found = round_to_nearest(np.ones(shape, np.float32), 4, block_size=block_size)
+    np.testing.assert_array_equal(found.dequantize(), np.ones(shape, np.float32))
+
+
+def test_blocks_of_a_vector_are_refused():
+    message = r"^block_size must be for a weight of inputs and outputs, got 2 for one of shape \[3\]: leave it out\.$"
+    with pytest.raises(ConfigError, match=message):
+        round_to_nearest(np.ones(3, np.float32), 4, block_size=2)

@@ -38,9 +38,9 @@ def _rows_per_lut(text: str) -> int | str:
 
 # What a compressed folder has settled already.
 _NOT_FOR_COMPRESSED: Final = (
-    "bits", "scheme", "rows_per_lut", "vector_dim", "plan", "activation_bits", "compute", "calibration_method",
-    "percentile", "placement", "reduce_range", "effort", "no_synthetic", "input_names", "output_names", "dynamic",
-    "input_shape",
+    "bits", "scheme", "rows_per_lut", "vector_dim", "lut_dtype", "block_size", "plan", "activation_bits",
+    "compute", "calibration_method", "percentile", "placement", "reduce_range", "effort", "no_synthetic",
+    "input_names", "output_names", "dynamic", "input_shape",
 )  # fmt: skip
 # What is about the grids of int8 compute.
 _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
@@ -65,6 +65,18 @@ _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
     "--vector-dim",
     type=click.Choice(["1", "2", "4", "8"]),
     help="Consecutive weights that share a code of a palette; default: 1. Bits per weight: bits / vector-dim.",
+)
+@click.option(
+    "--lut-dtype",
+    type=click.Choice(["float32", "float16", "int8"]),
+    help="Type of a palette's entries; default: float32, and int8 where layers compute in int8. int8 entries are times "
+    "a float32 scale.",
+)
+@click.option(
+    "--block-size",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Consecutive inputs that share a scale of an even grid, of matrix products and embeddings; default: all.",
 )
 @click.option(
     "--activation-bits",
@@ -318,6 +330,8 @@ def _plan(given: Settings, flags: dict[str, Any]) -> Plan:
         scheme=flags["scheme"],
         activation_bits=flags["activation_bits"],
         vector_dim=None if flags["vector_dim"] is None else int(flags["vector_dim"]),
+        block_size=flags["block_size"],
+        lut_dtype=flags["lut_dtype"],
     )
     if not (plan.kind or plan.name):
         default = plan.default
@@ -330,6 +344,8 @@ def _plan(given: Settings, flags: dict[str, Any]) -> Plan:
             activation_bits=default.activation_bits,
             rows_per_lut=None if default.rows_per_lut == "auto" else default.rows_per_lut,
             vector_dim=default.vector_dim or 1,
+            block_size=default.block_size,
+            lut_dtype=default.lut_dtype,
             origins={field: plan.where(("default", field)) for field in default.given()},
         )
         combinations.check_calibration(compute, given.calibration is not None)

@@ -3,13 +3,13 @@
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.table import Table
 
-from qcompress.plan import ResolvedPlan
+from qcompress.plan import ResolvedPlan, Settings
 from qcompress.size import format_size
 from qcompress.sources.base import WEIGHT_KINDS, Source
 from qcompress_cli.compute_report import ComputeReport
@@ -131,21 +131,18 @@ def explanation(report: "ExportReport") -> Table:
 
 def plan_table(resolved: ResolvedPlan) -> Table:
     """What is planned for each weight, and what said so."""
-    fields = ["bits", "activation_bits", "scheme", "rows_per_lut", "vector_dim"]
-    if all(t.vector_dim == 1 for t in resolved.compressed):
-        fields.remove("vector_dim")
-    if all(t.activation_bits is None for t in resolved.compressed):
-        fields.remove("activation_bits")
-    table = new_table("tensor", ["kind", *fields, "set by"], left=["kind", "scheme", "set by"])
+    said = {"bits", "scheme", "rows_per_lut"}.union(*(t.origins for t in resolved.compressed)) - {"skip"}
+    columns = [field.name for field in fields(Settings) if field.name in said]
+    table = new_table("tensor", ["kind", *columns, "set by"], left=["kind", "scheme", "set by"])
     for t in resolved.tensors:
         if t.kind not in WEIGHT_KINDS:
             continue
         if t.settings is None:
-            table.add_row(printable(t.name), t.kind, "float", *[""] * (len(fields) - 1), t.reason or "")
+            table.add_row(printable(t.name), t.kind, "float", *[""] * (len(columns) - 1), t.reason or "")
         else:
-            said = t.settings.given()
-            origins = ", ".join(f"{f}: {where}" for f, where in t.origins.items() if f in fields)
-            table.add_row(printable(t.name), t.kind, *(str(said.get(f, "–")) for f in fields), origins)
+            given = t.settings.given()
+            origins = ", ".join(f"{f}: {where}" for f, where in t.origins.items() if f in columns)
+            table.add_row(printable(t.name), t.kind, *(str(given.get(f, "–")) for f in columns), origins)
     return table
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qcompress.errors import ConfigError, DivergenceError
-from qcompress.finetune.prepare import Inputs, Prepared
+from qcompress.finetune.attach import Inputs, Prepared
 
 Loss = Callable[[Any, Any], Tensor]
 Stage = Literal["S1", "S2", "S3"]
@@ -127,7 +127,7 @@ def train(
         DivergenceError: a loss or a gradient is not finite, or a scale collapsed; names layer and step. The model then
             is in its last good state, at most 50 steps back.
 
-    >>> from qcompress.finetune.prepare import prepare
+    >>> from qcompress.finetune.attach import prepare
     >>> from qcompress.plan import Plan
     >>> _ = torch.manual_seed(0)
     >>> x, y = torch.randn(64, 4), torch.arange(64) % 2

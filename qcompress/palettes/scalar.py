@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompress import granularity
+from qcompress._settings import LutDtype
 from qcompress.artifacts import PalettizedWeight
 from qcompress.errors import ConfigError
 from qcompress.packing import check_bits
@@ -41,6 +42,10 @@ _OUTSIDE: Final = 1 / 1024  # of the mass, on either side, that may be outside t
 _REFINEMENTS: Final = 8
 _LOST: Final = 1 / 256  # of the squared error, what bins may lose at the very most
 _SAMPLE: Final = 1024
+# Between these powers of 2 the largest value needs no scale beside float16: no entry is above its largest number, and
+# its smallest step is small beside the largest value.
+_LEAST_HALF: Final = -8
+_MOST_HALF: Final = 15
 _OPEN: Final = 256  # in a table of codes: the bin holds values of several
 
 
@@ -98,6 +103,7 @@ def palettize(
     rows_per_lut: int | None = None,
     axis: int = 0,
     weights: npt.NDArray[Any] | None = None,
+    lut_dtype: LutDtype = "float32",
 ) -> PalettizedWeight:
     """A weight as codes into one palette per `rows_per_lut` output channels.
 
@@ -107,34 +113,44 @@ def palettize(
         rows_per_lut: output channels that share a palette; None: all.
         axis: the axis that counts output channels.
         weights: how much each element counts, shape of `weight`; None: all the same.
+        lut_dtype: float32, or float16: entries are rounded to it, and codes are of the nearest rounded ones.
 
     Returns:
-        The artifact. Palettes are sorted; one with fewer entries than the longest is padded with its last.
+        The artifact. Palettes are sorted; one with fewer entries than the longest is padded with its last. With float16
+        it has a scale where float16 by itself would not reach the values.
 
     Raises:
-        ConfigError: as for `fit_lut`, or rows_per_lut below 1.
+        ConfigError: as for `fit_lut`, rows_per_lut below 1, or lut_dtype int8, which `palettes.integer` makes.
 
     >>> w = palettize(np.array([[1, 1, 2], [5, 6, 6]], np.float32), bits=1, rows_per_lut=1)
     >>> w.lut.tolist(), w.codes.tolist()
     ([[1.0, 2.0], [5.0, 6.0]], [[0, 0, 1], [0, 1, 1]])
     """
     check_bits(bits)
+    if lut_dtype not in ("float32", "float16"):
+        raise ConfigError(
+            f"lut_dtype must be float32 or float16, got {lut_dtype!r}: palettes.integer makes palettes of int8."
+        )
+    values = finite_floats(weight, "palettize")
+    shift = half_shift(values) if lut_dtype == "float16" else 0
 
     def rows(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         # One palette for all: one row will do, and needs no copy.
         return values.reshape(1, -1) if rows_per_lut is None else granularity.rows(values, axis)
 
-    rows_OR = rows(finite_floats(weight, "palettize"))
+    rows_OR = rows(np.ldexp(values, -shift) if shift else values)
     mass_OR = None if weights is None else rows(checked_weights(weights, weight.shape))
     codes_OR = np.empty(rows_OR.shape, np.uint8)
     group_O = granularity.group_of_row(len(rows_OR), rows_per_lut)
     edges = np.searchsorted(group_O, np.arange(granularity.lut_groups(len(rows_OR), rows_per_lut) + 1))
     luts = []
     for first, last in pairwise(edges):
-        values = rows_OR[first:last].reshape(-1)
-        lut = _fit(values, None if mass_OR is None else mass_OR[first:last].reshape(-1), 1 << bits)
+        members = rows_OR[first:last].reshape(-1)
+        lut = _fit(members, None if mass_OR is None else mass_OR[first:last].reshape(-1), 1 << bits)
+        if lut_dtype == "float16":
+            lut = np.unique(lut.astype(np.float16)).astype(np.float32)
         if lut.size:  # a weight without elements has a palette without entries
-            _assign(values, lut, codes_OR[first:last].reshape(-1))
+            _assign(members, lut, codes_OR[first:last].reshape(-1))
         luts.append(lut)
     entries = max(len(lut) for lut in luts)
     codes = granularity.from_rows(codes_OR, weight.shape, 0 if rows_per_lut is None else axis)
@@ -142,11 +158,22 @@ def palettize(
         codes=np.asarray(codes, np.uint8, order="C"),
         lut=np.stack(
             [np.pad(lut, (0, entries - len(lut)), mode="edge") if len(lut) < entries else lut for lut in luts]
-        ),
+        ).astype(lut_dtype, copy=False),
         bits=bits,
         axis=axis,
         rows_per_lut=rows_per_lut,
+        scale=np.array(2.0**shift, np.float32) if shift else None,
     )
+
+
+def half_shift(values: Floats) -> int:
+    """The power of 2 by which float16 must be scaled to tell values apart as well as it can; 0 where they need none.
+
+    >>> half_shift(np.array([0.3, -1], np.float32)), half_shift(np.array([1e-9], np.float32))
+    (0, -30)
+    """
+    exponent = int(np.frexp(np.abs(values).max(initial=0))[1]) - 1
+    return 0 if _LEAST_HALF <= exponent < _MOST_HALF else exponent
 
 
 class _Points:

@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompress import granularity
+from qcompress._settings import LutDtype
 from qcompress.artifacts import PalettizedWeight
 from qcompress.errors import ConfigError
 from qcompress.packing import check_bits
-from qcompress.palettes.scalar import checked_weights
-from qcompress.uniform import finite_floats
+from qcompress.palettes.integer import LARGEST
+from qcompress.palettes.scalar import checked_weights, half_shift
+from qcompress.uniform import finite_floats, symmetric_scale
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -56,24 +58,26 @@ def palettize_vectors(
     axis: int = 0,
     weights: npt.NDArray[Any] | None = None,
     seed: int = 0,
+    lut_dtype: LutDtype = "float32",
 ) -> PalettizedWeight:
     """A weight as codes into one palette of vectors: `vector_dim` consecutive row-major elements have one code.
 
     Args:
         weight: float32, float16 or bfloat16, finite; not modified.
         bits: width of a code, 1 to 8; bits / vector_dim for each weight.
-        vector_dim: 2, 4 or 8; must divide the number of elements.
+        vector_dim: 2, 4 or 8; where it does not divide the number of elements, the tail is filled up with the last
+            element, which counts for nothing there.
         axis: the axis that counts output channels.
         weights: how much each element counts, shape of `weight`, finite and not negative; None, or all 0: all the same.
         seed: of the draws.
+        lut_dtype: float32, or float16 or int8: entries are rounded to it, and codes are of the nearest rounded ones.
 
     Returns:
         The artifact. Each code is of the nearest entry, of equally near ones the first. The palette is sorted and holds
-        no entry that no code points to.
+        no entry that no code points to. It has one scale with int8, and where float16 would not reach the values.
 
     Raises:
-        ConfigError: bits or vector_dim outside of these, a size that vector_dim does not divide, another dtype, NaN or
-            Inf, or weights that do not fit.
+        ConfigError: bits or vector_dim outside of these, another dtype, NaN or Inf, or weights that do not fit.
 
     >>> w = palettize_vectors(np.array([[1, 2, 5, 6], [5, 6, 1, 2]], np.float32), bits=1, vector_dim=2)
     >>> w.lut.tolist(), w.codes.tolist()
@@ -83,11 +87,6 @@ def palettize_vectors(
     if vector_dim not in DIMS:
         raise ConfigError(f"vector_dim must be 2, 4 or 8, got {vector_dim!r}.")
     values = finite_floats(weight, "palettize")
-    if values.size % vector_dim:
-        raise ConfigError(
-            f"vector_dim must divide the number of elements, got {vector_dim} for the {values.size} of a weight of "
-            f"shape {weight.shape}: take a smaller vector_dim, or scalars."
-        )
     mass = None if weights is None else checked_weights(weights, weight.shape)
     if mass is not None and not mass.any():
         mass = None
@@ -95,22 +94,48 @@ def palettize_vectors(
     exponent = int(np.frexp(np.abs(values).max(initial=0))[1])
     points = _Points(
         x=_columns(np.ldexp(values, -exponent), vector_dim),
-        mass=None if mass is None else _columns(mass / float(mass.max()), vector_dim),
+        mass=_masses(None if mass is None else mass / float(mass.max()), values.shape, vector_dim),
     )
     lut_KD, codes = np.zeros((0, vector_dim), np.float32), np.empty(len(points), np.int64)
     if len(points):  # a weight without elements has a palette without entries
         order = points.near_together()
         points = points.at(order)
-        lut_KD = np.unique(points.fit(1 << bits, np.random.default_rng(seed)), axis=0)
-        codes[order] = points.nearest(lut_KD.astype(np.float64))[0]
-    is_used = np.bincount(codes, minlength=len(lut_KD)) > 0
+        lut_KD = points.fit(1 << bits, np.random.default_rng(seed))
+    stored_KD, scale = _stored(np.ldexp(lut_KD, exponent), lut_dtype)
+    if len(points):
+        entries_KD = np.ldexp(stored_KD.astype(np.float64) * (1.0 if scale is None else float(scale)), -exponent)
+        codes[order] = points.nearest(entries_KD)[0]
+    is_used = np.bincount(codes, minlength=len(stored_KD)) > 0
     return PalettizedWeight(
         codes=(np.cumsum(is_used) - 1)[codes].astype(np.uint8),
-        lut=np.ldexp(lut_KD[is_used], exponent)[None],
+        lut=stored_KD[is_used][None],
         bits=bits,
         axis=axis,
+        scale=scale,
         weight_shape=weight.shape,
     )
+
+
+def _masses(mass: npt.NDArray[Any] | None, shape: tuple[int, ...], vector_dim: int) -> Floats | None:
+    """[D, V], none of what fills the tail up; None: all the same."""
+    missing = -int(np.prod(shape)) % vector_dim
+    if mass is None and not missing:
+        return None
+    mass_DV = _columns(np.ones(shape) if mass is None else mass, vector_dim)
+    mass_DV[vector_dim - missing :, -1:] = 0
+    return mass_DV
+
+
+def _stored(lut_KD: Floats, lut_dtype: LutDtype) -> tuple[npt.NDArray[Any], Floats | None]:
+    """Sorted, distinct entries of a type, and the scale that they are times; None: 1."""
+    scale, steps_KD = None, lut_KD
+    if lut_dtype == "int8":
+        scale = symmetric_scale(lut_KD, LARGEST, None)
+        steps_KD = np.rint(lut_KD / scale)
+    elif lut_dtype == "float16" and (shift := half_shift(lut_KD)):
+        scale, steps_KD = np.array(2.0**shift, np.float32), np.ldexp(lut_KD, -shift)
+    kept_KD = steps_KD.astype(lut_dtype)
+    return np.unique(kept_KD, axis=0) if len(kept_KD) else kept_KD, scale
 
 
 def _columns(values: npt.NDArray[Any], vector_dim: int) -> Floats:

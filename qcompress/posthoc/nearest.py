@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight
-from qcompress.errors import ConfigError
 from qcompress.palettes.integer import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.palettes.vector import palettize_vectors
@@ -56,7 +55,7 @@ def nearest(values: npt.NDArray[Any], tensor: TensorPlan | None, how: How) -> Ar
 
 
 def _palette(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
-    return palettize(values, tensor.bits, tensor.rows_per_lut, how.axis)
+    return palettize(values, tensor.bits, tensor.rows_per_lut, how.axis, lut_dtype=tensor.lut_dtype or "float32")
 
 
 def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
@@ -67,24 +66,23 @@ def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Art
         )  # fmt: skip
 
     by_channel = made(per_channel=True)
-    if not how.one_scale:
+    if how.integer and not how.one_scale:
         return by_channel
     whole = made(per_channel=False)
+    if not how.integer:
+        return better((small, _error(small, values)) for small in (whole, by_channel))
     return whole if _error(whole, values) <= _AS_GOOD * _error(by_channel, values) else by_channel
 
 
 def _vectors(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
-    if values.size % tensor.vector_dim:
-        raise ConfigError(
-            f"{tensor.name}: vector_dim = {tensor.vector_dim} ({tensor.origins['vector_dim']}) must divide the "
-            f"{values.size} weights, of shape {list(values.shape)}: give it another in a plan "
-            f'([name."{tensor.name}"] vector_dim = 1).'
-        )
-    return palettize_vectors(values, tensor.bits, tensor.vector_dim, how.axis)
+    return palettize_vectors(values, tensor.bits, tensor.vector_dim, how.axis, lut_dtype=tensor.lut_dtype or "float32")
 
 
 def _uniform(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
-    return round_to_nearest(values, tensor.bits, how.axis, reduce_range=how.reduce_range, clip=tensor.bits < _UNCLIPPED)
+    return round_to_nearest(
+        values, tensor.bits, how.axis, reduce_range=how.reduce_range, clip=tensor.bits < _UNCLIPPED,
+        block_size=tensor.block_size,
+    )  # fmt: skip
 
 
 def _error(small: Artifact, values: npt.NDArray[Any]) -> float:

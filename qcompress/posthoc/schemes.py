@@ -24,9 +24,10 @@ def codes_for(plan: TensorPlan, *, integer: bool) -> tuple[Codes, ...]:
     """
     if plan.vector_dim > 1:
         return ("vectors",)
+    is_int8 = plan.lut_dtype == "int8" or (integer and plan.lut_dtype is None)
     # The palette of every 8-bit integer: a table says nothing more than the codes.
-    is_every_integer = integer and plan.bits == 8 and plan.rows_per_lut is None
-    palette: Codes = "int8 palette" if integer else "palette"
+    is_every_integer = is_int8 and plan.bits == 8 and plan.rows_per_lut is None
+    palette: Codes = "int8 palette" if is_int8 else "palette"
     if plan.scheme == "uniform" or is_every_integer:
         return ("uniform",)
     if plan.scheme == "palette" or plan.bits == 1:

@@ -160,7 +160,14 @@ def _vectors(
     axis: int,
 ) -> PalettizedWeight:
     target, importance = (granularity.from_rows(rows, shape, axis) for rows in (target_OK, importance_OK))
-    return palettize_vectors(np.array(target, np.float32), plan.bits, plan.vector_dim, axis, importance)
+    return palettize_vectors(
+        np.array(target, np.float32),
+        plan.bits,
+        plan.vector_dim,
+        axis,
+        importance,
+        lut_dtype=plan.lut_dtype or "float32",
+    )
 
 
 def _target(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
@@ -183,11 +190,12 @@ def _levels(
     bits, rows_per_lut = plan.bits, plan.rows_per_lut
     if kind == "uniform":
         limits = IntegerRange(min(bits, REDUCED_BITS) if reduce_range else bits, signed=True)
-        return UniformLevels.fit(rows_OK, importance_OK, bits, limits)
+        return UniformLevels.fit(rows_OK, importance_OK, bits, limits, plan.block_size)
     if kind == "int8 palette":
         largest = LARGEST_REDUCED if reduce_range else LARGEST
         return IntegerPaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, largest=largest)
-    return PaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, scaled=True)
+    halves = plan.lut_dtype == "float16"
+    return PaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, scaled=True, halves=halves)
 
 
 def _tensor(artifact: Artifact, like: torch.Tensor) -> torch.Tensor:

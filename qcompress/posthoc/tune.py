@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from qcompress import granularity
 from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight
+from qcompress.palettes.integer import LARGEST
 from qcompress.posthoc.differentiable import Differentiable
 from qcompress.program import Arrays, FloatProgram
 from qcompress.progress import Track, untracked
@@ -50,8 +51,8 @@ def tune(
 
     Args:
         program: the float program, BatchNorm folded.
-        artifacts: one for each tensor of its state; palettes of floats, even grids without zero points and vectors of
-            floats are tuned, all others stay.
+        artifacts: one for each tensor of its state; palettes, even grids without zero points and vectors of floats
+            are tuned, palettes of vectors and all others stay.
         batches: calibration inputs by name.
         steps: of gradient descent.
         device: where the net runs.
@@ -169,7 +170,7 @@ class _Codes:
 
     def __init__(self, artifact: PalettizedWeight | IntegerWeight, device: str) -> None:
         self._made = artifact
-        self._axis, self._low, rows_per_lut = artifact.axis or 0, 0, None
+        self._axis, self._low, rows_per_lut = _output_axis(artifact), 0, None
         if isinstance(artifact, PalettizedWeight):
             lut, rows_per_lut = np.array(artifact.lut, np.float32), artifact.rows_per_lut
         else:
@@ -182,7 +183,9 @@ class _Codes:
         self._size = self._lut_TL.abs().mean().clamp_min(1e-12)
         gaps = self._lut_TL.diff(dim=1)
         self._gap = gaps[gaps > 0].mean() if bool((gaps > 0).any()) else self._size
-        scale = np.ones(1, np.float32) if artifact.scale is None else np.atleast_1d(artifact.scale)
+        self._block_size = artifact.block_size if isinstance(artifact, IntegerWeight) else None
+        scale: Any = np.ones(1, np.float32) if artifact.scale is None else np.atleast_1d(artifact.scale)
+        scale = granularity.rows(scale, self._axis) if self._block_size else scale[:, None]
         self._scale = torch.from_numpy(np.array(scale, np.float32)).to(device)
         start_OK = self._lut_TL[self._tables_O[:, None], torch.from_numpy(codes_OK).to(device)]
         self._latent = (start_OK / self._gap).requires_grad_()
@@ -196,7 +199,14 @@ class _Codes:
         return [p for p in (self._moved, self._grown) if p.requires_grad]
 
     def _levels(self) -> torch.Tensor:
-        return (self._lut_TL + self._size * self._moved).sort(dim=1).values
+        lut_TL = (self._lut_TL + self._size * self._moved).sort(dim=1).values
+        return lut_TL + (self._stored(lut_TL) - lut_TL).detach()
+
+    def _stored(self, lut_TL: torch.Tensor) -> torch.Tensor:
+        """The nearest that the table's type can hold."""
+        if not isinstance(self._made, PalettizedWeight) or self._made.lut.dtype == np.float32:
+            return lut_TL
+        return lut_TL.half().float() if self._made.lut.dtype == np.float16 else lut_TL.round().clamp(-LARGEST, LARGEST)
 
     def _nearest(self, lut_TL: torch.Tensor) -> torch.Tensor:
         levels_OL = lut_TL.detach()[self._tables_O]
@@ -207,7 +217,11 @@ class _Codes:
         lut_TL = self._levels()
         hard_OK = lut_TL[self._tables_O[:, None], self._nearest(lut_TL)]
         soft_OK = self._latent * self._gap
-        values_OK = (hard_OK + (soft_OK - soft_OK.detach())) * (self._scale * (1 + self._grown))[:, None]
+        scale = self._scale * (1 + self._grown)
+        if self._block_size:
+            count = hard_OK.shape[1]
+            scale = scale.repeat_interleave(min(self._block_size, count), dim=1)[:, :count]
+        values_OK = (hard_OK + (soft_OK - soft_OK.detach())) * scale
         shape, axis = self._made.shape, self._axis % len(self._made.shape)
         return values_OK.reshape(shape[axis], *shape[:axis], *shape[axis + 1 :]).movedim(0, axis)
 
@@ -217,16 +231,26 @@ class _Codes:
         shaped = np.array(granularity.from_rows(codes, self._made.shape, self._axis), order="C")
         scale = (self._scale * (1 + self._grown)).detach().cpu().numpy()
         if isinstance(self._made, PalettizedWeight):
-            new_scale = None if self._made.scale is None else scale
+            narrow: Any = self._stored(lut_TL).cpu().numpy().astype(self._made.lut.dtype)
             return replace(
                 self._made,
                 codes=shaped.astype(np.uint8),
-                lut=lut_TL.cpu().numpy(),
-                scale=new_scale,
+                lut=narrow,
+                scale=None if self._made.scale is None else scale.reshape(self._made.scale.shape),
             )
+        if self._block_size:
+            scale = np.array(granularity.from_rows(scale, self._made.scale.shape, self._axis), order="C")
         return replace(
             self._made, codes=(shaped + self._low).astype(np.int8), scale=scale.reshape(self._made.scale.shape)
         )
+
+
+def _output_axis(artifact: PalettizedWeight | IntegerWeight) -> int:
+    """The axis whose indices have levels of their own."""
+    if isinstance(artifact, IntegerWeight) and artifact.block_size is not None:
+        assert artifact.axis is not None
+        return granularity.input_axis(len(artifact.shape), artifact.axis)
+    return artifact.axis or 0
 
 
 def _place(artifact: Artifact, value: torch.Tensor, device: str) -> _Bias | _Codes | None:
@@ -235,9 +259,10 @@ def _place(artifact: Artifact, value: torch.Tensor, device: str) -> _Bias | _Cod
         is_vector = value.ndim == 1 and value.dtype == torch.float32 and isinstance(value, torch.nn.Parameter)
         return _Bias(artifact, device) if is_vector and artifact.values.dtype == np.float32 else None
     if isinstance(artifact, PalettizedWeight):
-        is_plain = artifact.vector_dim == 1 and artifact.lut.dtype == np.float32 and artifact.lut.shape[1] > 1
+        is_plain = artifact.vector_dim == 1 and artifact.lut.shape[1] > 1
         return _Codes(artifact, device) if is_plain and artifact.shape else None
     if isinstance(artifact, IntegerWeight):
-        is_plain = artifact.zero_point is None and artifact.block_size is None and artifact.codes.dtype == np.int8
+        is_plain = artifact.zero_point is None and artifact.codes.dtype == np.int8
+        is_plain &= artifact.block_size is None or len(artifact.shape) == 2
         return _Codes(artifact, device) if is_plain and artifact.shape else None
     return None

@@ -35,11 +35,15 @@ class Problem:
 
 
 class Levels(Protocol):
-    """What the codes of each output channel stand for."""
+    """What the codes of each output channel stand for: values, times a factor of each weight where there are any."""
 
     @property
     def values(self) -> torch.Tensor:
         """float64 [O, L], sorted in each row."""
+
+    @property
+    def factor(self) -> torch.Tensor | None:
+        """float64 [O, K], > 0; None: 1."""
 
     def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
         """Levels with a smaller error for the same codes, and these codes in the order of the new levels."""
@@ -58,16 +62,19 @@ class Solve(Protocol):
 def looked_up(levels: Levels, codes_GRK: torch.Tensor) -> torch.Tensor:
     """float64 [G, R, K], what codes stand for."""
     values = levels.values.reshape(*codes_GRK.shape[:2], -1)
-    return torch.gather(values, 2, codes_GRK)
+    found = torch.gather(values, 2, codes_GRK)
+    return found if levels.factor is None else found * levels.factor.reshape(found.shape)
 
 
 def nearest(levels: Levels, values_GRK: torch.Tensor) -> torch.Tensor:
     """int64 [G, R, K], the codes of the levels that are nearest to some values."""
     middles = middles_of(levels).reshape(*values_GRK.shape[:2], -1)
+    if levels.factor is not None:
+        values_GRK = values_GRK / levels.factor.reshape(values_GRK.shape)
     return torch.searchsorted(middles, values_GRK.contiguous())
 
 
 def middles_of(levels: Levels) -> torch.Tensor:
-    """float64 [O, L - 1], where one level gives way to the next."""
+    """float64 [O, L - 1], where one level gives way to the next, before factors."""
     values = levels.values
     return ((values[:, 1:] + values[:, :-1]) / 2).contiguous()

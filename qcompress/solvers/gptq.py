@@ -11,6 +11,8 @@ Shape suffixes: as in `base`, B = columns of a block, J = columns.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -70,19 +72,48 @@ def error_feedback(problem: Problem, levels: Levels) -> torch.Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)
     left = torch.gather(problem.target, 2, order_GK[:, None, :].expand(-1, rows, -1)).clone()
-    values, middles = (v.reshape(groups, rows, -1) for v in (levels.values, middles_of(levels)))
+    grid = _Grid.of(levels, problem)
+    if grid.factor is not None:
+        grid = replace(grid, factor=torch.gather(grid.factor, 2, order_GK[:, None, :].expand(-1, rows, -1)))
     codes = torch.zeros_like(left, dtype=torch.int64)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
         errors = torch.zeros(groups, rows, end - start, dtype=torch.float64)
         for j in range(start, end):
-            column = left[:, :, j].unsqueeze(2).contiguous()
-            code = torch.searchsorted(middles, column)
-            codes[:, :, j] = code[..., 0]
-            errors[:, :, j - start] = ((column - torch.gather(values, 2, code)) / upper[:, j, j, None, None])[..., 0]
+            codes[:, :, j], values = grid.nearest(left[:, :, j], j)
+            errors[:, :, j - start] = (left[:, :, j] - values) / upper[:, j, j, None]
             left[:, :, j:end] -= errors[:, :, j - start, None] * upper[:, None, j, j:end]
         left[:, :, end:] -= errors @ upper[:, start:end, end:]
     return torch.gather(codes, 2, torch.argsort(order_GK, dim=1)[:, None, :].expand(-1, rows, -1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """Levels as columns meet them.
+
+    Args:
+        values: float64 [G, R, L].
+        middles: float64 [G, R, L - 1].
+        factor: float64 [G, R, K]; None: 1.
+    """
+
+    values: torch.Tensor
+    middles: torch.Tensor
+    factor: torch.Tensor | None
+
+    @classmethod
+    def of(cls, levels: Levels, problem: Problem) -> Self:
+        shape = problem.target.shape
+        values, middles = (v.reshape(*shape[:2], -1) for v in (levels.values, middles_of(levels)))
+        return cls(values, middles, None if levels.factor is None else levels.factor.reshape(shape))
+
+    def nearest(self, wanted_GR: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes [G, R] in a column, and what they stand for there."""
+        factor_GR = None if self.factor is None else self.factor[:, :, column]
+        steps_GR = wanted_GR if factor_GR is None else wanted_GR / factor_GR
+        code = torch.searchsorted(self.middles, steps_GR.unsqueeze(2).contiguous())
+        value_GR = torch.gather(self.values, 2, code)[..., 0]
+        return code[..., 0], value_GR if factor_GR is None else value_GR * factor_GR
 
 
 def _definite(problem: Problem) -> torch.Tensor:
@@ -97,10 +128,8 @@ def _definite(problem: Problem) -> torch.Tensor:
 def descend(problem: Problem, levels: Levels, codes_GRK: torch.Tensor, passes: int = _PASSES) -> torch.Tensor:
     """Codes after passes of coordinate descent: int64 [G, R, K]; the error never grows."""
     hessian = problem.damped(_LEAST_DAMPING)
-    groups, rows, columns = problem.target.shape
-    values, middles = (v.reshape(groups, rows, -1) for v in (levels.values, middles_of(levels)))
-    codes = codes_GRK.clone()
-    now = torch.gather(values, 2, codes)
+    columns, grid = problem.target.shape[2], _Grid.of(levels, problem)
+    codes, now = codes_GRK.clone(), looked_up(levels, codes_GRK)
     pull = (problem.target - now) @ hessian  # half the error's slope
     stiffness = hessian.diagonal(dim1=1, dim2=2)
     for _ in range(passes):
@@ -111,9 +140,9 @@ def descend(problem: Problem, levels: Levels, codes_GRK: torch.Tensor, passes: i
             steps = torch.zeros_like(inner)
             for j in range(end - start):
                 wanted = now[:, :, start + j] + inner[:, :, j] / stiffness[:, start + j, None]
-                code = torch.searchsorted(middles, wanted.unsqueeze(2).contiguous())
-                step = (torch.gather(values, 2, code) - now[:, :, start + j, None])[..., 0]
-                codes[:, :, start + j] = torch.where(step != 0, code[..., 0], codes[:, :, start + j])
+                code, value = grid.nearest(wanted, start + j)
+                step = value - now[:, :, start + j]
+                codes[:, :, start + j] = torch.where(step != 0, code, codes[:, :, start + j])
                 now[:, :, start + j] += step
                 steps[:, :, j] = step
                 inner -= step[..., None] * block[:, None, j]

@@ -1,6 +1,6 @@
 """Levels of the schemes: palettes of floats, palettes of integers, even grids.
 
-Shape suffixes: as in `base`, T = tables (LUT groups).
+Shape suffixes: as in `base`, T = tables (LUT groups), N, M = blocks of inputs that share a scale, B = block_size.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from qcompress import granularity
-from qcompress.artifacts import Floats, IntegerWeight, PalettizedWeight
+from qcompress.artifacts import IntegerWeight, PalettizedWeight
 from qcompress.grid import IntegerRange
 from qcompress.palettes.scalar import fit_lut
 from qcompress.solvers.base import Problem
@@ -22,6 +22,8 @@ Doubles = npt.NDArray[np.float64]
 
 _RIDGE: Final = 1e-4  # of the mean diagonal, towards the levels as they were
 _MOST_REFITTED: Final = 16  # levels of a table: more are dense enough
+_REFITTED_AT_ONCE: Final = 1 << 22  # numbers
+_LEAST_KEPT: Final = 0.1  # of a scale, however small the best one would be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,7 @@ class PaletteLevels:
         rows_per_lut: output channels that share a table; None: all.
         bits: width of a code.
         channels: output channels, O.
+        halves: whether tables hold what float16 can hold, and nothing else.
     """
 
     lut: torch.Tensor
@@ -41,10 +44,18 @@ class PaletteLevels:
     rows_per_lut: int | None
     bits: int
     channels: int
+    halves: bool = False
 
     @classmethod
     def fit(
-        cls, rows_OK: Doubles, importance_OK: Doubles, bits: int, rows_per_lut: int | None, *, scaled: bool
+        cls,
+        rows_OK: Doubles,
+        importance_OK: Doubles,
+        bits: int,
+        rows_per_lut: int | None,
+        *,
+        scaled: bool,
+        halves: bool = False,
     ) -> "PaletteLevels":
         """Tables by k-means on the values, each weighted by how much it counts.
 
@@ -54,6 +65,7 @@ class PaletteLevels:
             bits: width of a code.
             rows_per_lut: as in the class.
             scaled: whether each output channel has a scale, at first its largest magnitude.
+            halves: as in the class; for tables with scales, whose entries are near 1.
         """
         scale_O = np.abs(rows_OK).max(axis=1, initial=0)
         scale_O = np.where((scale_O > 0) & scaled, scale_O, 1.0)
@@ -66,8 +78,11 @@ class PaletteLevels:
             lut[table] = np.pad(entries, (0, lut.shape[1] - len(entries)), mode="edge")
         return cls(
             lut=torch.from_numpy(lut), scale=torch.from_numpy(scale_O) if scaled else None,
-            rows_per_lut=rows_per_lut, bits=bits, channels=len(rows_OK),
-        )  # fmt: skip
+            rows_per_lut=rows_per_lut, bits=bits, channels=len(rows_OK), halves=halves,
+        )._rounded()  # fmt: skip
+
+    def _rounded(self) -> Self:
+        return replace(self, lut=self.lut.half().double()) if self.halves else self
 
     @property
     def _table_of(self) -> torch.Tensor:
@@ -78,6 +93,10 @@ class PaletteLevels:
         """float64 [O, L], sorted in each row."""
         values = self.lut[self._table_of]
         return values if self.scale is None else values * self.scale[:, None]
+
+    @property
+    def factor(self) -> None:
+        """None: scales are in the values."""
 
     def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
         """Tables by least squares for the codes, then scales."""
@@ -104,7 +123,7 @@ class PaletteLevels:
         order = torch.argsort(lut, dim=1, stable=True)
         lut, place = torch.gather(lut, 1, order), torch.argsort(order, dim=1)
         codes = torch.gather(place[table_of], 2, codes_GRK)
-        return replace(self, lut=lut)._with_scales(problem, codes), codes
+        return replace(self, lut=lut)._rounded()._with_scales(problem, codes), codes
 
     def _with_scales(self, problem: Problem, codes_GRK: torch.Tensor) -> Self:
         if self.scale is None:
@@ -124,9 +143,10 @@ class PaletteLevels:
             codes_OK[members] = (np.cumsum(is_used) - 1).astype(np.uint8)[codes_OK[members]]
             luts.append(lut[is_used])
         entries = max(len(lut) for lut in luts)
+        stacked: Any = np.stack([np.pad(lut, (0, entries - len(lut)), mode="edge") for lut in luts])
         return PalettizedWeight(
             codes=_shaped(codes_OK, shape, axis),
-            lut=np.stack([np.pad(lut, (0, entries - len(lut)), mode="edge") for lut in luts]),
+            lut=stacked.astype(np.float16) if self.halves else stacked,
             bits=self.bits,
             axis=axis,
             rows_per_lut=self.rows_per_lut,
@@ -171,6 +191,10 @@ class IntegerPaletteLevels:
         """float64 [O, L], sorted in each row."""
         return self.floats.values
 
+    @property
+    def factor(self) -> None:
+        """None: scales are in the values."""
+
     def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
         """Tables by least squares, rounded, then scales for what they were rounded to."""
         floats, codes = self.floats.refit(problem, codes_GRK)
@@ -185,23 +209,42 @@ class IntegerPaletteLevels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UniformLevels:
-    """Steps of an even grid about 0, one size for each output channel.
+    """Steps of an even grid about 0, one size for each output channel or for each block of its inputs.
 
     Args:
-        scale: float64 [O], > 0.
+        scale: float64 [O], > 0, or [O, N] with blocks.
         bits: width of a code.
         limits: the codes that may occur.
+        columns: weights of one output channel, K.
+        block_size: consecutive inputs that share a scale; None: all.
     """
 
     scale: torch.Tensor
     bits: int
     limits: IntegerRange
+    columns: int
+    block_size: int | None = None
 
     @classmethod
-    def fit(cls, rows_OK: Doubles, importance_OK: Doubles, bits: int, limits: IntegerRange) -> "UniformLevels":
-        """The step of each row with the least weighted squared error."""
-        scale_O = clipped_scale(rows_OK, limits, importance_OK)
-        return cls(scale=torch.from_numpy(scale_O), bits=bits, limits=limits)
+    def fit(
+        cls,
+        rows_OK: Doubles,
+        importance_OK: Doubles,
+        bits: int,
+        limits: IntegerRange,
+        block_size: int | None = None,
+    ) -> "UniformLevels":
+        """The step of each row, or of each block of it, with the least weighted squared error."""
+        if block_size is None:
+            scale = clipped_scale(rows_OK, limits, importance_OK)
+        else:
+            blocks: Any = granularity.blocks(rows_OK, block_size)
+            importance: Any = granularity.blocks(importance_OK, block_size)
+            flat = (-1, blocks.shape[2])
+            scale = clipped_scale(blocks.reshape(flat), limits, importance.reshape(flat)).reshape(blocks.shape[:2])
+        return cls(
+            scale=torch.from_numpy(scale), bits=bits, limits=limits, columns=rows_OK.shape[1], block_size=block_size
+        )
 
     @property
     def _integers(self) -> torch.Tensor:
@@ -209,21 +252,72 @@ class UniformLevels:
 
     @property
     def values(self) -> torch.Tensor:
-        """float64 [O, L], sorted in each row."""
-        return self.scale[:, None] * self._integers
+        """float64 [O, L], sorted in each row; integers where blocks have factors."""
+        if self.block_size is None:
+            return self.scale[:, None] * self._integers
+        return self._integers.expand(len(self.scale), -1)
+
+    @property
+    def factor(self) -> torch.Tensor | None:
+        """float64 [O, K], the scale of each weight's block; None without blocks: scales are in the values."""
+        if self.block_size is None:
+            return None
+        return self.scale.repeat_interleave(min(self.block_size, self.columns), dim=1)[:, : self.columns]
 
     def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
         """Scales by least squares for the codes."""
         integers = self._integers[codes_GRK]
+        if self.block_size is not None:
+            block_size = min(self.block_size, self.columns)
+            return replace(self, scale=self._block_scales(problem, integers, block_size)), codes_GRK
         weighed = integers @ problem.hessian
         best = ((problem.target * weighed).sum(2) / (integers * weighed).sum(2)).reshape(-1)
         return replace(self, scale=torch.where(torch.isfinite(best) & (best > 0), best, self.scale)), codes_GRK
 
+    def _block_scales(self, problem: Problem, integers_GRK: torch.Tensor, block_size: int) -> torch.Tensor:
+        """float64 [O, N]: the scales of each row's blocks together, or as near to them as all stay above 0."""
+        groups, rows, columns = integers_GRK.shape
+        scale_GRN = self.scale.reshape(groups, rows, -1)
+        count = scale_GRN.shape[2]
+        missing = count * block_size - columns
+        padded = functional.pad(integers_GRK, (0, missing))
+        hessian = functional.pad(problem.hessian, (0, missing, 0, missing))
+        target = functional.pad(problem.target, (0, missing)) @ hessian
+        found = scale_GRN.clone()
+        chunk = max(1, _REFITTED_AT_ONCE // max(1, groups * count * max(count, block_size)))
+        for start in range(0, rows, chunk):
+            piece = slice(start, start + chunk)
+            q = padded[:, piece].reshape(groups, -1, count, block_size)
+            right = (target[:, piece].reshape(q.shape) * q).sum(3)
+            normal = torch.empty(*q.shape[:3], count, dtype=torch.float64)
+            for n in range(count):
+                inputs = slice(n * block_size, (n + 1) * block_size)
+                normal[:, :, n] = ((q[:, :, n] @ hessian[:, inputs]).reshape(q.shape) * q).sum(3)
+            ridge = _RIDGE * normal.diagonal(dim1=2, dim2=3).mean(2)
+            ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))[..., None]
+            before = scale_GRN[:, piece]
+            best = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * before)
+            # The error falls all the way from the scales as they were to the best ones.
+            least = _LEAST_KEPT * before
+            way = torch.where(best < least, (before - least) / (before - best), 1.0).amin(2, keepdim=True)
+            found[:, piece] = before + way * (best - before)
+        return found.reshape(self.scale.shape)
+
     def artifact(self, codes_OK: npt.NDArray[np.uint8], shape: tuple[int, ...], axis: int) -> IntegerWeight:
         """The weight that codes stand for."""
         integers = (codes_OK.astype(np.int16) + self.limits.n).astype(np.int8)
-        scale: Floats = self.scale.numpy().astype(np.float32)
-        return IntegerWeight(codes=_shaped(integers, shape, axis), scale=scale, bits=self.bits, axis=axis)
+        codes, scale = _shaped(integers, shape, axis), self.scale.numpy().astype(np.float32)
+        if self.block_size is None:
+            return IntegerWeight(codes=codes, scale=scale, bits=self.bits, axis=axis)
+        inputs = granularity.input_axis(len(shape), axis)
+        scale_shape = (*shape[:inputs], scale.shape[1], *shape[inputs + 1 :])
+        return IntegerWeight(
+            codes=codes,
+            scale=_shaped(scale, scale_shape, axis),
+            bits=self.bits,
+            axis=inputs,
+            block_size=self.block_size,
+        )
 
 
 def _shaped(rows_OK: npt.NDArray[Any], shape: tuple[int, ...], axis: int) -> npt.NDArray[Any]:

@@ -86,10 +86,12 @@ def model(folder, monkeypatch):
 
 
 def test_export_and_validate(qcompress, model):
-    result = qcompress("export", model, "--bits", "2", "--rows-per-lut", "4", "--vector-dim", "1", "--json")
+    result = qcompress(
+        "export", model, "--bits", "2", "--rows-per-lut", "4", "--vector-dim", "1", "--lut-dtype", "float16", "--json"
+    )
     assert result.exit_code == 0
     # Of integer compute and of calibration data.
-    integer = ("layers[]", "activations[]", "plan[].settings.activation_bits", "solved[]")
+    integer = ("layers[]", "activations[]", "plan[].settings.activation_bits", "solved[]", "plan[].settings.block_size")
     assert {k for k in check("export", result.stdout) if not k.startswith(integer)} == {"notes[]"}
     assert json.loads(result.stdout)["file"] == "model.w2.onnx"
     result = qcompress("validate", model, "model.w2.onnx", "--data", "test.npz", "--json")
@@ -98,11 +100,23 @@ def test_export_and_validate(qcompress, model):
     assert Path("model.w2.onnx.validation.json").read_text() == result.stdout
 
 
+def test_export_in_blocks(qcompress, model):
+    flags = ("--bits", "4", "--scheme", "uniform", "--block-size", "4", "--json")
+    dry = qcompress("export", model, *flags, "--dry-run")
+    result = qcompress("export", model, *flags)
+    assert result.exit_code == 0
+    assert json.loads(dry.stdout)["bytes"] == json.loads(result.stdout)["bytes"]
+    assert "plan[].settings.block_size" not in check("export", result.stdout)
+    document = json.loads(result.stdout)
+    assert [t["name"] for t in document["plan"] if "block_size" in t["set_by"]] == ["head.weight"]
+    assert document["bytes"]["file"] == Path(document["file"]).stat().st_size
+
+
 def test_export_for_integer_compute(qcompress, model):
     flags = ("--bits", "4", "--vector-dim", "1", "--activation-bits", "4", "--calibration", "test.npz")
     result = qcompress("export", model, *flags, "--json")
     assert result.exit_code == 0
-    assert check("export", result.stdout) == {"notes[]"}
+    assert check("export", result.stdout) == {"notes[]", "plan[].settings.block_size", "plan[].settings.lut_dtype"}
     document = json.loads(result.stdout)
     assert (document["compute"], document["format"]) == ("int8", "qdq")
     assert {layer["compute"] for layer in document["layers"]} == {"int8"}

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from qcompress.errors import ConfigError, DivergenceError
+from qcompress.finetune.attach import prepare
 from qcompress.finetune.loop import LoopConfig, call, distillation, train
-from qcompress.finetune.prepare import prepare
 from qcompress.plan import Plan
 from qcompress.regularizers import BinRegularizer
 

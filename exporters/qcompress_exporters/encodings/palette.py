@@ -7,7 +7,7 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from qcompress import granularity
-from qcompress.artifacts import Floats, Int8s, PalettizedWeight, along_axis, spread
+from qcompress.artifacts import Floats, Halves, Int8s, PalettizedWeight, along_axis, spread
 from qcompress_exporters.encodings.base import Codes, Encoding, GraphWriter, looked_up, shaped
 from qcompress_exporters.encodings.native import Native
 from qcompress_exporters.encodings.planes import Planes
@@ -60,11 +60,16 @@ def write_int8_palette(
 
 
 def _lookups(
-    writer: GraphWriter, weight: PalettizedWeight, lut: Floats | Int8s, encoding: Encoding, *, widen: bool = False
+    writer: GraphWriter,
+    weight: PalettizedWeight,
+    lut: Floats | Halves | Int8s,
+    encoding: Encoding,
+    *,
+    widen: bool = False,
 ) -> str:
     """The entries that the codes point to, output channels first unless they are vectors; widened to float32."""
 
-    def table(values: Floats | Int8s) -> str:
+    def table(values: Floats | Halves | Int8s) -> str:
         written = writer.tensor(values)
         return writer.node("Cast", [written], to=TensorProto.FLOAT) if widen else written
 
@@ -113,7 +118,7 @@ def _codes(writer: GraphWriter, bits: int, codes: Codes, encoding: Encoding) -> 
     return shaped(writer, value, codes.size + encoding.padding(codes.size, bits), codes.shape)
 
 
-def _full_lut(lut: Floats | Int8s, bits: int) -> Floats | Int8s:
+def _full_lut(lut: Floats | Halves | Int8s, bits: int) -> Floats | Halves | Int8s:
     """The LUT with 2**bits entries: decode tables name every code, used or not."""
     missing = (1 << bits) - len(lut)
     return np.concatenate([lut, np.repeat(lut[-1:], missing, axis=0)]) if missing else lut

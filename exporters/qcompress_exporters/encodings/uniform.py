@@ -84,6 +84,8 @@ def _repeated(writer: GraphWriter, weight: IntegerWeight, values: str) -> str:
     if weight.block_size is None:
         return values
     assert weight.axis is not None
+    if weight.scale.shape[weight.axis] == 1:  # one block: it broadcasts
+        return values
     ends = [writer.constant(np.array(v, np.int32)) for v in (0, weight.shape[weight.axis], 1, weight.block_size)]
     block = writer.node("Div", [writer.node("Range", ends[:3]), ends[3]])
     return writer.node("Gather", [values, block], axis=weight.axis)

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 
 from qcompress.artifacts import FloatWeight, IntegerWeight
 from qcompress.errors import ConfigError, DataError
+from qcompress.finetune.attach import Prepared, prepare
 from qcompress.finetune.methods import Methods
-from qcompress.finetune.prepare import Prepared, prepare
 from qcompress.plan import Plan, parse_plan
 from qcompress.quantizers import Lsq, LsqPlus, N2uqActivation
 from qcompress.regularizers import BinRegularizer, KurtosisRegularizer
