@@ -1,7 +1,7 @@
 """Train the digits net with and without a penalty on the range of its weights, and compress both to 2 bits.
 
 The penalty (R², its margin form) acts on the float model; compression afterwards is that of every other model, without
-training. Takes about forty seconds on a CPU.
+training. On this net a weight of 0.1 does more than the paper's 0.01. Takes about twenty seconds on a CPU.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def trained(x: torch.Tensor, y: torch.Tensor, *, ranged: bool) -> nn.Module:
     """The net after the same number of epochs, with the penalty or without."""
     torch.manual_seed(0)
     net = DigitsNet()
-    regularizer = RangeRegularizer(net, kind="margin", weight=0.01)
+    regularizer = RangeRegularizer(net, kind="margin", weight=0.1)
     parameters = [*net.parameters(), *regularizer.parameters()] if ranged else [*net.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     steps = len(x) // BATCH
