@@ -17,9 +17,9 @@ from nets import randomized
 from qcompress import tracing
 from qcompress.artifacts import FloatWeight
 from qcompress.compressed import CompressedModel
-from qcompress.finetune import prepare as preparing
+from qcompress.finetune import attach
+from qcompress.finetune.attach import Prepared, prepare
 from qcompress.finetune.methods import Methods
-from qcompress.finetune.prepare import Prepared, prepare
 from qcompress.plan import Plan
 from qcompress.quantizers import QUANTIZERS
 from qcompress.sites import MarkedRunner, mark, rounding
@@ -84,12 +84,12 @@ def trace_once(module: nn.Module, options: Any) -> Any:
 @cache
 def _program(norm: bool) -> Any:
     arrays = {name: value.numpy() for name, value in inputs(2).items()}
-    return tracing.from_module(net(norm), preparing.ProgramOptions(inputs=arrays))
+    return tracing.from_module(net(norm), attach.ProgramOptions(inputs=arrays))
 
 
 @pytest.fixture(autouse=True)
 def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "from_module", trace_once)
+    monkeypatch.setattr(attach, "from_module", trace_once)
     for module in (onnx_file, agreement):
         monkeypatch.setattr(module, "trace", small_models.trace_once)
 
