@@ -261,7 +261,7 @@ def test_integer_compute_through_the_command_line(qcompress, exported, nothing_n
     assert "QLinearConv" in {n.op_type for n in graph_of("small.w4a4.onnx").node}
 
 
-@pytest.mark.usefixtures("traced_once")
+@pytest.mark.usefixtures("traced_once", "all_cores")
 def test_calibration_data_solve_the_weights(qcompress, exported, refused, nothing_new, model, folder):
     plain = exported("model.pt", "--bits", "2", "-o", "plain.onnx", "--no-synthetic")
     fast = exported("model.pt", "--bits", "2", "-o", "fast.onnx", "--calibration", "test.npz", "--effort", "fast")
