@@ -726,7 +726,7 @@ SLOW = [pytest.param(moment, marks=pytest.mark.slow) for moment in ("before the 
 @pytest.mark.parametrize("moment", ["half written", *SLOW])
 def test_killed_while_writing(qcompress, shell, traced_once, model, folder, moment):
     (folder / "model.w2.onnx").write_bytes(b"old")
-    args = ("export", "model.pt", "--bits", "2", "--force")
+    args = ("export", "model.pt", "--bits", "2", "--effort", "fast", "--force")
     result = shell(*args, moment, code=KILLED)
     assert result.returncode == -signal.SIGKILL, result.stderr
     left = (folder / "model.w2.onnx").read_bytes()
