@@ -76,7 +76,7 @@ def test_statistics_are_those_of_the_batchnorms(small):
 
 @pytest.mark.usefixtures("all_cores")
 def test_they_are_the_same_each_time(small, monkeypatch):
-    monkeypatch.setattr("qcompress.posthoc.synthesis._STEPS", 10)
+    monkeypatch.setattr("qcompress.posthoc.synthesis._STEPS", 3)
     program = traced(small, x=smooth_images(2, seed=0).numpy())
     assert synthesize(program).digest == synthesize(program).digest
 
