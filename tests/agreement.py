@@ -13,6 +13,7 @@ import torch
 from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_map_only
 
+import quick_torch
 from qcompress.compressed import CompressedModel
 from qcompress.program import FloatProgram, state_nodes, user_inputs
 from qcompress.sites import MarkedRunner, mark, rounding
@@ -31,6 +32,8 @@ from qcompress_exporters.onnx_file import Built, build, float_file, sites_of
 from qcompress_exporters.replay import file_grids, reference_state, replay
 from qcompress_exporters.sessions import Mode, run, session
 from qcompress_exporters.trace import Trace, trace
+
+quick_torch.look_up_once()
 
 Arrays = dict[str, npt.NDArray[Any]]
 MODES: tuple[Mode, ...] = ("exact", "deployed")

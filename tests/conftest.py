@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -18,6 +19,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The same examples on every run and machine; time limits belong to no test that a busy machine may run.
 hypothesis.settings.register_profile("qcompress", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("qcompress")
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """As many threads as torch takes by itself: for what must not depend on the order in which they end."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

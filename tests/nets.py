@@ -1,5 +1,6 @@
 """Small networks that between them have every kind of layer, and what the tests do with them."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,3 +83,22 @@ def sentences(batch: int = 3, seed: int = 0) -> Mapping[str, np.ndarray[Any, Any
     """Inputs of `Tied`."""
     random = np.random.default_rng(seed)
     return {"ids": random.integers(0, 40, (batch, 5)), "mask": (random.random((batch, 5)) < 0.8).astype(np.float32)}
+
+
+@functools.cache
+def residual() -> FloatProgram:
+    """`Residual`, traced once; the same weights each time."""
+    return seeded(Residual, x=image())
+
+
+@functools.cache
+def tied() -> FloatProgram:
+    """`Tied`, in the same way."""
+    return seeded(Tied, **sentences())
+
+
+def seeded(make: type[nn.Module], **inputs: Any) -> FloatProgram:
+    """A class of nets traced, with the same weights each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return traced(randomized(make()), **inputs)

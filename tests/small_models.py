@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+import quick_torch
 from nets import randomized
 from qcompress.compressed import CompressedModel
 from qcompress.plan import Plan, Settings
@@ -17,6 +18,8 @@ from qcompress.sources.base import ProgramOptions
 from qcompress.tracing import from_exported
 from qcompress_exporters.onnx_file import Built, build
 from qcompress_exporters.trace import Trace, trace
+
+quick_torch.look_up_once()
 
 LAYERS = ("stem", "left", "right", "head")
 

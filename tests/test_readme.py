@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pytest
 
+import small_models
+from qcompress_exporters import onnx_file, parity
+
 README = Path(__file__).parents[1] / "README.md"
 _FENCE = re.compile(
     r"(?:^<!-- (?P<note>skip|file): (?P<text>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
@@ -73,6 +76,9 @@ def test_a_block_runs(block, session, monkeypatch):
     folder, namespace = session
     monkeypatch.chdir(folder)
     monkeypatch.setattr("qcompress.posthoc.synthesis._STEPS", 2)  # that commands run is what counts here
+    monkeypatch.setattr("qcompress_cli.validate_command._TIMING_S", 0.1)
+    for module in (onnx_file, parity):
+        monkeypatch.setattr(module, "trace", small_models.trace_once)
     if block.language == "python":
         exec(compile(block.code, f"README.md:{block.line}", "exec"), namespace)
         return

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from nets import Residual, image, randomized, traced
+from nets import image, residual, traced
 from odd_nets import odd_inputs, odd_net
 from qcompress.artifacts import FloatWeight
 from qcompress.data import Dataset
@@ -109,8 +109,7 @@ def noise(program, small, inputs):
 @pytest.mark.parametrize("scheme", ["palette", "uniform"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_solved_weights_make_less_noise_on_new_inputs(bits, scheme):
-    x = image(96)
-    program = traced(randomized(Residual()), x=x[:2])
+    x, program = image(96), residual()
     plan = Plan.from_flags(bits=bits, scheme=scheme)
     plain = compress_program(program, plan, effort="fast")
     tensors = {t.name: t for t in resolve(plan, program_tensors(plain.program)).compressed}
@@ -164,7 +163,7 @@ def test_other_layers_are_in_nobodys_way(samples):
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_constant_inputs_are_no_worse_than_the_nearest_levels(value):
-    program = traced(randomized(Residual()), x=image(2))
+    program = residual()
     data = Dataset(inputs={"x": np.full((8, 3, 9, 9), value, np.float32)}, name="c.npz")
     plan = Plan.from_flags(bits=3)
     plain, small = compress_program(program, plan), compress_program(program, plan, calibration=data)

@@ -19,6 +19,7 @@ def folder(tmp_path, monkeypatch):
     """Every test runs in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("qcompress.posthoc.synthesis._STEPS", 4)  # inputs that are synthesised need not be good here
+    monkeypatch.setattr("qcompress_cli.validate_command._TIMING_S", 0.1)  # nor times exact
     for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path

@@ -262,7 +262,7 @@ def test_integer_compute_through_the_command_line(qcompress, exported, nothing_n
     assert "QLinearConv" in {n.op_type for n in graph_of("small.w4a4.onnx").node}
 
 
-@pytest.mark.usefixtures("traced_once")
+@pytest.mark.usefixtures("traced_once", "all_cores")
 def test_calibration_data_solve_the_weights(qcompress, exported, refused, nothing_new, model, folder):
     plain = exported("model.pt", "--bits", "2", "-o", "plain.onnx", "--no-synthetic")
     fast = exported("model.pt", "--bits", "2", "-o", "fast.onnx", "--calibration", "test.npz", "--effort", "fast")
@@ -731,7 +731,7 @@ SLOW = [pytest.param(moment, marks=pytest.mark.slow) for moment in ("before the 
 @pytest.mark.parametrize("moment", ["half written", *SLOW])
 def test_killed_while_writing(qcompress, shell, traced_once, model, folder, moment):
     (folder / "model.w2.onnx").write_bytes(b"old")
-    args = ("export", "model.pt", "--bits", "2", "--force")
+    args = ("export", "model.pt", "--bits", "2", "--effort", "fast", "--force")
     result = shell(*args, moment, code=KILLED)
     assert result.returncode == -signal.SIGKILL, result.stderr
     left = (folder / "model.w2.onnx").read_bytes()

@@ -39,7 +39,7 @@ def exported_bytes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     (folder / "model.pt").write_bytes(small_models.pt2())
     (folder / "plan.toml").write_text(small_models.compressed().plan.to_toml())
-    args = ["export", folder / "model.pt", "--plan", folder / "plan.toml", "-o", folder / FILE]
+    args = ["export", folder / "model.pt", "--plan", folder / "plan.toml", "--effort", "fast", "-o", folder / FILE]
     assert CliRunner().invoke(cli, [str(a) for a in args]).exit_code == 0
     return (folder / FILE).read_bytes()
 

@@ -1,5 +1,6 @@
 """Whole files: what is in them, how large they are, that onnxruntime runs them as it runs the float file."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 from torch import nn
 
 import small_models
-from nets import Residual, Tied, image, randomized, sentences, traced
+from nets import Residual, image, randomized, residual, seeded, sentences, tied, traced
 from qcompress.artifacts import FloatWeight, PalettizedWeight
 from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.plan import Plan, Settings
 from qcompress.posthoc.compress import compress, compress_program
+from qcompress.program import FloatProgram
 from qcompress_exporters import export, onnx_file
 from qcompress_exporters.lower import lower
 from qcompress_exporters.metadata import read
@@ -36,15 +38,19 @@ class Wide(nn.Module):
         return self.head(self.b(self.bn(self.a(x)).relu()).relu().mean((2, 3)))
 
 
-@pytest.fixture
+@functools.cache
+def wide() -> FloatProgram:
+    return seeded(Wide, x=image())
+
+
+@pytest.fixture(autouse=True)
 def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_file, "trace", small_models.trace_once)
 
 
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_width_runs_exactly_as_the_float_file_with_its_weights(bits: int) -> None:
-    small = compress_program(traced(randomized(Wide()), x=image()), Plan.from_flags(bits=bits), effort="fast")
+    small = compress_program(wide(), Plan.from_flags(bits=bits), effort="fast")
     built = build(small)
     onnx.checker.check_model(onnx.load_from_string(built.data), full_check=True)
     graph = small_models.trace_once(small.program)
@@ -58,9 +64,8 @@ def test_every_width_runs_exactly_as_the_float_file_with_its_weights(bits: int) 
     np.testing.assert_allclose(got, module(torch.from_numpy(feeds["x"])).detach().numpy(), atol=1e-4)
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_files_shrink_with_every_bit_and_stay_near_the_ideal() -> None:
-    program = traced(randomized(Wide()), x=image())
+    program = wide()
     sizes = {
         bits: build(compress_program(program, Plan.from_flags(bits=bits), effort="fast")).report.size
         for bits in range(1, 9)
@@ -70,7 +75,6 @@ def test_files_shrink_with_every_bit_and_stay_near_the_ideal() -> None:
     assert all(s.ideal <= s.payload <= s.file for s in sizes.values())
 
 
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("target", ["onnxruntime==1.18", "onnxruntime==1.23", "onnxruntime==1.24"])
 @pytest.mark.parametrize("rows_per_lut", [None, 3, 4])
 def test_targets_and_granularities(target: str, rows_per_lut: int | None) -> None:
@@ -78,17 +82,16 @@ def test_targets_and_granularities(target: str, rows_per_lut: int | None) -> Non
         default=Settings(bits=3, rows_per_lut=rows_per_lut or "auto"),
         kind={"depthwise": Settings(bits=5), "last": Settings(bits=4)},
     )
-    small = compress_program(traced(randomized(Residual()), x=image()), plan, effort="fast")
-    report = build(small, target=target).report
+    small = compress_program(residual(), plan, effort="fast")
     built = build(small, target=target)
     wanted = small.to_module()(torch.from_numpy(image(5))).detach().numpy()
     got = run(session(built.data, "deployed"), {"x": image(5)})["output"]
     np.testing.assert_allclose(got, wanted, atol=1e-5 * max(1.0, float(np.abs(wanted).max())))
-    assert report.opset <= {"onnxruntime==1.18": 18, "onnxruntime==1.23": 21, "onnxruntime==1.24": 25}[target]
+    assert built.report.opset <= {"onnxruntime==1.18": 18, "onnxruntime==1.23": 21, "onnxruntime==1.24": 25}[target]
 
 
 def test_tied_weights_are_stored_once_and_stay_tied() -> None:
-    small = compress_program(traced(Tied().eval(), **sentences()), Plan.from_flags(bits=4))
+    small = compress_program(tied(), Plan.from_flags(bits=4))
     built = build(small)
     assert [n for n in small.artifacts if "embed" in n or "head" in n] == ["embed.weight"]
     got = run(session(built.data, "deployed"), sentences(2, seed=5))
@@ -98,12 +101,13 @@ def test_tied_weights_are_stored_once_and_stay_tied() -> None:
 
 
 def test_recurrent_weights_stay_float_and_the_reason_is_told() -> None:
-    small = compress_program(traced(Tied().eval(), **sentences()), Plan.from_flags(bits=4))
+    small = compress_program(tied(), Plan.from_flags(bits=4))
     left = {t.name: t.why for t in build(small).report.left_in_float}
     assert "recurrent" in left["recur.weight_ih_l0"]
 
 
-def test_the_same_input_gives_the_same_bytes() -> None:
+def test_the_same_input_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_file, "trace", trace)
     net = randomized(Residual())
     files = [
         build(compress_program(traced(net, x=image()), Plan.from_flags(bits=3), effort="fast")).data for _ in range(2)
@@ -112,17 +116,13 @@ def test_the_same_input_gives_the_same_bytes() -> None:
 
 
 def test_nothing_of_the_machine_or_of_torch_is_in_the_file() -> None:
-    data = build(
-        compress_program(traced(randomized(Residual()), x=image()), Plan.from_flags(bits=2), effort="fast")
-    ).data
+    data = build(compress_program(residual(), Plan.from_flags(bits=2), effort="fast")).data
     for word in (b"pkg.torch", str(Path.cwd()).encode(), b".py", b"site-packages"):
         assert word not in data
 
 
 def test_metadata_says_what_the_gate_needs(tmp_path: Path) -> None:
-    small = compress_program(
-        traced(randomized(Wide()), x=image()), Plan.from_flags(bits=2), source_digest="abc", effort="fast"
-    )
+    small = compress_program(wide(), Plan.from_flags(bits=2), source_digest="abc", effort="fast")
     report = export(small, tmp_path / "net.onnx")
     file = read(tmp_path / "net.onnx")
     assert file.is_ours
@@ -134,7 +134,7 @@ def test_metadata_says_what_the_gate_needs(tmp_path: Path) -> None:
 
 
 def test_float16_leftovers_take_half_and_are_exact_in_float16() -> None:
-    small = compress_program(traced(randomized(Wide()), x=image()), Plan.from_flags(bits=2), effort="fast")
+    small = compress_program(wide(), Plan.from_flags(bits=2), effort="fast")
     full, half = build(small), build(small, float_leftovers="float16")
     assert half.report.size.file < full.report.size.file
     assert {t.encoding for t in half.report.left_in_float} == {"float16", "float32"}  # the head's 10 biases pay nothing
@@ -218,6 +218,6 @@ def test_leftovers_too_small_for_float16_stay_float32() -> None:
 
 
 def test_the_length_of_the_float_file_is_told_without_its_bytes() -> None:
-    for program in (traced(randomized(Wide()), x=image()), traced(Tied().eval(), **sentences())):
-        graph = trace(program)
+    for program in (wide(), tied()):
+        graph = small_models.trace_once(program)
         assert float_file_nbytes(graph, program.state()) == len(float_file(graph, program.state()))

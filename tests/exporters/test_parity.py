@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import small_models
-from nets import Tied, image, randomized, sentences, traced
+from nets import image, sentences, tied, traced
 from qcompress.data import Dataset
 from qcompress.errors import DataError, SourceError
 from qcompress.metrics import METRICS
@@ -359,7 +359,7 @@ def test_a_fixed_batch_measures_whole_batches(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("traced_once")
 def test_several_outputs_are_told_one_by_one(tmp_path: Path) -> None:
-    program = traced(randomized(Tied()), **sentences())
+    program = tied()
     small = compress_program(program, Plan.from_flags(bits=4), effort="fast")
     path = tmp_path / "tied.onnx"
     export(small, path)
