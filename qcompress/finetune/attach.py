@@ -21,10 +21,10 @@ from qcompress.errors import ConfigError, DataError
 from qcompress.finetune.finalize import BatchNorm, Parts, compressed
 from qcompress.finetune.live_graph import AtSite, LiveGraph
 from qcompress.finetune.methods import Methods
-from qcompress.layers import weight_layers
+from qcompress.layers import bias_of, weight_layers
 from qcompress.plan import Plan, resolve
 from qcompress.posthoc.compress import by_position, program_tensors
-from qcompress.program import FloatProgram
+from qcompress.program import FloatProgram, state_nodes
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import Place
 from qcompress.sites import OUTPUT, Placement, activation_sites, mark
@@ -94,6 +94,13 @@ def prepare(
             )
         made[tensor.name] = methods.weight(tensor.bits, layer, channels)
         made[tensor.name].initialise(weight.detach())
+    if methods.bias_bits is not None:
+        names = state_nodes(folded.exported)
+        biases = [names[bias] for name in made if (bias := bias_of(layers[name].node)) is not None and bias in names]
+        for name in biases:
+            if name in state:
+                made[name] = methods.bias()
+                made[name].initialise(state[name].detach())
     widths = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
     parts = Parts(program, folded, resolved, activation_sites(folded, widths, placement), batchnorm, arguments)
     prepared = Prepared(model, parts)
@@ -166,8 +173,12 @@ class Prepared(nn.Module):
             ConfigError: a trained tensor is not finite.
         """
         tensors = {name: getattr(place.module, place.attribute) for name, place in self._homes.items()}
-        quantizers = self._weight_quantizers()
-        weights = {name: q.weight_artifact(self._homes[name].weight().detach()) for name, q in quantizers.items()}
+        quantizers, planned = self._weight_quantizers(), {t.name for t in self.parts.resolved.compressed}
+        weights = {
+            name: quantizer.weight_artifact(self._homes[name].weight().detach())
+            for name, quantizer in quantizers.items()
+            if name in planned
+        }
         grids = [q.activation_grid(s.key) for q, s in zip(self._activations, self.parts.sites, strict=True)]
         return compressed(self.parts, tensors, weights, grids)
 

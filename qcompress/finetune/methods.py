@@ -22,6 +22,8 @@ class Methods:
         weight_options: further arguments of the weights' quantizer, such as {"init": "min_max"}.
         activation_options: the same for activations.
         per_channel: whether output channels have scales of their own, where a method leaves the choice.
+        bias_bits: of the biases of quantized layers, on a grid of one learned scale; None: floats. Layers in front of a
+            BatchNorm commonly have none before it is folded.
     """
 
     weights: str = "lsq"
@@ -29,6 +31,7 @@ class Methods:
     weight_options: Mapping[str, Any] = field(default_factory=dict)
     activation_options: Mapping[str, Any] = field(default_factory=dict)
     per_channel: bool = True
+    bias_bits: int | None = None
 
     def weight(self, bits: int, layer: Layer, channels: int) -> AbstractQuantizer:
         """The quantizer of a layer's weight."""
@@ -39,6 +42,11 @@ class Methods:
         elif found.scales == "either" and self.per_channel:
             axes = {"axis": layer.axis, "channels": channels}
         return found.make(bits=bits, **axes, **self.weight_options)
+
+    def bias(self) -> AbstractQuantizer:
+        """The quantizer of a layer's bias: TQT's beside TQT's weights, else LSQ's."""
+        assert self.bias_bits is not None
+        return way("tqt" if self.weights == "tqt" else "lsq", "weight", self.bias_bits).make(bits=self.bias_bits)
 
     def activation(self, bits: int, has_negative: bool) -> AbstractQuantizer:
         """The quantizer of a site whose values were seen."""

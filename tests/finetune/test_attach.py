@@ -237,6 +237,76 @@ def test_quantizers_have_names(x):
     assert found["conv1.weight"].scale.value().shape == ()
 
 
+def test_the_setting_of_bin_regularization_on_tqt(x):
+    """Table 9: one width for all layers, operands of sums quantized, 8-bit biases, BatchNorm folded while training."""
+    methods = Methods(weights="tqt", activations="tqt", bias_bits=8)
+    tuned = prepare(
+        Residual(), plan(4, 4), example_inputs=(x,), methods=methods, regularizers=[BinRegularizer], batchnorm="fold"
+    )
+    (tuned(x).square().sum() + tuned.penalty()).backward()
+    assert all(p.grad is not None for p in tuned.parameters())
+    found = tuned.quantizers()
+    assert {"conv1.bias", "conv2.bias", "fc.bias"} < set(found)
+    scale = found["conv1.bias"].step_size(tuned.model.conv1.bias).item()
+    assert np.log2(scale) == round(np.log2(scale))
+    steps = tuned.model.conv1.bias.detach().numpy() / scale
+    assert np.array_equal(steps, steps.round())
+    small = tuned.finalize()
+    sites = [name for name, _ in small.activations]
+    assert "conv2d_1" in sites  # what the sum takes
+    assert any("relu" in name for name in sites)  # and gives
+    stored = small.artifacts["conv1.bias"]
+    np.testing.assert_allclose(stored.dequantize(), tuned.model.conv1.bias.detach(), atol=1e-4)  # in int32 steps
+    floats = prepare(Residual(), plan(4), example_inputs=(x,), methods=methods, batchnorm="fold")
+    assert np.array_equal(floats.finalize().artifacts["fc.bias"].dequantize(), floats.model.fc.bias.detach())
+
+
+class Scaled(nn.Module):
+    """A weight of a module of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return x @ self.table
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "name"),
+    [
+        (nn.Conv1d(4, 6, 3), (2, 4, 9), "weight"),
+        (nn.Conv3d(2, 4, 2), (2, 2, 4, 4, 4), "weight"),
+        (nn.ConvTranspose2d(3, 5, 2), (2, 3, 4, 4), "weight"),
+        (nn.MultiheadAttention(8, 2, batch_first=True), (2, 3, 8), "in_proj_weight"),
+        (Scaled(), (2, 6), "table"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_layers_of_every_kind(layer, shape, name):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            if isinstance(self.layer, nn.MultiheadAttention):
+                return self.layer(x, x, x, need_weights=False)[0]
+            return self.layer(x)
+
+    x = torch.randn(shape)
+    model = Net().eval()
+    tuned = prepare(model, plan(4), example_inputs=(x,))
+    small = tuned.finalize()
+    stored = small.artifacts[f"layer.{name}"]
+    assert isinstance(stored, IntegerWeight)
+    assert np.array_equal(stored.dequantize(), getattr(model.layer, name).detach())
+    with torch.no_grad():
+        torch.testing.assert_close(small.to_module()(x), tuned(x))
+    tuned(x).sum().backward()
+    assert all(p.grad is not None for p in tuned.quantizer_parameters())
+
+
 def test_what_would_not_get_smaller_is_stored_as_floats():
     tuned = prepare(nn.Linear(1, 1), plan(8), example_inputs=(torch.randn(2, 1),))
     stored = tuned.finalize().artifacts["weight"]
