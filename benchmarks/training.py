@@ -3,8 +3,9 @@
     python benchmarks/training.py --data DIR [--nets digits resnet20] [--methods lsq lsq_plus …] [--quick] [--json FILE]
 
 DIR holds the nets and images of `_nets.py`. Each row starts from the same float net, trains with the same data, order
-and budget, and is measured through onnxruntime on the exported file: digits 20 epochs, ResNet-20 at most 6 of its
-10,000 training images. Steps are timed in one thread, interleaved with steps of the float net, beside the float net
+and budget, and is measured through onnxruntime on the exported file: digits 20 epochs on labels, ResNet-20 at most 6 of
+its 10,000 training images on what the float net returns for them. All layers have the row's width, first and last too,
+but for "8-bit ends". Steps are timed in one thread, interleaved with steps of the float net, beside the float net
 against itself; ratios are medians of pairs. --quick: fewer epochs and rows.
 """
 
@@ -16,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from qcompress.data import Dataset, load_data
 from qcompress.finetune.attach import Prepared, prepare
 from qcompress.finetune.loop import LoopConfig, train
 from qcompress.finetune.methods import Methods
-from qcompress.plan import Plan
+from qcompress.plan import Plan, Settings
 from qcompress.regularizers import BinRegularizer, RangeRegularizer
 from qcompress_exporters import build
 from qcompress_exporters.sessions import run, session
@@ -51,6 +52,7 @@ class Row:
         methods: the quantizers.
         regularizers: as `prepare` takes them.
         quantizer_rate: as in `LoopConfig`.
+        wide_ends: whether the first and the last layer have 8 bits.
     """
 
     name: str
@@ -59,6 +61,14 @@ class Row:
     methods: Methods
     regularizers: tuple[Callable[[nn.Module], nn.Module], ...] = ()
     quantizer_rate: float = 1.0
+    wide_ends: bool = False
+
+    @property
+    def plan(self) -> Plan:
+        """Bits of every layer."""
+        plan = Plan.from_flags(bits=self.bits, activation_bits=self.activation_bits)
+        wide = Settings(bits=8, activation_bits=None if self.activation_bits is None else 8)
+        return replace(plan, kind={"first": wide, "last": wide}) if self.wide_ends else plan
 
 
 def named(weights: str = "lsq", activations: str = "lsq", **options: Any) -> Methods:
@@ -66,20 +76,23 @@ def named(weights: str = "lsq", activations: str = "lsq", **options: Any) -> Met
     return Methods(weights=weights, activations=activations, **options)
 
 
+LEAST_ERROR = {"activation_options": {"init": "lsq_plus"}}
 ROWS = (
     Row("LSQ W2", 2, None, named()),
     Row("LSQ W2 + BR", 2, None, named(), (BinRegularizer,)),
-    Row("DoReFa W2", 2, None, named("dorefa")),
-    Row("ternary W2", 2, None, named("ternary")),
+    Row("LSQ+ W2", 2, None, named("lsq_plus")),
     Row("EWGS W2", 2, None, named("ewgs")),
     Row("TQT W2", 2, None, named("tqt")),
-    Row("N2UQ weights W2", 2, None, named("n2uq")),
-    Row("LSQ W4A4", 4, 4, named()),
+    Row("DoReFa W2", 2, None, named("dorefa")),
+    Row("ternary W2", 2, None, named("ternary")),
+    Row("N2UQ W2", 2, None, named("n2uq")),
+    Row("LSQ W4A4", 4, 4, named(**LEAST_ERROR)),
     Row("LSQ+ W4A4", 4, 4, named("lsq_plus", "lsq_plus")),
-    Row("LSQ W2A2", 2, 2, named()),
+    Row("LSQ W2A2", 2, 2, named(**LEAST_ERROR)),
+    Row("LSQ W2A2, 8-bit ends", 2, 2, named(**LEAST_ERROR), wide_ends=True),
     Row("LSQ+ W2A2", 2, 2, named("lsq_plus", "lsq_plus")),
-    Row("EWGS W2A2", 2, 2, named("ewgs", "ewgs")),
-    Row("TQT W2A2", 2, 2, named("tqt", "tqt")),
+    Row("EWGS W2A2", 2, 2, named("ewgs", "ewgs", **LEAST_ERROR)),
+    Row("TQT W2A2", 2, 2, named("tqt", "tqt", **LEAST_ERROR)),
     Row("DoReFa + PACT W2A2", 2, 2, named("dorefa", "pact")),
     Row("N2UQ W2A2", 2, 2, named("n2uq", "n2uq", activation_options={"init": "lsq"}), quantizer_rate=0.1),
 )
@@ -138,6 +151,7 @@ class Task:
     epochs: int
     rate: float
     flips: bool
+    teacher: nn.Module | None = None
 
 
 def main() -> int:
@@ -198,7 +212,8 @@ def resnet20(folder: Path, epochs: int) -> Task:
     net = NETS["resnet20"]
     transform = f"{folder}/{net.arch.partition(':')[0]}:{net.transform}"
     training = load_data(f"{folder}/cifar10jpeg_small.npz:train_x,train_y", transform=transform)
-    return Task(net.module(folder), training, net.test_data(folder), epochs=epochs, rate=1e-3, flips=True)
+    module = net.module(folder)
+    return Task(module, training, net.test_data(folder), epochs=epochs, rate=2e-3, flips=True, teacher=module)
 
 
 def prepared(task: Task, row: Row) -> tuple[Prepared, Shuffled]:
@@ -207,9 +222,8 @@ def prepared(task: Task, row: Row) -> tuple[Prepared, Shuffled]:
     module = copy.deepcopy(task.module)
     batches = Shuffled(task.training, flips=task.flips)
     first = [x for x, _ in itertools.islice(batches, 4)]
-    plan = Plan.from_flags(bits=row.bits, activation_bits=row.activation_bits)
     tuned = prepare(
-        module, plan, example_inputs=(first[0],), calibration=first[1:], methods=row.methods,
+        module, row.plan, example_inputs=(first[0],), calibration=first[1:], methods=row.methods,
         regularizers=row.regularizers,
     )  # fmt: skip
     return tuned, batches
@@ -220,7 +234,7 @@ def trained(task: Task, row: Row) -> dict[str, float]:
     start = time.process_time()
     tuned, batches = prepared(task, row)
     config = LoopConfig(epochs=task.epochs, rate=task.rate, warm_up=0.05, quantizer_rate=row.quantizer_rate)
-    for _ in train(tuned, batches, config):
+    for _ in train(tuned, batches, config, teacher=task.teacher):
         pass
     seconds = time.process_time() - start
     built = build(tuned.finalize())
