@@ -14,7 +14,7 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-COUNT: Final = 1 << 16
+COUNT: Final = 1 << 15
 PIECE: Final = 1 << 16
 _MOST_OUTSIDE: Final = COUNT
 

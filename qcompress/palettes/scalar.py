@@ -306,8 +306,8 @@ def _fit_binned(values: Floats, mass: npt.NDArray[Any] | None, entries: int) -> 
     found = _binned(values, mass, entries)
     if found is None:
         return None
-    values_U, mass_U, lost = found
-    points = _Points.of(values_U, mass_U, entries)
+    points, lost = _Points.of(*found[:2], entries), found[2]
+    del found  # memory
     edges = points.near_best(2 * _CELLS_PER_ENTRY)
     if lost > _LOST * points.errors(edges).sum() / points.n[-1]:
         return None
