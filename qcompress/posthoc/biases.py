@@ -27,6 +27,8 @@ from qcompress.program import FloatProgram, state_nodes
 from qcompress.sites import input_sites, mark
 
 _LARGEST: Final = 2.0**30  # in steps: half of what fits
+_COARSE: Final = 3  # bits of weights with which the steps of biases are large
+_FINEST: Final = 64  # of codes: CPUs without VNNI saturate the sums of products with larger ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +120,43 @@ def raised(weight: IntegerWeight | PalettizedWeight, least_O: Floats) -> Integer
     return replace(weight, codes=codes, scale=scale)
 
 
+def _in_finer_steps(weight: IntegerWeight, bias: _Bias) -> IntegerWeight | PalettizedWeight:
+    """The same weight with larger codes and a scale as much smaller, by a power of 2: its bias loses less.
+
+    Few bits make large steps: with those of 2-bit weights and 2-bit activations, biases lost ResNet-20 0.9 points.
+
+    Args:
+        weight: codes on a symmetric grid.
+        bias: of its layer.
+    """
+    assert weight.zero_point is None
+    assert weight.block_size is None
+    low, high = -(1 << (weight.bits - 1)), (1 << (weight.bits - 1)) - 1
+    largest = np.abs(bias.values / (float(bias.grid.scale) * bias.scale)).max(initial=1)
+    more = 1 << max(0, min(_FINEST // -low, int(_LARGEST / largest)).bit_length() - 1)
+    scale = np.asarray(weight.scale / np.float32(more))
+    if more == 1 or np.abs(scale).min() < np.finfo(np.float32).tiny:
+        return weight
+    return PalettizedWeight(
+        codes=(weight.codes.astype(np.int16) - low).astype(np.uint8),
+        lut=(np.arange(low, high + 1) * more).astype(np.int8)[None],
+        bits=weight.bits,
+        axis=weight.axis or 0,
+        scale=scale,
+    )
+
+
 def in_steps(model: CompressedModel) -> CompressedModel:
     """The model with the biases of int8 layers at whole steps, a free offset of the input that they take up included.
 
     A bias beyond 32 bits stays: its layer computes in float.
     """
-    artifacts = dict(model.artifacts)
-    for bias in _biases(model.program, model.artifacts, list(model.activations.values())):
+    artifacts, grids = dict(model.artifacts), list(model.activations.values())
+    for bias in _biases(model.program, model.artifacts, grids):
+        weight = artifacts[bias.weight]
+        if isinstance(weight, IntegerWeight) and weight.bits <= _COARSE:
+            artifacts[bias.weight] = _in_finer_steps(weight, bias)
+    for bias in _biases(model.program, artifacts, grids):
         step_O = np.asarray(bias.grid.scale * bias.scale).astype(np.float64)
         offset = 0.0 if bias.grid.zero_point is not None else float(bias.grid.offset)
         folded_O = offset * bias.scale.astype(np.float64) * bias.sums
