@@ -22,7 +22,7 @@ from qcompress.finetune.finalize import BatchNorm, Parts, compressed
 from qcompress.finetune.live_graph import AtSite, LiveGraph
 from qcompress.finetune.methods import Methods
 from qcompress.layers import bias_of, weight_layers
-from qcompress.plan import Plan, resolve
+from qcompress.plan import Plan, TensorPlan, resolve
 from qcompress.posthoc.compress import by_position, program_tensors
 from qcompress.program import FloatProgram, state_nodes
 from qcompress.quantizers import AbstractQuantizer
@@ -77,7 +77,10 @@ def prepare(
     named = example_inputs if isinstance(example_inputs, Mapping) else by_position(model, tuple(example_inputs))
     arguments = tuple(inspect.signature(model.forward).parameters)
     arrays = {name: value.detach().cpu().numpy() for name, value in named.items()}
-    program = from_module(model, ProgramOptions(inputs=arrays))
+    if any(isinstance(module, AbstractQuantizer) for module in model.modules()):
+        raise ConfigError("prepare must have a float model, got one that is prepared already: unwrap() it first.")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    program = from_module(model if device.type == "cpu" else copy.deepcopy(model).cpu(), ProgramOptions(inputs=arrays))
     folded = fold_batchnorm(program)
     if batchnorm == "fold":
         model, program = _folded_copy(model, program, folded), folded
@@ -85,6 +88,7 @@ def prepare(
     layers, factors, state = weight_layers(folded), fold_factors(program), program.state()
     made: dict[str, AbstractQuantizer] = {}
     for tensor in resolved.compressed:
+        _check_trains(tensor)
         layer, weight = layers[tensor.name], state[tensor.name]
         channels = weight.shape[layer.axis]
         if tensor.name in factors and len(factors[tensor.name]) != channels:
@@ -126,7 +130,8 @@ class Prepared(nn.Module):
         self._graph = LiveGraph(mark(parts.program, keys))
         self._homes = {name: home for name in self._graph.tensors if (home := _home(model, name)) is not None}
         for name in set(self._graph.tensors) - set(self._homes):  # what the graph made of the model's code
-            self.register_buffer(_constant(name), parts.program.state()[name].clone(), persistent=False)
+            constant = parts.program.state()[name].clone().to(next(model.parameters()).device)
+            self.register_buffer(_constant(name), constant, persistent=False)
         trained = parts.batchnorm == "train"
         self._norms = {n: p.module for n, p in self._homes.items() if trained and isinstance(p.module, _BatchNorm)}
 
@@ -276,6 +281,18 @@ class Prepared(nn.Module):
         return {name: found for name, place in self._homes.items() if (found := place.quantizer()) is not None}
 
 
+def _check_trains(tensor: TensorPlan) -> None:
+    """Refuse what is about palettes and blocks, which no quantizer here has."""
+    assert tensor.settings is not None
+    for field, plain in (("rows_per_lut", "auto"), ("vector_dim", 1), ("block_size", None), ("lut_dtype", None)):
+        value = getattr(tensor.settings, field)
+        if value not in (plain, None):
+            raise ConfigError(
+                f"{tensor.name}: {field} = {value} ({tensor.origins[field]}) is for compression without training, and "
+                "the quantizers that train have none: leave it out."
+            )
+
+
 def _folded_copy(model: nn.Module, program: FloatProgram, folded: FloatProgram) -> nn.Module:
     """A copy of a model with the weights and biases of its folded program, and nothing in the BatchNorms' place."""
     copied, state = copy.deepcopy(model), folded.state()
@@ -283,7 +300,9 @@ def _folded_copy(model: nn.Module, program: FloatProgram, folded: FloatProgram) 
         path, _, attribute = name.rpartition(".")
         home = _home(copied, name)
         if isinstance(value, nn.Parameter) and (home is not None or name not in program.state()):
-            copied.get_submodule(path).register_parameter(attribute, nn.Parameter(value.detach().clone()))
+            device = next(model.parameters()).device
+            trained = nn.Parameter(value.detach().clone().to(device))
+            copied.get_submodule(path).register_parameter(attribute, trained)
     for path, module in list(copied.named_modules()):
         if isinstance(module, _BatchNorm) and f"{path}.running_mean" not in state:
             parent, _, attribute = path.rpartition(".")

@@ -343,6 +343,26 @@ def test_what_does_not_go_together(x, changed, message):
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("field", ["rows_per_lut = 4", "vector_dim = 2", "lut_dtype = 'float16'"])
+def test_a_plan_for_palettes_is_refused(x, field):
+    chosen = parse_plan(f"version = 1\n[default]\nbits = 4\n{field}", "plan.toml")
+    name, value = field.split(" = ")
+    message = (
+        rf"^conv1\.weight: {name} = {value.strip(chr(39))} \(plan\.toml:4 \[default\]\) is for compression without"
+    )
+    with pytest.raises(ConfigError, match=message):
+        prepare(Residual(), chosen, example_inputs=(x,))
+
+
+def test_a_model_is_prepared_once(x):
+    tuned = prepare(Residual(), plan(4), example_inputs=(x,))
+    with pytest.raises(
+        ConfigError, match=r"^prepare must have a float model, got one that is prepared already: unwrap"
+    ):
+        prepare(tuned.model, plan(2), example_inputs=(x,))
+    assert len(prepare(tuned.unwrap(), plan(2), example_inputs=(x,)).quantizers()) == 3
+
+
 def test_a_batchnorm_that_fits_no_scale():
     net = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.BatchNorm2d(4)).eval()
     x = torch.randn(2, 4, 3, 3)
