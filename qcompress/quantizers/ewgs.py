@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcompress.artifacts import AnyGrid, Artifact
 from qcompress.errors import ConfigError
-from qcompress.quantizers.base import AbstractQuantizer, Role, Site
+from qcompress.quantizers.base import Role
 from qcompress.quantizers.initial import Init
-from qcompress.quantizers.step import Grid, Step
+from qcompress.quantizers.step import Grid, Step, UniformQuantizer
 from qcompress.ste import codes, inside, scale_gradient
 
 
@@ -67,7 +66,7 @@ class _Ewgs(torch.autograd.Function):
 
 
 @final
-class Ewgs(AbstractQuantizer):
+class Ewgs(UniformQuantizer):
     """EWGS of a weight or an activation.
 
     Args:
@@ -121,14 +120,7 @@ class Ewgs(AbstractQuantizer):
         scale: Tensor = self.scale(weight)
         return scale
 
-    def weight_artifact(self, weight: Tensor) -> Artifact:
-        """Integer codes and their scale."""
-        if self.grid.role != "weight":
-            return super().weight_artifact(weight)
-        return self.grid.integer_weight(weight, self.scale.value())
-
-    def activation_grid(self, site: Site) -> AnyGrid:
-        """The grid, without an offset."""
-        if self.grid.role != "activation":
-            return super().activation_grid(site)
-        return self.grid.activation_grid(site, self.scale.value())
+    def learned_scale(self) -> Tensor:
+        """Of the last step."""
+        scale: Tensor = self.scale.value()
+        return scale

@@ -11,10 +11,9 @@ from typing import final
 
 from torch import Tensor
 
-from qcompress.artifacts import AnyGrid, Artifact
-from qcompress.quantizers.base import AbstractQuantizer, Role, Site
+from qcompress.quantizers.base import Role
 from qcompress.quantizers.initial import Init
-from qcompress.quantizers.step import Grid, Step
+from qcompress.quantizers.step import Grid, Step, UniformQuantizer
 from qcompress.ste import fake_quantize
 
 
@@ -41,7 +40,7 @@ def lsq(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
 
 
 @final
-class Lsq(AbstractQuantizer):
+class Lsq(UniformQuantizer):
     """LSQ of a weight or an activation.
 
     Args:
@@ -92,14 +91,7 @@ class Lsq(AbstractQuantizer):
         scale: Tensor = self.scale(weight)
         return scale
 
-    def weight_artifact(self, weight: Tensor) -> Artifact:
-        """Integer codes and their scale."""
-        if self.grid.role != "weight":
-            return super().weight_artifact(weight)
-        return self.grid.integer_weight(weight, self.scale.value())
-
-    def activation_grid(self, site: Site) -> AnyGrid:
-        """The grid, without an offset."""
-        if self.grid.role != "activation":
-            return super().activation_grid(site)
-        return self.grid.activation_grid(site, self.scale.value())
+    def learned_scale(self) -> Tensor:
+        """Of the last step."""
+        scale: Tensor = self.scale.value()
+        return scale

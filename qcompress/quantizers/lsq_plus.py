@@ -13,12 +13,11 @@ from typing import Final, final
 import torch
 from torch import Tensor, nn
 
-from qcompress.artifacts import AnyGrid, Artifact
 from qcompress.errors import ConfigError
-from qcompress.quantizers.base import AbstractQuantizer, Role, Site
+from qcompress.quantizers.base import Role
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.positive import multiplied_gradient
-from qcompress.quantizers.step import Grid, Step
+from qcompress.quantizers.step import Grid, Step, UniformQuantizer
 from qcompress.ste import fake_quantize, straight_through
 
 # Table 1: configuration -> (signed, has an offset).
@@ -50,7 +49,7 @@ def lsq_plus(x: Tensor, scale: Tensor, offset: Tensor, qmin: int, qmax: int) -> 
 
 
 @final
-class LsqPlus(AbstractQuantizer):
+class LsqPlus(UniformQuantizer):
     """LSQ+ of a weight (configuration 2) or an activation.
 
     Args:
@@ -140,14 +139,11 @@ class LsqPlus(AbstractQuantizer):
         scale: Tensor = self.scale(weight)
         return scale
 
-    def weight_artifact(self, weight: Tensor) -> Artifact:
-        """Integer codes and their scale."""
-        if self.grid.role != "weight":
-            return super().weight_artifact(weight)
-        return self.grid.integer_weight(weight, self.scale.value())
+    def learned_scale(self) -> Tensor:
+        """Of the last step."""
+        scale: Tensor = self.scale.value()
+        return scale
 
-    def activation_grid(self, site: Site) -> AnyGrid:
-        """The grid, with its offset where the configuration has one."""
-        if self.grid.role != "activation":
-            return super().activation_grid(site)
-        return self.grid.activation_grid(site, self.scale.value(), self._snapped() if self._is_snapped else self.offset)
+    def learned_offset(self) -> Tensor | None:
+        """Of the last step; None: the configuration has none."""
+        return self._snapped() if self._is_snapped else self.offset

@@ -1,5 +1,6 @@
 """The scale of a uniform grid as a module: how many there are, where they start, what they end in."""
 
+import abc
 from collections.abc import Sequence
 from typing import final
 
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from qcompress import granularity, ste
-from qcompress.artifacts import ActivationGrid, IntegerWeight
+from qcompress.artifacts import ActivationGrid, AnyGrid, Artifact, IntegerWeight
 from qcompress.errors import ConfigError
 from qcompress.grid import IntegerRange
 from qcompress.quantizers.base import (
+    AbstractQuantizer,
     Role,
     Site,
     check_init,
@@ -134,3 +136,29 @@ class Step(nn.Module):
         """The scale as it broadcasts against x."""
         scale: Tensor = self.value(self.grid.gradient_factor(x))
         return self.grid.spread(scale, x.ndim)
+
+
+class UniformQuantizer(AbstractQuantizer, abc.ABC):
+    """A quantizer onto a uniform grid: what it ends in."""
+
+    grid: Grid
+
+    @abc.abstractmethod
+    def learned_scale(self) -> Tensor:
+        """The scale as it is now, 0-d or one for each channel."""
+
+    def learned_offset(self) -> Tensor | None:
+        """The offset as it is now, 0-d; None: there is none."""
+        return None
+
+    def weight_artifact(self, weight: Tensor) -> Artifact:
+        """Integer codes and their scale."""
+        if self.grid.role != "weight":
+            return super().weight_artifact(weight)
+        return self.grid.integer_weight(weight, self.learned_scale())
+
+    def activation_grid(self, site: Site) -> AnyGrid:
+        """The grid, with its offset where there is one."""
+        if self.grid.role != "activation":
+            return super().activation_grid(site)
+        return self.grid.activation_grid(site, self.learned_scale(), self.learned_offset())

@@ -14,11 +14,10 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
-from qcompress.artifacts import AnyGrid, Artifact
-from qcompress.quantizers.base import AbstractQuantizer, Role, Site
+from qcompress.quantizers.base import Role
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.positive import SMALLEST
-from qcompress.quantizers.step import Grid
+from qcompress.quantizers.step import Grid, UniformQuantizer
 from qcompress.ste import fake_quantize
 
 _RANGE: Final = 10.0
@@ -78,7 +77,7 @@ class _Within(torch.autograd.Function):
 
 
 @final
-class Tqt(AbstractQuantizer):
+class Tqt(UniformQuantizer):
     """TQT of a weight or an activation.
 
     Args:
@@ -136,21 +135,13 @@ class Tqt(AbstractQuantizer):
 
     @property
     def collapsed(self) -> bool:
-        """Whether an exponent sits at the end of what it can be."""
-        return bool(((self.log2_scale - self.start).abs() >= _RANGE).any())
+        """Whether most exponents sit at the end of what they can be."""
+        return bool(((self.log2_scale - self.start).abs() >= _RANGE).double().mean() > 0.5)
 
     def step_size(self, weight: Tensor) -> Tensor:
         """The scale, its gradient multiplied by g."""
         return self.grid.spread(power_of_two(self._log2_scale(self.grid.gradient_factor(weight))), weight.ndim)
 
-    def weight_artifact(self, weight: Tensor) -> Artifact:
-        """Integer codes and their scale."""
-        if self.grid.role != "weight":
-            return super().weight_artifact(weight)
-        return self.grid.integer_weight(weight, power_of_two(self._log2_scale()))
-
-    def activation_grid(self, site: Site) -> AnyGrid:
-        """The grid, without an offset."""
-        if self.grid.role != "activation":
-            return super().activation_grid(site)
-        return self.grid.activation_grid(site, power_of_two(self._log2_scale()))
+    def learned_scale(self) -> Tensor:
+        """Of the last step."""
+        return power_of_two(self._log2_scale())
