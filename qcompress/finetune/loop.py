@@ -121,9 +121,11 @@ def train(
         batches: of (inputs, target), gone through once an epoch; its length is told, as a DataLoader's is.
         config: how.
         loss: (outputs, target) -> 0-d; None: cross entropy, and with a teacher that of its softened outputs.
-        teacher: the float model: what it returns is the target, and that of the batches is not looked at.
+        teacher: the float model, switched to eval mode: what it returns is the target, and that of the batches is not
+            looked at.
 
     Raises:
+        ConfigError: the teacher is the model in training.
         DivergenceError: a loss or a gradient is not finite, or a scale collapsed; names layer and step. The model then
             is in its last good state, at most 50 steps back.
 
@@ -137,6 +139,11 @@ def train(
     (20, True)
     """
     loss = loss or (functional.cross_entropy if teacher is None else distillation)
+    if teacher is not None:
+        own = {id(parameter) for parameter in prepared.parameters()}
+        if any(id(parameter) in own for parameter in teacher.parameters()):
+            raise ConfigError("train: the teacher must be a model of its own: copy.deepcopy it before prepare.")
+        teacher.eval()
     optimizer, total = _optimizer(prepared, config), config.epochs * len(batches)
     prepared.train()
     good, step = copy.deepcopy(prepared.state_dict()), 0

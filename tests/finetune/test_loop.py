@@ -62,6 +62,15 @@ def test_a_teacher_stands_in_for_labels(batches):
     assert distillation(logits, -logits).item() == pytest.approx(1.5231883)  # 2 tanh(1)
 
 
+def test_a_teacher_is_a_model_of_its_own(batches):
+    tuned = prepared(batches)
+    with pytest.raises(ConfigError, match=r"^train: the teacher must be a model of its own: copy\.deepcopy it before"):
+        next(train(tuned, batches, LoopConfig(epochs=1), teacher=tuned.model))
+    teacher = net().train()
+    next(train(tuned, batches, LoopConfig(epochs=1), teacher=teacher))
+    assert not teacher.training
+
+
 @pytest.mark.parametrize(("stage", "acts"), [("S1", [1, 1, 1]), ("S2", [0, 1, 1]), ("S3", [0, 1, 0])])
 def test_regularizers_act_in_their_stage(batches, stage, acts):
     tuned = prepared(batches, activation_bits=None, regularizers=[BinRegularizer])
