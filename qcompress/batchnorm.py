@@ -45,22 +45,24 @@ def fold_batchnorm(program: FloatProgram) -> FloatProgram:
     Returns:
         A program whose layers carry a bias `<layer>.bias` in place of the BatchNorm's tensors.
     """
+    return fold_with_factors(program)[0]
+
+
+def fold_with_factors(program: FloatProgram) -> tuple[FloatProgram, dict[str, torch.Tensor]]:
+    """What `fold_batchnorm` gives, and what it multiplied weights by.
+
+    Returns:
+        The program; γ/σ for each output channel, float64 [O], by the weight's qualified name.
+    """
+    factors: dict[str, torch.Tensor] = {}
     folds, left = _find(program)
     while folds:  # one BatchNorm may stand behind another
-        program = _folded(program, folds)
-        folds, left = _find(program)
-    notes = tuple(f"{n.name} stays a BatchNormalization: {_LEFT}." for n in left)
-    return replace(program, notes=(*program.notes, *notes))
-
-
-def fold_factors(program: FloatProgram) -> dict[str, torch.Tensor]:
-    """What `fold_batchnorm` multiplies weights by: γ/σ for each output channel, float64 [O], by qualified name."""
-    factors: dict[str, torch.Tensor] = {}
-    while folds := _find(program)[0]:
         for fold in folds:
             factors[fold.layer.weight] = factors.get(fold.layer.weight, torch.ones(())) * fold.factor
         program = _folded(program, folds)
-    return factors
+        folds, left = _find(program)
+    notes = tuple(f"{n.name} stays a BatchNormalization: {_LEFT}." for n in left)
+    return replace(program, notes=(*program.notes, *notes)), factors
 
 
 def unfolded_names(program: FloatProgram, folded: FloatProgram) -> dict[str, str]:

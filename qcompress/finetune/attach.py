@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from qcompress.batchnorm import fold_batchnorm, fold_factors, unfolded_names
+from qcompress.batchnorm import fold_with_factors, unfolded_names
 from qcompress.compressed import CompressedModel
 from qcompress.errors import ConfigError, DataError
 from qcompress.finetune.finalize import BatchNorm, Parts, compressed
@@ -41,7 +41,7 @@ def prepare(
     model: nn.Module,
     plan: Plan,
     *,
-    example_inputs: Sequence[Tensor] | Mapping[str, Tensor],
+    example_inputs: Inputs,
     calibration: Iterable[Inputs] = (),
     methods: Methods | None = None,
     regularizers: Iterable[Callable[[nn.Module], nn.Module]] = (),
@@ -54,8 +54,8 @@ def prepare(
         model: a float module that torch.export can trace; its weights get parametrizations. With batchnorm="fold" it
             stays as it is, and a copy is trained.
         plan: bits of each weight, and activation_bits of what its layer takes.
-        example_inputs: one batch, by position or by name.
-        calibration: more batches that the quantizers of activations start from; a tensor where there is one input.
+        example_inputs: one batch: a tensor where there is one input, or several by position or by name.
+        calibration: more batches that the quantizers of activations start from.
         methods: how values are quantized; None: weights with LSQ, activations with LSQ+.
         regularizers: each makes a module with a method `penalty()` for the model with its quantizers.
         placement: which activations are quantized; see `sites.activation_sites`.
@@ -74,6 +74,8 @@ def prepare(
     if batchnorm not in get_args(BatchNorm):
         raise ConfigError(f"batchnorm must be one of {', '.join(get_args(BatchNorm))}, got {batchnorm!r}.")
     methods = methods or Methods()
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
     named = example_inputs if isinstance(example_inputs, Mapping) else by_position(model, tuple(example_inputs))
     arguments = tuple(inspect.signature(model.forward).parameters)
     arrays = {name: value.detach().cpu().numpy() for name, value in named.items()}
@@ -81,11 +83,11 @@ def prepare(
         raise ConfigError("prepare must have a float model, got one that is prepared already: unwrap() it first.")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     program = from_module(model if device.type == "cpu" else copy.deepcopy(model).cpu(), ProgramOptions(inputs=arrays))
-    folded = fold_batchnorm(program)
+    folded, factors = fold_with_factors(program)
     if batchnorm == "fold":
-        model, program = _folded_copy(model, program, folded), folded
+        model, program, factors = _folded_copy(model, program, folded), folded, {}
     resolved = resolve(plan, program_tensors(folded))
-    layers, factors, state = weight_layers(folded), fold_factors(program), program.state()
+    layers, state = weight_layers(folded), program.state()
     made: dict[str, AbstractQuantizer] = {}
     for tensor in resolved.compressed:
         _check_trains(tensor)
@@ -295,12 +297,11 @@ def _check_trains(tensor: TensorPlan) -> None:
 
 def _folded_copy(model: nn.Module, program: FloatProgram, folded: FloatProgram) -> nn.Module:
     """A copy of a model with the weights and biases of its folded program, and nothing in the BatchNorms' place."""
-    copied, state = copy.deepcopy(model), folded.state()
+    copied, state, device = copy.deepcopy(model), folded.state(), next(model.parameters()).device
     for name, value in state.items():
         path, _, attribute = name.rpartition(".")
         home = _home(copied, name)
         if isinstance(value, nn.Parameter) and (home is not None or name not in program.state()):
-            device = next(model.parameters()).device
             trained = nn.Parameter(value.detach().clone().to(device))
             copied.get_submodule(path).register_parameter(attribute, trained)
     for path, module in list(copied.named_modules()):

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from qcompress.artifacts import AnyGrid, Artifact, FloatWeight, IntegerWeight, PalettizedWeight
-from qcompress.batchnorm import fold_batchnorm, fold_factors
+from qcompress.batchnorm import fold_with_factors
 from qcompress.compressed import CompressedModel
 from qcompress.errors import ConfigError
 from qcompress.layers import weight_layers
@@ -67,11 +67,11 @@ def compressed(
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ConfigError(f"{name} must be finite, and training made it NaN or Inf: take the last good state.")
-    trained = parts.program.with_state(arrays)
-    factors, layers = fold_factors(trained), weight_layers(parts.folded)
+    trained, factors = fold_with_factors(parts.program.with_state(arrays))
+    layers = weight_layers(parts.folded)
     reasons = {t.name: t.reason for t in parts.resolved.tensors}
     artifacts: dict[str, Artifact] = {}
-    for name, value in fold_batchnorm(trained).state().items():
+    for name, value in trained.state().items():
         found = weights.get(name)
         if found is not None and name in factors:
             found = rescaled(found, factors[name].numpy(), layers[name].axis)

@@ -195,6 +195,12 @@ def test_inputs_by_name_and_several_outputs():
         tuned(left)
 
 
+def test_one_input_may_be_a_plain_tensor(x):
+    tuned = prepare(Residual().eval(), plan(4, 4), example_inputs=x)
+    with torch.no_grad():
+        assert torch.equal(tuned(x), prepare(Residual().eval(), plan(4, 4), example_inputs=(x,))(x))
+
+
 def test_a_method_without_negative_codes_leaves_such_sites_to_lsq_plus(x):
     methods = Methods(activations="n2uq")
     tuned = prepare(Residual(), plan(2, 2), example_inputs=(x,), methods=methods, placement="paper")
