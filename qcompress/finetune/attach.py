@@ -82,7 +82,12 @@ def prepare(
     if any(isinstance(module, AbstractQuantizer) for module in model.modules()):
         raise ConfigError("prepare must have a float model, got one that is prepared already: unwrap() it first.")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    program = from_module(model if device.type == "cpu" else copy.deepcopy(model).cpu(), ProgramOptions(inputs=arrays))
+    training, model.training = model.training, False  # a model that is to be trained needs no note that it was so
+    try:
+        traced = model if device.type == "cpu" else copy.deepcopy(model).cpu()
+        program = from_module(traced, ProgramOptions(inputs=arrays))
+    finally:
+        model.training = training
     folded, factors = fold_with_factors(program)
     if batchnorm == "fold":
         model, program, factors = _folded_copy(model, program, folded), folded, {}

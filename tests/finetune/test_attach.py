@@ -95,7 +95,8 @@ def test_weights_are_stored_as_they_were_trained_with(x, batchnorm):
 def test_without_quantizers_it_trains_as_the_module_does(x):
     module, again = Residual(dropout=0.5), Residual(dropout=0.5)
     tuned = prepare(again, without_codes(), example_inputs=(x,))
-    assert tuned.training
+    assert all(module.training for module in tuned.modules())
+    assert tuned.finalize().notes == ()
     torch.manual_seed(3)
     wanted = module(x)
     torch.manual_seed(3)
