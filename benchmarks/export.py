@@ -20,15 +20,15 @@ from typing import Any
 import onnxruntime
 from _nets import NETS, Net
 
-from qcompress.data import Dataset
-from qcompress.metrics import load_metric
-from qcompress.plan import Plan
+from qcompress.data.dataset import Dataset
+from qcompress.graph.program import FloatProgram
+from qcompress.metrics.metric import load_metric
+from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress_program
-from qcompress.program import FloatProgram
 from qcompress_exporters import build, validate
-from qcompress_exporters.onnx_file import float_file
-from qcompress_exporters.timing import latency
-from qcompress_exporters.trace import trace
+from qcompress_exporters.onnx_format.file import float_file
+from qcompress_exporters.onnx_format.trace import trace
+from qcompress_exporters.parity.timing import latency
 
 COLUMNS = ("bits", "ideal", "file", "over", "over/ideal", "ratio", "top1", "drop", "agree", "parity", "ops", "latency")
 

@@ -66,10 +66,10 @@ def measure(step: str, bits: int) -> dict[str, Any]:
     from transformers import BertConfig, BertModel
 
     import qcompress_exporters
-    from qcompress.plan import Plan
+    from qcompress.graph.options import ProgramOptions
+    from qcompress.graph.tracing import from_module
+    from qcompress.plan.plan import Plan
     from qcompress.posthoc.compress import compress, compress_program
-    from qcompress.sources.base import ProgramOptions
-    from qcompress.tracing import from_module
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -15,17 +15,17 @@ from typing import Any, Final, NoReturn
 import click
 
 from qcompress.errors import QCompressError, did_you_mean, missing
-from qcompress_cli.exits import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, OUR_BUG
-from qcompress_cli.text import printable
+from qcompress_cli.terminal.exits import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, OUR_BUG
+from qcompress_cli.terminal.text import printable
 
 # Every command: the module that holds it as `command`, and what `qcompress --help` says of it. A module is imported
 # when its command runs, so that help, version and the gate start at once.
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
-    "analyze": ("qcompress_cli.analyze_command", "What is in a model, and what each width would cost."),
-    "inspect": ("qcompress_cli.inspect_command", "The names, kinds and shapes that a plan can use."),
-    "export": ("qcompress_cli.export_command", "Compress a model and write it as ONNX."),
-    "validate": ("qcompress_cli.validate_command", "Measure a compressed file against its original."),
-    "gate": ("qcompress_cli.gate_command", "Fail when a file outgrew its budget or stopped agreeing."),
+    "analyze": ("qcompress_cli.commands.analyze", "What is in a model, and what each width would cost."),
+    "inspect": ("qcompress_cli.commands.inspect", "The names, kinds and shapes that a plan can use."),
+    "export": ("qcompress_cli.commands.export", "Compress a model and write it as ONNX."),
+    "validate": ("qcompress_cli.commands.validate", "Measure a compressed file against its original."),
+    "gate": ("qcompress_cli.commands.gate", "Fail when a file outgrew its budget or stopped agreeing."),
 }
 
 # Packages outside the light base; a command that lacks one says which pip line installs it.

@@ -4,16 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from qcompress_exporters.onnx_file import ExportReport, build, export
-    from qcompress_exporters.parity import ParityReport, validate
+    from qcompress_exporters.onnx_format.file import ExportReport, build, export
+    from qcompress_exporters.parity.report import ParityReport, validate
 
 # Every public name and the module that holds it.
 _HOME: Final = {
-    "ExportReport": "qcompress_exporters.onnx_file",
-    "ParityReport": "qcompress_exporters.parity",
-    "build": "qcompress_exporters.onnx_file",
-    "export": "qcompress_exporters.onnx_file",
-    "validate": "qcompress_exporters.parity",
+    "ExportReport": "qcompress_exporters.onnx_format.file",
+    "ParityReport": "qcompress_exporters.parity.report",
+    "build": "qcompress_exporters.onnx_format.file",
+    "export": "qcompress_exporters.onnx_format.file",
+    "validate": "qcompress_exporters.parity.report",
 }
 
 __all__ = [

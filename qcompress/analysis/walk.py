@@ -9,8 +9,8 @@ import numpy as np
 
 from qcompress.analysis.moments import statistics
 from qcompress.analysis.report import WIDTHS, AnalysisReport, TensorReport
+from qcompress.artifacts.size import nbytes_at
 from qcompress.errors import SourceError
-from qcompress.size import nbytes_at
 from qcompress.sources.base import UNKNOWN, WEIGHT_KINDS, LazyArray, Source, SourceTensor
 
 _FLOATS: Final = ("float64", "float32", "float16", "bfloat16")
@@ -29,7 +29,7 @@ def analyze(model: Any) -> AnalysisReport:
     >>> report.totals.nbytes, report.totals.nbytes_at[2]
     (4160, 336)
     """
-    from qcompress.sources import load_source
+    from qcompress.openers import load_source
 
     source = load_source(model)
     return report_of(source, walk(source))

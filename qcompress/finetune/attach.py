@@ -15,21 +15,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from qcompress.batchnorm import fold_with_factors, unfolded_names
-from qcompress.compressed import CompressedModel
+from qcompress.compressed.model import CompressedModel
 from qcompress.errors import ConfigError, DataError
 from qcompress.finetune.finalize import BatchNorm, Parts, compressed
 from qcompress.finetune.live_graph import AtSite, LiveGraph
 from qcompress.finetune.methods import Methods
-from qcompress.layers import bias_of, weight_layers
-from qcompress.plan import Plan, TensorPlan, resolve
+from qcompress.graph.batchnorm import fold_with_factors, unfolded_names
+from qcompress.graph.layers import bias_of, weight_layers
+from qcompress.graph.options import ProgramOptions
+from qcompress.graph.program import FloatProgram, state_nodes
+from qcompress.graph.sites import OUTPUT, Placement, activation_sites, mark
+from qcompress.graph.tracing import from_module
+from qcompress.plan.plan import Plan, TensorPlan, resolve
 from qcompress.posthoc.compress import by_position, program_tensors
-from qcompress.program import FloatProgram, state_nodes
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import Place
-from qcompress.sites import OUTPUT, Placement, activation_sites, mark
-from qcompress.sources.base import ProgramOptions
-from qcompress.tracing import from_module
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 

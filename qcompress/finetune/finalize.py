@@ -8,15 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qcompress.artifacts import AnyGrid, Artifact, FloatWeight, IntegerWeight, PalettizedWeight
-from qcompress.batchnorm import fold_with_factors
-from qcompress.compressed import CompressedModel
+from qcompress.artifacts import Artifact, FloatWeight, SiteGrid
+from qcompress.compressed.model import CompressedModel
 from qcompress.errors import ConfigError
-from qcompress.layers import weight_layers
-from qcompress.plan import ResolvedPlan
+from qcompress.graph.batchnorm import fold_with_factors
+from qcompress.graph.layers import weight_layers
+from qcompress.graph.program import FloatProgram
+from qcompress.graph.sites import Site
+from qcompress.plan.plan import ResolvedPlan
 from qcompress.posthoc.biases import fitting, in_steps
-from qcompress.program import FloatProgram
-from qcompress.sites import Site
 
 BatchNorm = Literal["train", "freeze", "fold"]
 
@@ -50,7 +50,7 @@ class Parts:
 
 
 def compressed(
-    parts: Parts, tensors: Mapping[str, torch.Tensor], weights: Mapping[str, Artifact], grids: Sequence[AnyGrid]
+    parts: Parts, tensors: Mapping[str, torch.Tensor], weights: Mapping[str, Artifact], grids: Sequence[SiteGrid]
 ) -> CompressedModel:
     """The compressed model.
 
@@ -74,7 +74,7 @@ def compressed(
     for name, value in trained.state().items():
         found = weights.get(name)
         if found is not None and name in factors:
-            found = rescaled(found, factors[name].numpy(), layers[name].axis)
+            found = found.rescaled(factors[name].numpy(), layers[name].axis)
         values: npt.NDArray[Any] = value.detach().numpy()
         if found is None:
             found = FloatWeight(values=values, reason=reasons.get(name) or _NOT_A_WEIGHT)
@@ -95,25 +95,3 @@ def compressed(
     if not grids:
         return small
     return in_steps(replace(small, artifacts=fitting(parts.folded, artifacts, list(small.activations.values()))))
-
-
-def rescaled(weight: Artifact, factor_O: npt.NDArray[np.float64], axis: int) -> Artifact:
-    """A weight times a factor for each output channel, its codes kept.
-
-    Args:
-        weight: with codes.
-        factor_O: any sign; where it is 0 the channel becomes 0.
-        axis: the weight's axis that counts output channels.
-
-    >>> w = IntegerWeight(codes=np.array([[1], [-2]], np.int8), scale=np.array(0.5, np.float32), bits=2)
-    >>> rescaled(w, np.array([-2.0, 3.0]), 0).dequantize().tolist()
-    [[-1.0], [-3.0]]
-    """
-    if isinstance(weight, IntegerWeight):
-        scale_O = (weight.scale * factor_O).astype(np.float32)
-        codes = weight.codes.copy()
-        np.moveaxis(codes, axis, 0)[scale_O == 0] = 0
-        return replace(weight, codes=codes, scale=np.where(scale_O == 0, np.float32(1), scale_O), axis=axis)
-    assert isinstance(weight, PalettizedWeight)
-    scale = np.ones((), np.float32) if weight.scale is None else weight.scale
-    return replace(weight, scale=(scale * factor_O).astype(np.float32), axis=axis)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.nn import functional
 
-from qcompress.batchnorm import BATCH_NORMS, statistics
-from qcompress.layers import layers
-from qcompress.program import FloatProgram, copy_graph, state_nodes
-from qcompress.sites import site_op
+from qcompress.graph.batchnorm import BATCH_NORMS, statistics
+from qcompress.graph.layers import layers
+from qcompress.graph.program import FloatProgram, copy_graph, state_nodes
+from qcompress.graph.sites import site_op
 
 aten = torch.ops.aten
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
-from qcompress.layers import Layer
+from qcompress.graph.layers import Layer
 from qcompress.quantizers import QUANTIZERS, AbstractQuantizer, way
 
 _OF_ANY_SIGN: Final = "lsq_plus"

@@ -16,10 +16,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from qcompress import granularity
-from qcompress.artifacts import PalettizedWeight, spread
-from qcompress.packing import check_bits
-from qcompress.uniform import finite_floats, in_steps, symmetric_scale
+from qcompress.artifacts import PalettizedWeight, granularity
+from qcompress.artifacts.base import broadcast_scale
+from qcompress.artifacts.packing import check_bits
+from qcompress.palettes.even_grid import finite_floats, in_steps, symmetric_scale
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -63,7 +63,7 @@ def palettize_int8(
     largest = LARGEST_REDUCED if reduce_range else LARGEST
     scale = symmetric_scale(wide, largest, axis if per_channel else None)
     steps_OR = granularity.rows(in_steps(wide, scale, axis), axis)
-    mass_OR = np.broadcast_to(spread(scale, steps_OR.shape, 0).astype(np.float64) ** 2, steps_OR.shape)
+    mass_OR = np.broadcast_to(broadcast_scale(scale, steps_OR.shape, 0).astype(np.float64) ** 2, steps_OR.shape)
     codes_OR = np.zeros(steps_OR.shape, np.uint8)
     group_O = granularity.group_of_row(len(steps_OR), rows_per_lut)
     luts = []

@@ -16,14 +16,13 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from qcompress import granularity
-from qcompress._settings import LutDtype
-from qcompress.artifacts import PalettizedWeight
+from qcompress.artifacts import PalettizedWeight, granularity
+from qcompress.artifacts.packing import check_bits
 from qcompress.errors import ConfigError
-from qcompress.packing import check_bits
 from qcompress.palettes._bins import COUNT, Bins, pieces
 from qcompress.palettes._optimal import F64, I64, optimal_runs
-from qcompress.uniform import finite_floats
+from qcompress.palettes.even_grid import finite_floats
+from qcompress.plan.settings import LutDtype
 
 Floats = npt.NDArray[np.float32]
 

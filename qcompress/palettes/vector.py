@@ -17,14 +17,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from qcompress import granularity
-from qcompress._settings import LutDtype
-from qcompress.artifacts import PalettizedWeight
+from qcompress.artifacts import PalettizedWeight, granularity
+from qcompress.artifacts.packing import check_bits
 from qcompress.errors import ConfigError
-from qcompress.packing import check_bits
+from qcompress.palettes.even_grid import finite_floats, symmetric_scale
 from qcompress.palettes.integer import LARGEST
 from qcompress.palettes.scalar import checked_weights, half_shift
-from qcompress.uniform import finite_floats, symmetric_scale
+from qcompress.plan.settings import LutDtype
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]

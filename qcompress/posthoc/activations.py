@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qcompress.artifacts import ActivationGrid, AnyGrid, Floats
-from qcompress.data import Dataset
+from qcompress.artifacts import ActivationGrid, SiteGrid
+from qcompress.artifacts.base import Floats
+from qcompress.data.dataset import Dataset
 from qcompress.errors import DataError
+from qcompress.graph.program import FloatProgram
+from qcompress.graph.sites import MarkedRunner, Site, input_sites, mark
 from qcompress.posthoc import calibration
-from qcompress.program import FloatProgram
 from qcompress.progress import Track, untracked
-from qcompress.sites import MarkedRunner, Site, input_sites, mark
 
 BATCH = 32
 
@@ -96,7 +97,7 @@ def constant_inputs(data: Dataset) -> Iterator[str]:
             yield f"calibration data {data.name}: input {name} is the same in {many}, and its grids fit nothing else"
 
 
-def widened(program: FloatProgram, grids: Sequence[AnyGrid], activation_bits: Mapping[str, int]) -> list[AnyGrid]:
+def widened(program: FloatProgram, grids: Sequence[SiteGrid], activation_bits: Mapping[str, int]) -> list[SiteGrid]:
     """The grids that have more bits than was asked for the layers that take them, or for any where none does.
 
     Args:

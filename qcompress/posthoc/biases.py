@@ -6,25 +6,17 @@ computes with, not what it rounds.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompress import granularity
-from qcompress.artifacts import (
-    AnyGrid,
-    Artifact,
-    Floats,
-    FloatWeight,
-    IntegerWeight,
-    PalettizedWeight,
-    integer_values,
-)
-from qcompress.compressed import CompressedModel
-from qcompress.layers import bias_of, weight_layers
-from qcompress.program import FloatProgram, state_nodes
-from qcompress.sites import input_sites, mark
+from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight, SiteGrid
+from qcompress.artifacts.base import Floats
+from qcompress.compressed.model import CompressedModel
+from qcompress.graph.layers import bias_of, weight_layers
+from qcompress.graph.program import FloatProgram, state_nodes
+from qcompress.graph.sites import input_sites, mark
 
 _LARGEST: Final = 2.0**30  # in steps: half of what fits
 _COARSE: Final = 3  # bits of weights with which the steps of biases are large
@@ -47,16 +39,16 @@ class _Bias:
     name: str
     weight: str
     values: npt.NDArray[np.float64]
-    grid: AnyGrid
+    grid: SiteGrid
     scale: Floats
     sums: npt.NDArray[np.int64]
 
 
-def _biases(program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Sequence[AnyGrid]) -> Iterator[_Bias]:
+def _biases(program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Sequence[SiteGrid]) -> Iterator[_Bias]:
     marked = mark(program, [grid.site for grid in grids])
     state, sites = state_nodes(marked.exported), input_sites(marked)
     for name, layer in weight_layers(marked).items():
-        values, bias = integer_values(artifacts[name]), bias_of(layer.node)
+        values, bias = artifacts[name].integers(), bias_of(layer.node)
         if name not in sites or values is None or bias not in state or layer.kind == "conv_transpose":
             continue
         assert bias is not None
@@ -67,7 +59,7 @@ def _biases(program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Seq
             yield _Bias(state[bias], name, values_O, grids[sites[name]], scale, sums_O)
 
 
-def fitting(program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Sequence[AnyGrid]) -> dict[str, Artifact]:
+def fitting(program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Sequence[SiteGrid]) -> dict[str, Artifact]:
     """Weights whose biases fit 32 bits: channels of next to nothing but a bias get a scale that is large enough.
 
     Args:
@@ -81,43 +73,9 @@ def fitting(program: FloatProgram, artifacts: Mapping[str, Artifact], grids: Seq
     found = dict(artifacts)
     for bias in _biases(program, artifacts, grids):
         least_O = (np.abs(bias.values) / (float(bias.grid.scale) * _LARGEST)).astype(np.float32)
-        weight = artifacts[bias.weight]
-        if (least_O > np.abs(bias.scale)).any() and isinstance(weight, IntegerWeight | PalettizedWeight):
-            found[bias.weight] = raised(weight, least_O)
+        if (least_O > np.abs(bias.scale)).any():
+            found[bias.weight] = artifacts[bias.weight].raised(least_O)
     return found
-
-
-def raised(weight: IntegerWeight | PalettizedWeight, least_O: Floats) -> IntegerWeight | PalettizedWeight:
-    """A weight with scales whose size is not less than some.
-
-    Args:
-        weight: codes on a symmetric grid, or a palette, with scales.
-        least_O: for each output channel; the largest counts where there is one scale for all.
-
-    Returns:
-        Channels whose scale was less have the codes nearest to what they stood for; all others stay as they are.
-
-    >>> w = IntegerWeight(codes=np.array([[4, -2], [7, 1]], np.int8), scale=np.ones(2, np.float32), bits=4, axis=0)
-    >>> found = raised(w, np.array([2.0, 0.5], np.float32))
-    >>> found.codes.tolist(), found.scale.tolist()
-    ([[2, -1], [7, 1]], [2.0, 1.0])
-    """
-    assert weight.scale is not None
-    size = np.maximum(np.abs(weight.scale), least_O if weight.scale.ndim else least_O.max())
-    scale = np.asarray(np.copysign(size, weight.scale), np.float32)
-    axis = weight.axis or 0
-    values_OK = granularity.rows(weight.dequantize().astype(np.float64), axis)
-    codes_OK = np.array(granularity.rows(weight.codes, axis))
-    every_O = np.broadcast_to(scale, len(codes_OK))
-    for channel in np.flatnonzero(every_O != np.broadcast_to(weight.scale, len(codes_OK))):
-        steps_K = values_OK[channel] / every_O[channel]
-        if isinstance(weight, IntegerWeight):
-            codes_OK[channel] = np.rint(steps_K)
-        else:
-            lut = weight.lut[granularity.group_of_row(len(codes_OK), weight.rows_per_lut)[channel]].astype(np.float64)
-            codes_OK[channel] = np.abs(steps_K[:, None] - lut).argmin(axis=1)
-    codes: Any = np.array(granularity.from_rows(codes_OK, weight.shape, axis), order="C")
-    return replace(weight, codes=codes, scale=scale)
 
 
 def _in_finer_steps(weight: IntegerWeight, bias: _Bias) -> IntegerWeight | PalettizedWeight:

@@ -21,8 +21,8 @@ from typing import Any, Final, final
 import numpy as np
 import numpy.typing as npt
 
+from qcompress.artifacts.packing import check_bits
 from qcompress.errors import ConfigError, DataError, did_you_mean
-from qcompress.packing import check_bits
 
 Doubles = npt.NDArray[np.float64]
 

@@ -9,24 +9,26 @@ import numpy.typing as npt
 import torch
 
 from qcompress.artifacts import Artifact, FloatWeight
-from qcompress.batchnorm import fold_batchnorm
-from qcompress.combinations import check_calibration, settled_compute
-from qcompress.compressed import CompressedModel, Compute
-from qcompress.data import Dataset, as_dataset
+from qcompress.compressed.model import CompressedModel
+from qcompress.data.dataset import Dataset, as_dataset
 from qcompress.errors import ConfigError, SourceError
-from qcompress.layers import weight_layers
-from qcompress.plan import Plan, ResolvedPlan, resolve
+from qcompress.graph.batchnorm import fold_batchnorm
+from qcompress.graph.layers import weight_layers
+from qcompress.graph.options import ProgramOptions
+from qcompress.graph.program import FloatProgram
+from qcompress.graph.sites import Placement, activation_sites
+from qcompress.graph.tracing import from_module
+from qcompress.plan.combinations import check_calibration, settled_compute
+from qcompress.plan.compute import Compute
+from qcompress.plan.plan import Plan, ResolvedPlan, resolve
 from qcompress.posthoc.activations import calibrate, constant_inputs, whole_batches
 from qcompress.posthoc.biases import fitting, in_steps
 from qcompress.posthoc.effort import Effort, check_effort, inputs_for, solve
 from qcompress.posthoc.nearest import How, nearest
 from qcompress.posthoc.solve import SolveSettings
-from qcompress.program import FloatProgram
 from qcompress.progress import Track, untracked
-from qcompress.sites import Placement, activation_sites
 from qcompress.solvers import check_solver
-from qcompress.sources.base import LazyArray, ProgramOptions, SourceTensor
-from qcompress.tracing import from_module
+from qcompress.sources.base import LazyArray, SourceTensor
 
 _FOLDING_TOLERANCE: Final = 1e-2
 # Kinds of layers that compute in integers.

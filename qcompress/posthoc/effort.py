@@ -5,17 +5,18 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal, get_args
 
 from qcompress.artifacts import Artifact
-from qcompress.compressed import CompressedModel, Compute
-from qcompress.data import Dataset
+from qcompress.compressed.model import CompressedModel
+from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
-from qcompress.plan import TensorPlan
+from qcompress.graph.program import Arrays, FloatProgram
+from qcompress.graph.sites import mark
+from qcompress.plan.compute import Compute
+from qcompress.plan.plan import TensorPlan
 from qcompress.posthoc.activations import BATCH, whole_batches
 from qcompress.posthoc.solve import Solved, SolveSettings, solve_weights
 from qcompress.posthoc.synthesis import synthesize
 from qcompress.posthoc.tune import output_error, tune
-from qcompress.program import Arrays, FloatProgram
 from qcompress.progress import Track, untracked
-from qcompress.sites import mark
 
 Effort = Literal["fast", "balanced", "best"]
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 from torch.nn import functional
 
-from qcompress.layers import Layer
+from qcompress.graph.layers import Layer
 
 aten = torch.ops.aten
 

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight
+from qcompress.palettes.even_grid import round_to_nearest
 from qcompress.palettes.integer import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.palettes.vector import palettize_vectors
-from qcompress.plan import TensorPlan
+from qcompress.plan.plan import TensorPlan
 from qcompress.posthoc.schemes import Codes, better, codes_for
-from qcompress.uniform import round_to_nearest
 
 _AS_GOOD: Final = 10 ** (0.5 / 10)  # squared error that one scale for a tensor may cost: 0.5 dB
 _UNCLIPPED: Final = 8  # bits at which clipping gains nothing

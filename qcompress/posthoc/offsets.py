@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from qcompress.artifacts import ActivationGrid, Floats, FloatWeight
-from qcompress.compressed import CompressedModel
-from qcompress.data import Dataset
-from qcompress.layers import Layer, bias_of, weight_layers
+from qcompress.artifacts import ActivationGrid, FloatWeight
+from qcompress.artifacts.base import Floats
+from qcompress.compressed.model import CompressedModel
+from qcompress.data.dataset import Dataset
+from qcompress.graph.layers import Layer, bias_of, weight_layers
+from qcompress.graph.program import state_nodes
+from qcompress.graph.sites import OUTPUT, MarkedRunner, input_sites, mark
 from qcompress.posthoc.activations import BATCH
 from qcompress.posthoc.biases import in_steps
-from qcompress.program import state_nodes
-from qcompress.sites import OUTPUT, MarkedRunner, input_sites, mark
 
 Doubles = npt.NDArray[np.float64]
 

@@ -17,23 +17,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qcompress import granularity
-from qcompress.artifacts import AnyGrid, Artifact, FloatWeight, PalettizedWeight
-from qcompress.compressed import LayerGain
-from qcompress.grid import IntegerRange
+from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight, SiteGrid, granularity
+from qcompress.artifacts.integer_range import IntegerRange
+from qcompress.compressed.model import LayerGain
+from qcompress.graph.program import Arrays, FloatProgram
+from qcompress.graph.sites import rounding
+from qcompress.palettes.even_grid import REDUCED_BITS
 from qcompress.palettes.integer import LARGEST, LARGEST_REDUCED
 from qcompress.palettes.vector import palettize_vectors
-from qcompress.plan import TensorPlan
+from qcompress.plan.plan import TensorPlan
 from qcompress.posthoc.moments import Moments, has_moments
 from qcompress.posthoc.schemes import Codes, better, codes_for
 from qcompress.posthoc.walk import Reached, walk
-from qcompress.program import Arrays, FloatProgram
 from qcompress.progress import Track, untracked
-from qcompress.sites import rounding
 from qcompress.solvers import SOLVERS
 from qcompress.solvers.base import Problem
 from qcompress.solvers.levels import IntegerPaletteLevels, PaletteLevels, UniformLevels
-from qcompress.uniform import REDUCED_BITS
 
 _DAMPING: Final = 0.05  # of the mean diagonal of H: 0.01 fits ResNet-20 better, 0.1 MobileNet
 
@@ -73,7 +72,7 @@ def solve_weights(
     batches: Sequence[Arrays],
     settings: SolveSettings = _DEFAULT,
     *,
-    grids: Sequence[AnyGrid] = (),
+    grids: Sequence[SiteGrid] = (),
     device: str = "cpu",
     track: Track = untracked,
 ) -> Solved:

@@ -15,10 +15,10 @@ import torch
 from torch.fx import Node
 from torch.nn import functional
 
-from qcompress.batchnorm import BATCH_NORMS, statistics
-from qcompress.data import Dataset
-from qcompress.posthoc.differentiable import Differentiable
-from qcompress.program import FloatProgram, state_nodes, user_inputs, value_of
+from qcompress.data.dataset import Dataset
+from qcompress.graph.batchnorm import BATCH_NORMS, statistics
+from qcompress.graph.differentiable import Differentiable
+from qcompress.graph.program import FloatProgram, state_nodes, user_inputs, value_of
 from qcompress.progress import Track, untracked
 
 _SAMPLES: Final = 128

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from qcompress import granularity
-from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight
+from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight, granularity
+from qcompress.graph.differentiable import Differentiable
+from qcompress.graph.program import Arrays, FloatProgram
 from qcompress.palettes.integer import LARGEST
-from qcompress.posthoc.differentiable import Differentiable
-from qcompress.program import Arrays, FloatProgram
 from qcompress.progress import Track, untracked
 
 aten = torch.ops.aten

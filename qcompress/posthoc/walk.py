@@ -15,10 +15,10 @@ import torch
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_arg
 
-from qcompress.layers import Layer, bias_of, data_input, layers
-from qcompress.program import Arrays, FloatProgram, state_nodes, tensor_of
+from qcompress.graph.layers import Layer, bias_of, data_input, layers
+from qcompress.graph.program import Arrays, FloatProgram, state_nodes, tensor_of
+from qcompress.graph.sites import Visit, site_op
 from qcompress.progress import Track, untracked
-from qcompress.sites import Visit, site_op
 
 Batches = list[Any]  # one value for each batch
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, final
 
+from qcompress.artifacts.packing import check_bits
 from qcompress.errors import ConfigError, did_you_mean
-from qcompress.packing import check_bits
 from qcompress.quantizers.base import AbstractQuantizer, Role, check_role
 from qcompress.quantizers.dorefa import DoReFa, dorefa_weight
 from qcompress.quantizers.ewgs import Ewgs, ewgs

@@ -8,9 +8,9 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from qcompress.artifacts import AnyGrid, Artifact
+from qcompress.artifacts import Artifact, SiteGrid
+from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.errors import ConfigError
-from qcompress.grid import IntegerRange
 from qcompress.quantizers.positive import Positive
 
 Role = Literal["weight", "activation"]
@@ -48,7 +48,7 @@ class AbstractQuantizer(nn.Module, abc.ABC):
         """
         raise ConfigError(f"{type(self).__name__} quantizes an activation here and has no weight artifact.")
 
-    def activation_grid(self, site: Site) -> AnyGrid:
+    def activation_grid(self, site: Site) -> SiteGrid:
         """What is stored of an activation: `dequantize(quantize(x))` equals `forward(x)` in float32, bit for bit.
 
         Args:

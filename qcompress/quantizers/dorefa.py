@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from qcompress.artifacts import Artifact
-from qcompress.packing import check_bits
+from qcompress.artifacts.packing import check_bits
 from qcompress.quantizers.base import AbstractQuantizer
 from qcompress.quantizers.half_integer import odd_codes, palette
-from qcompress.ste import straight_through
+from qcompress.quantizers.ste import straight_through
 
 
 def dorefa_weight(w: Tensor, bits: int) -> Tensor:

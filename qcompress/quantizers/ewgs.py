@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from qcompress.errors import ConfigError
 from qcompress.quantizers.base import Role
 from qcompress.quantizers.initial import Init
+from qcompress.quantizers.ste import codes, inside, scale_gradient
 from qcompress.quantizers.step import Grid, Step, UniformQuantizer
-from qcompress.ste import codes, inside, scale_gradient
 
 
 def ewgs(x: Tensor, scale: Tensor, qmin: int, qmax: int, delta: float) -> Tensor:

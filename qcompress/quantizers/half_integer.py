@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompress.artifacts import PalettizedWeight
-from qcompress.grid import IntegerRange
+from qcompress.artifacts.integer_range import IntegerRange
 
 
 def odd_codes(unit: Tensor, bits: int) -> Tensor:

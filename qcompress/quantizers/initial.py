@@ -14,8 +14,8 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from qcompress.grid import IntegerRange
-from qcompress.ste import fake_quantize
+from qcompress.artifacts.integer_range import IntegerRange
+from qcompress.quantizers.ste import fake_quantize
 
 Init = Literal["lsq", "min_max", "lsq_plus"]
 INITS: Final[tuple[Init, ...]] = ("lsq", "min_max", "lsq_plus")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qcompress.quantizers.base import Role
 from qcompress.quantizers.initial import Init
+from qcompress.quantizers.ste import fake_quantize
 from qcompress.quantizers.step import Grid, Step, UniformQuantizer
-from qcompress.ste import fake_quantize
 
 
 def lsq(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:

@@ -17,8 +17,8 @@ from qcompress.errors import ConfigError
 from qcompress.quantizers.base import Role
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.positive import multiplied_gradient
+from qcompress.quantizers.ste import fake_quantize, straight_through
 from qcompress.quantizers.step import Grid, Step, UniformQuantizer
-from qcompress.ste import fake_quantize, straight_through
 
 # Table 1: configuration -> (signed, has an offset).
 _CONFIGURATIONS: Final = {1: (False, False), 2: (True, False), 3: (True, True), 4: (False, True)}

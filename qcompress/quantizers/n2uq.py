@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qcompress.artifacts import Artifact, ThresholdGrid
+from qcompress.artifacts.integer_range import IntegerRange
+from qcompress.artifacts.packing import check_bits
 from qcompress.errors import ConfigError
-from qcompress.grid import IntegerRange
-from qcompress.packing import check_bits
 from qcompress.quantizers.base import AbstractQuantizer, Site, check_init, one_tensor
 from qcompress.quantizers.half_integer import odd_codes, palette
 from qcompress.quantizers.initial import activation_scale
 from qcompress.quantizers.positive import Positive
-from qcompress.ste import inside, straight_through
+from qcompress.quantizers.ste import inside, straight_through
 
 _SHORTEST: Final = 1e-3
 _INITS: Final = ("n2uq", "lsq")

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcompress.artifacts import AnyGrid
-from qcompress.grid import IntegerRange
+from qcompress.artifacts import SiteGrid
+from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.quantizers.base import AbstractQuantizer, Site
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.positive import Positive
+from qcompress.quantizers.ste import codes, inside
 from qcompress.quantizers.step import Grid
-from qcompress.ste import codes, inside
 
 
 def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
@@ -92,6 +92,6 @@ class Pact(AbstractQuantizer):
         """Sets alpha from batches of the activation."""
         self.alpha.set(self.grid.start(values)[0] * self.grid.limits.p)
 
-    def activation_grid(self, site: Site) -> AnyGrid:
+    def activation_grid(self, site: Site) -> SiteGrid:
         """The unsigned grid from 0 to alpha."""
         return self.grid.activation_grid(site, self.alpha() / self.grid.limits.p)

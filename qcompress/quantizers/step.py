@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qcompress import granularity, ste
-from qcompress.artifacts import ActivationGrid, AnyGrid, Artifact, IntegerWeight
+from qcompress.artifacts import ActivationGrid, Artifact, IntegerWeight, SiteGrid, granularity
+from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.errors import ConfigError
-from qcompress.grid import IntegerRange
+from qcompress.quantizers import ste
 from qcompress.quantizers.base import (
     AbstractQuantizer,
     Role,
@@ -157,7 +157,7 @@ class UniformQuantizer(AbstractQuantizer, abc.ABC):
             return super().weight_artifact(weight)
         return self.grid.integer_weight(weight, self.learned_scale())
 
-    def activation_grid(self, site: Site) -> AnyGrid:
+    def activation_grid(self, site: Site) -> SiteGrid:
         """The grid, with its offset where there is one."""
         if self.grid.role != "activation":
             return super().activation_grid(site)

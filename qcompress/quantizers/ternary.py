@@ -16,7 +16,7 @@ from torch import Tensor
 from qcompress.artifacts import Artifact, IntegerWeight
 from qcompress.errors import ConfigError
 from qcompress.quantizers.base import AbstractQuantizer
-from qcompress.ste import straight_through
+from qcompress.quantizers.ste import straight_through
 
 
 def ternary(w: Tensor) -> Tensor:

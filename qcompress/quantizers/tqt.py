@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from qcompress.quantizers.base import Role
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.positive import SMALLEST
+from qcompress.quantizers.ste import fake_quantize
 from qcompress.quantizers.step import Grid, UniformQuantizer
-from qcompress.ste import fake_quantize
 
 _RANGE: Final = 10.0
 

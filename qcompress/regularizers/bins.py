@@ -12,9 +12,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from qcompress import ste
+from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.errors import ConfigError
-from qcompress.grid import IntegerRange
+from qcompress.quantizers import ste
 from qcompress.quantizers.base import uniform_range
 from qcompress.quantizers.initial import weight_scale
 from qcompress.quantizers.positive import Positive

@@ -19,8 +19,8 @@ from typing import Final, Literal, final
 import torch
 from torch import Tensor, nn
 
+from qcompress.artifacts.granularity import vectors
 from qcompress.errors import ConfigError
-from qcompress.granularity import vectors
 from qcompress.quantizers.positive import multiplied_gradient
 from qcompress.regularizers.places import weights
 

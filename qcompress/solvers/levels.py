@@ -11,12 +11,11 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from qcompress import granularity
-from qcompress.artifacts import IntegerWeight, PalettizedWeight
-from qcompress.grid import IntegerRange
+from qcompress.artifacts import IntegerWeight, PalettizedWeight, granularity
+from qcompress.artifacts.integer_range import IntegerRange
+from qcompress.palettes.even_grid import clipped_scale
 from qcompress.palettes.scalar import fit_lut
 from qcompress.solvers.base import Problem
-from qcompress.uniform import clipped_scale
 
 Doubles = npt.NDArray[np.float64]
 

@@ -10,7 +10,7 @@ from typing import Final, final
 import numpy as np
 
 from qcompress.errors import SourceError
-from qcompress.sources._strided import Bytes
+from qcompress.sources.strided import Bytes
 
 # torch stores its members; a deflated one is read only where it does not blow up.
 MAX_RATIO: Final = 200

@@ -8,13 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompress.errors import SourceError, did_you_mean
-from qcompress.sources._factory import build_module
-from qcompress.sources.base import LazyArray, ProgramOptions, SourceOptions, SourceTensor
+from qcompress.graph.options import ProgramOptions
+from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
+from qcompress.user_code import build_module
 
 if TYPE_CHECKING:
     import torch
 
-    from qcompress.program import FloatProgram
+    from qcompress.graph.program import FloatProgram
 
 __all__ = ["load_state", "module_of_state_dict", "program_of_state_dict", "with_kinds_of"]
 
@@ -34,7 +35,7 @@ def program_of_state_dict(
         )
     module = module_of_state_dict(tensors, source, label)
 
-    from qcompress.tracing import from_module
+    from qcompress.graph.tracing import from_module
 
     return from_module(module.eval(), options)
 
@@ -57,7 +58,7 @@ def with_kinds_of(tensors: Iterable[SourceTensor], source: SourceOptions, label:
     if source.arch is None:
         yield from tensors
         return
-    from qcompress.sources.module import kinds_of
+    from qcompress.sources.memory.module import kinds_of
 
     kept = list(tensors)
     kinds = kinds_of(module_of_state_dict(kept, source, label))

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import qcompress as qc
-from qcompress.metrics import load_metric
+from qcompress.metrics.metric import load_metric
 from qcompress_exporters import export, validate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "digits"))

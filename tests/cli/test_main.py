@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from qcompress.errors import ConfigError
-from qcompress_cli import app, exits, main
+from qcompress_cli import app, main
+from qcompress_cli.terminal import exits
 
 HEAVY = {"torch", "onnx_ir", "onnxscript", "onnxruntime", "scipy", "sklearn"}
 
@@ -70,7 +71,7 @@ def test_a_bug_says_how_to_report_it_and_debug_shows_it(fails_with, shell):
     assert first == "error: ZeroDivisionError: a b"
     assert second.startswith("This is a bug in qcompress ")
     assert second.endswith("please report it with the output of the same command with --debug.")
-    code = "import qcompress_cli.gate_command as g; g.load_project = lambda: 1 / 0\n"
+    code = "import qcompress_cli.commands.gate as g; g.load_project = lambda: 1 / 0\n"
     code += "from qcompress_cli.main import main; main()"
     done = shell("gate", "x", "--debug", code=code)
     assert done.returncode == 70

@@ -13,10 +13,10 @@ from qcompress.artifacts import FloatWeight, IntegerWeight
 from qcompress.errors import ConfigError, DataError
 from qcompress.finetune.attach import Prepared, prepare
 from qcompress.finetune.methods import Methods
-from qcompress.plan import Plan, parse_plan
+from qcompress.graph.sites import MarkedRunner, mark, rounding
+from qcompress.plan.plan import Plan, parse_plan
 from qcompress.quantizers import Lsq, LsqPlus, N2uqActivation
 from qcompress.regularizers import BinRegularizer, KurtosisRegularizer
-from qcompress.sites import MarkedRunner, mark, rounding
 
 MIN_MAX = Methods(weight_options={"init": "min_max"}, activation_options={"init": "min_max"})
 

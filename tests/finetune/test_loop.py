@@ -9,7 +9,7 @@ from torch import nn
 from qcompress.errors import ConfigError, DivergenceError
 from qcompress.finetune.attach import prepare
 from qcompress.finetune.loop import LoopConfig, call, distillation, train
-from qcompress.plan import Plan
+from qcompress.plan.plan import Plan
 from qcompress.regularizers import BinRegularizer
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import qcompress as qc
-import reference_quantizers as reference
-from gradients import agree
+from tests.helpers import reference_quantizers as reference
+from tests.helpers.gradients import agree
 
 SIGNED, UNSIGNED = [(-2, 1), (-8, 7), (-128, 127)], [(0, 1), (0, 3), (0, 255)]
 

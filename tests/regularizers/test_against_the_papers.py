@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import qcompress as qc
-import reference_quantizers as reference
-from gradients import agree
+from tests.helpers import reference_quantizers as reference
+from tests.helpers.gradients import agree
 
 r = qc.regularizers
 

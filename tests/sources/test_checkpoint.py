@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from qcompress.errors import SourceError, UnsafeFileError
-from qcompress.sources import ProgramOptions, SourceOptions, load_source
+from qcompress.graph.options import ProgramOptions
+from qcompress.openers import load_source
+from qcompress.sources.base import SourceOptions
 
 OPTIONS = ProgramOptions(inputs={"x": np.zeros((2, 3, 8, 8), np.float32)})
 

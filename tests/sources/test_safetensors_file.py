@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompress.errors import SourceError
-from qcompress.sources import load_source
+from qcompress.openers import load_source
 
 
 def write(path, header: object, data: bytes, length: int | None = None):
