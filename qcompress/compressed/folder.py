@@ -20,9 +20,9 @@ from safetensors.numpy import save
 from qcompress.artifacts import ARTIFACTS, Artifact, SiteGrid
 from qcompress.artifacts.packing import pack, unpack
 from qcompress.artifacts.tables import grid_from_dict
+from qcompress.deployment import Compute
 from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.files import sync
-from qcompress.plan.compute import Compute
 
 if TYPE_CHECKING:
     from qcompress.graph.program import FloatProgram

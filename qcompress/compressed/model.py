@@ -16,8 +16,8 @@ from qcompress.compressed.folder import (
     read_program,
     write_folder,
 )
+from qcompress.deployment import Compute
 from qcompress.errors import ConfigError
-from qcompress.plan.compute import Compute
 from qcompress.plan.plan import Plan, load_plan
 
 if TYPE_CHECKING:

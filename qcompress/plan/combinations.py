@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from qcompress.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qcompress.plan.compute import Compute
+    from qcompress.deployment import Compute
 
 QDQ: Final = "qdq"  # the default
 FORMATS: Final = (QDQ, "integer")

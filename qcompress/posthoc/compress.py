@@ -11,6 +11,7 @@ import torch
 from qcompress.artifacts import Artifact, FloatWeight
 from qcompress.compressed.model import CompressedModel
 from qcompress.data.dataset import Dataset, as_dataset
+from qcompress.deployment import Compute
 from qcompress.errors import ConfigError, SourceError
 from qcompress.graph.batchnorm import fold_batchnorm
 from qcompress.graph.layers import weight_layers
@@ -19,7 +20,6 @@ from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import Placement, activation_sites
 from qcompress.graph.tracing import from_module
 from qcompress.plan.combinations import check_calibration, settled_compute
-from qcompress.plan.compute import Compute
 from qcompress.plan.plan import Plan, ResolvedPlan, resolve
 from qcompress.posthoc.activations import calibrate, constant_inputs, whole_batches
 from qcompress.posthoc.biases import fitting, in_steps

@@ -7,10 +7,10 @@ from typing import Final, Literal, get_args
 from qcompress.artifacts import Artifact
 from qcompress.compressed.model import CompressedModel
 from qcompress.data.dataset import Dataset
+from qcompress.deployment import Compute
 from qcompress.errors import ConfigError
 from qcompress.graph.program import Arrays, FloatProgram
 from qcompress.graph.sites import mark
-from qcompress.plan.compute import Compute
 from qcompress.plan.plan import TensorPlan
 from qcompress.posthoc.activations import BATCH, whole_batches
 from qcompress.posthoc.solve import Solved, SolveSettings, solve_weights

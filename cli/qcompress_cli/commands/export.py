@@ -34,7 +34,7 @@ from qcompress_cli.terminal.exits import CHECK_FAILED
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
     from qcompress.data.dataset import Dataset
-    from qcompress.plan.compute import Compute
+    from qcompress.deployment import Compute
 
 
 def _rows_per_lut(text: str) -> int | str:
