@@ -26,7 +26,8 @@ from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram, state_nodes
 from qcompress.graph.sites import OUTPUT, Placement, activation_sites, mark
 from qcompress.graph.tracing import from_module
-from qcompress.plan.plan import Plan, TensorPlan, resolve
+from qcompress.plan.plan import Plan
+from qcompress.plan.resolve import TensorPlan, resolve
 from qcompress.posthoc.compress import by_position, program_tensors
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import Place

@@ -15,7 +15,7 @@ from qcompress.graph.batchnorm import fold_with_factors
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import Site
-from qcompress.plan.plan import ResolvedPlan
+from qcompress.plan.resolve import ResolvedPlan
 from qcompress.posthoc.biases import fitting, in_steps
 
 BatchNorm = Literal["train", "freeze", "fold"]

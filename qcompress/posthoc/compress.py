@@ -20,7 +20,8 @@ from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import Placement, activation_sites
 from qcompress.graph.tracing import from_module
 from qcompress.plan.combinations import check_calibration, settled_compute
-from qcompress.plan.plan import Plan, ResolvedPlan, resolve
+from qcompress.plan.plan import Plan
+from qcompress.plan.resolve import Named, ResolvedPlan, resolve
 from qcompress.posthoc.activations import calibrate, constant_inputs, whole_batches
 from qcompress.posthoc.biases import fitting, in_steps
 from qcompress.posthoc.effort import Effort, check_effort, inputs_for, solve
@@ -28,7 +29,6 @@ from qcompress.posthoc.nearest import How, nearest
 from qcompress.posthoc.solve import SolveSettings
 from qcompress.progress import Track, untracked
 from qcompress.solvers import check_solver
-from qcompress.sources.base import LazyArray, SourceTensor
 
 _FOLDING_TOLERANCE: Final = 1e-2
 # Kinds of layers that compute in integers.
@@ -53,6 +53,7 @@ def compress(
     effort: Effort | None = None,
     synthetic: bool = True,
     solver: str = "gptq",
+    seed: int = 0,
 ) -> CompressedModel:
     """Compress a module without training.
 
@@ -71,6 +72,7 @@ def compress(
             and is for compute float alone.
         synthetic: whether inputs are synthesised where there is no calibration data; see `posthoc.synthesis`.
         solver: of `balanced` and `best`, a key of `solvers.SOLVERS`.
+        seed: of synthesised inputs.
 
     Returns:
         One artifact per tensor; `export` of the exporters writes it.
@@ -97,13 +99,13 @@ def compress(
     return compress_program(
         from_module(model, ProgramOptions(inputs=inputs)), plan, calibration=data, compute=compute,
         calibration_method=calibration_method, percentile=percentile, placement=placement, reduce_range=reduce_range,
-        effort=effort, synthetic=synthetic, solver=solver,
+        effort=effort, synthetic=synthetic, solver=solver, seed=seed,
     )  # fmt: skip
 
 
 def compress_program(
     program: FloatProgram,
-    plan: Plan,
+    plan: Plan | ResolvedPlan,
     *,
     calibration: Dataset | None = None,
     compute: Compute | None = None,
@@ -114,6 +116,7 @@ def compress_program(
     effort: Effort | None = None,
     synthetic: bool = True,
     solver: str = "gptq",
+    seed: int = 0,
     source_digest: str = "",
     device: str = "cpu",
     track: Track = untracked,
@@ -122,7 +125,7 @@ def compress_program(
 
     Args:
         program: as it came in, BatchNorm not folded.
-        plan: what to do with which weight.
+        plan: what to do with each weight; one that is resolved for this program already is taken as it is.
         calibration: unlabelled inputs.
         compute: as in `compress`, like the arguments that follow.
         calibration_method: ...
@@ -132,12 +135,13 @@ def compress_program(
         effort: ...
         synthetic: ...
         solver: ...
+        seed: ...
         source_digest: short digest of the model file.
         device: where the program runs.
         track: passes on what the long parts go through: a progress bar.
     """
     check_finite(program)
-    resolved = resolve(plan, program_tensors(program))
+    resolved = plan if isinstance(plan, ResolvedPlan) else resolved_plan(program, plan)
     compute = resolved_compute(resolved, compute)
     integer_kinds = _INTEGER_KINDS[compute]
     check_calibration(compute, calibration is not None)
@@ -159,7 +163,7 @@ def compress_program(
     )
     if all(isinstance(artifact, FloatWeight) for artifact in small.artifacts.values()):
         effort = "fast"
-    inputs = inputs_for(program, calibration, effort, synthetic=synthetic, device=device, track=track)
+    inputs = inputs_for(program, calibration, effort, synthetic=synthetic, seed=seed, device=device, track=track)
     small = replace(small, notes=(*small.notes, *inputs.notes))
     if compute == "int8" and calibration is not None:
         small = _with_grids(
@@ -257,15 +261,11 @@ def resolved_plan(program: FloatProgram, plan: Plan) -> ResolvedPlan:
     return resolve(plan, program_tensors(program))
 
 
-def program_tensors(program: FloatProgram) -> list[SourceTensor]:
-    """The tensors of a program: its weights in the order in which they run, with their kinds, then all others."""
+def program_tensors(program: FloatProgram) -> list[Named]:
+    """Return the tensors of a program as a plan names them: weights in the order in which they run, then all others."""
     layers, state, aliases = weight_layers(program), program.state(), program.aliases()
     kinds = {name: layer.kind for name, layer in layers.items()} | {n: "other" for n in state if n not in layers}
-    return [
-        SourceTensor(name, kind, _lazy(state[name]), aliases.get(name, ()))
-        for name, kind in kinds.items()
-        if name in state
-    ]
+    return [Named(name, kind, aliases.get(name, ())) for name, kind in kinds.items() if name in state]
 
 
 def check_finite(program: FloatProgram) -> None:
@@ -302,7 +302,3 @@ def _numpy(value: torch.Tensor) -> npt.NDArray[Any]:
         return bits.view(ml_dtypes.bfloat16)
     array: npt.NDArray[Any] = value.numpy()
     return array
-
-
-def _lazy(value: torch.Tensor) -> LazyArray:
-    return LazyArray(tuple(value.shape), str(value.dtype).removeprefix("torch."), lambda: np.asarray(_numpy(value)))

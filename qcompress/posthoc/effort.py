@@ -11,7 +11,7 @@ from qcompress.deployment import Compute
 from qcompress.errors import ConfigError
 from qcompress.graph.program import Arrays, FloatProgram
 from qcompress.graph.sites import mark
-from qcompress.plan.plan import TensorPlan
+from qcompress.plan.resolve import TensorPlan
 from qcompress.posthoc.activations import BATCH, whole_batches
 from qcompress.posthoc.solve import Solved, SolveSettings, solve_weights
 from qcompress.posthoc.synthesis import synthesize
@@ -58,6 +58,7 @@ def inputs_for(
     effort: Effort | None,
     *,
     synthetic: bool = True,
+    seed: int = 0,
     device: str = "cpu",
     track: Track = untracked,
 ) -> Inputs:
@@ -68,6 +69,7 @@ def inputs_for(
         calibration: unlabelled inputs.
         effort: None: balanced where there are inputs.
         synthetic: whether inputs may be synthesised.
+        seed: of synthesised inputs.
         device: where the program runs.
         track: passes steps on: a progress bar.
 
@@ -78,7 +80,7 @@ def inputs_for(
         return Inputs(None, "fast")
     if calibration is not None:
         return Inputs(calibration, effort or "balanced")
-    made = synthesize(program, device=device, track=track) if synthetic else None
+    made = synthesize(program, seed=seed, device=device, track=track) if synthetic else None
     if made is not None:
         return Inputs(made, effort or "balanced", is_synthetic=True)
     why = "the model has no BatchNorm to synthesise any from" if synthetic else "none are synthesised"

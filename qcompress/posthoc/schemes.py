@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Final, Literal, TypeVar
 
 from qcompress.artifacts import Artifact
-from qcompress.plan.plan import TensorPlan
+from qcompress.plan.resolve import TensorPlan
 
 # Palettes of floats, palettes of int8 steps, palettes of vectors of floats, even grids.
 Codes = Literal["palette", "int8 palette", "vectors", "uniform"]

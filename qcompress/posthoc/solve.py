@@ -25,7 +25,7 @@ from qcompress.graph.sites import rounding
 from qcompress.palettes.even_grid import REDUCED_BITS
 from qcompress.palettes.integer import LARGEST, LARGEST_REDUCED
 from qcompress.palettes.vector import palettize_vectors
-from qcompress.plan.plan import TensorPlan
+from qcompress.plan.resolve import TensorPlan
 from qcompress.posthoc.moments import Moments, has_moments
 from qcompress.posthoc.schemes import Codes, better, codes_for
 from qcompress.posthoc.walk import Reached, walk

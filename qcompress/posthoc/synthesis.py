@@ -29,11 +29,14 @@ _RATE: Final = 0.1
 _GRAINS: Final = (1, 2, 4, 8, 16)
 
 
-def synthesize(program: FloatProgram, *, device: str = "cpu", track: Track = untracked) -> Dataset | None:
-    """Inputs made from the statistics of a program's BatchNorms; the same ones each time.
+def synthesize(
+    program: FloatProgram, *, seed: int = 0, device: str = "cpu", track: Track = untracked
+) -> Dataset | None:
+    """Return inputs made from the statistics of a program's BatchNorms; the same ones for the same seed.
 
     Args:
         program: as it came in, BatchNorm not folded; not modified.
+        seed: of the noise that the inputs begin as.
         device: where it runs.
         track: passes steps on: a progress bar.
 
@@ -55,7 +58,7 @@ def synthesize(program: FloatProgram, *, device: str = "cpu", track: Track = unt
         return None
     shapes = [[int(size) for size in _shape(n)] for n in nodes]
     count = _SAMPLES if max(math.prod(shape) for shape in shapes) <= _LARGE else _FEWER
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     inputs = [_noise([count, *shape], generator).to(device).requires_grad_() for shape in shapes]
     optimizer = torch.optim.Adam(inputs, lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)

@@ -12,7 +12,8 @@ from qcompress.artifacts import IntegerWeight, PalettizedWeight
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
 from qcompress.palettes.even_grid import round_to_nearest
-from qcompress.plan.plan import Plan, resolve
+from qcompress.plan.plan import Plan
+from qcompress.plan.resolve import resolve
 from qcompress.posthoc.compress import compress_program, program_tensors
 from qcompress.posthoc.schemes import better, codes_for
 from qcompress_exporters import build

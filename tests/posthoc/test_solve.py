@@ -10,7 +10,8 @@ from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.sites import MarkedRunner, mark
-from qcompress.plan.plan import Plan, resolve
+from qcompress.plan.plan import Plan
+from qcompress.plan.resolve import resolve
 from qcompress.posthoc.compress import compress_program, program_tensors
 from qcompress.posthoc.moments import Moments, has_moments, places
 from qcompress.posthoc.solve import solve_weights

@@ -11,7 +11,7 @@ from qcompress.analysis import WIDTHS, AnalysisReport, TensorReport, Totals, rep
 from qcompress.artifacts.size import format_size
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.open_model import open_model
-from qcompress_cli.inputs.project import settings
+from qcompress_cli.inputs.project import run_options
 from qcompress_cli.terminal.console import Ui, new_table
 from qcompress_cli.terminal.numbers import counted, number, shape_text, share
 from qcompress_cli.terminal.text import printable
@@ -56,7 +56,7 @@ _SECTIONS: Final[tuple[tuple[_Column, ...], ...]] = (
 @options.model_argument
 @options.arch_options
 @options.common_options
-def command(json: bool, quiet: bool, **flags: Any) -> None:
+def command(json: bool, quiet: bool, **params: Any) -> None:
     """Show what is in MODEL: statistics of every tensor, its outliers, and the bytes that it would take at 2, 3, 4
     and 8 bits.
 
@@ -65,7 +65,7 @@ def command(json: bool, quiet: bool, **flags: Any) -> None:
     weights; without it those of two or more axes count as weights.
     """
     ui = Ui(json=json, quiet=quiet)
-    source = open_model(replace(settings(flags), arch=flags["arch"]), ui)
+    source = open_model(replace(run_options(params), arch=params["arch"]), ui)
     report = report_of(source, ui.track(walk(source), "reading tensors"))
     ui.emit(report.as_dict())
     ui.show(*_tables(ui, report), _summary(report))

@@ -6,7 +6,7 @@ from qcompress.errors import SourceError
 from qcompress.sources.base import UNKNOWN, WEIGHT_KINDS, Source, SourceTensor
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.open_model import open_model
-from qcompress_cli.inputs.project import settings
+from qcompress_cli.inputs.project import run_options
 from qcompress_cli.terminal.console import Ui, new_table
 from qcompress_cli.terminal.numbers import counted, shape_text
 from qcompress_cli.terminal.text import printable
@@ -16,10 +16,10 @@ from qcompress_cli.terminal.text import printable
 @options.model_argument
 @options.arch_options
 @options.common_options
-def command(json: bool, quiet: bool, **flags: Any) -> None:
+def command(json: bool, quiet: bool, **params: Any) -> None:
     """Print the names of MODEL's tensors, which a plan's [name."…"] patterns can use, with their kinds and shapes."""
     ui = Ui(json=json, quiet=quiet)
-    source = open_model(settings(flags), ui)
+    source = open_model(run_options(params), ui)
     tensors = list(source.tensors())
     if not tensors:
         raise SourceError(f"No tensor found in {source.label}: a model file holds at least one.")

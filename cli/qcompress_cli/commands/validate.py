@@ -16,7 +16,7 @@ from qcompress.graph.options import ProgramOptions
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.open_model import open_model
 from qcompress_cli.inputs.program import device, open_program
-from qcompress_cli.inputs.project import settings
+from qcompress_cli.inputs.project import run_options
 from qcompress_cli.terminal.console import Ui, new_table
 from qcompress_cli.terminal.exits import CHECK_FAILED
 from qcompress_cli.terminal.numbers import share, told_apart
@@ -44,7 +44,7 @@ _SHARES: Final = ("top1", "top5")  # metrics that are shares of the samples
 @options.input_options
 @options.metric_options
 @options.common_options
-def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, no_timing: bool, **flags: Any) -> None:
+def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, no_timing: bool, **params: Any) -> None:
     """Measure FILE, which export wrote, against MODEL, its original: weights and graph bit for bit, the exporter
     within 1e-4, signal to noise layer by layer, agreement, the metric where the data has labels, speed, load time and
     memory.
@@ -59,8 +59,8 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
 
     ui = Ui(json=json, quiet=quiet)
     if file is None:  # one argument: the config names MODEL
-        file, flags["model"] = flags["model"], None
-    given = settings(flags)
+        file, params["model"] = params["model"], None
+    given = run_options(params)
     if file is None:
         raise ConfigError("validate must have the FILE to measure: qcompress validate MODEL FILE --data X.npz")
     if given.data is None:

@@ -123,7 +123,7 @@ def test_wrong_usage(flags, message, refused, onnx_file):
         ("[gate]\nmax_size = '3Mb'", "gate in qcompress.toml: max_size: The unit of '3Mb' reads as bits"),
         ("[gate]\nmax_size = 3", "gate needs at least one file"),
         ("[gate", "qcompress.toml is not valid TOML: "),
-        ("gate = 3", "qcompress.toml: gate: Input should be a valid dictionary, got 3."),
+        ("gate = 3", "qcompress.toml: gate must be a valid dictionary, got 3."),
     ],
 )
 def test_wrong_config(config, message, refused, folder):
