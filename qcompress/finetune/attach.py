@@ -26,6 +26,7 @@ from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram, state_nodes
 from qcompress.graph.sites import OUTPUT, Placement, activation_sites, mark
 from qcompress.graph.tracing import from_module
+from qcompress.plan.combinations import set_to
 from qcompress.plan.plan import Plan
 from qcompress.plan.resolve import TensorPlan, resolve
 from qcompress.posthoc.compress import by_position, program_tensors
@@ -290,14 +291,13 @@ class Prepared(nn.Module):
 
 
 def _check_trains(tensor: TensorPlan) -> None:
-    """Refuse what is about palettes and blocks, which no quantizer here has."""
+    """Rejects fields that no quantizer for training supports."""
     assert tensor.settings is not None
-    for field, plain in (("rows_per_lut", "auto"), ("vector_dim", 1), ("block_size", None), ("lut_dtype", None)):
-        value = getattr(tensor.settings, field)
-        if value not in (plain, None):
+    for field in tensor.settings.fields:
+        if not field.trains and field.asks(getattr(tensor.settings, field.name)):
             raise ConfigError(
-                f"{tensor.name}: {field} = {value} ({tensor.origins[field]}) is for compression without training, and "
-                "the quantizers that train have none: leave it out."
+                f"{tensor.name}: {set_to(field, tensor.settings, tensor.origins)} is supported by post-hoc compression "
+                "only; remove it from plans passed to prepare()."
             )
 
 
