@@ -16,20 +16,22 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from qcompress.compressed.model import CompressedModel
+from qcompress.deployment import DEFAULT, Deployment
 from qcompress.errors import ConfigError, DataError
 from qcompress.finetune.finalize import BatchNorm, Parts, compressed
 from qcompress.finetune.live_graph import AtSite, LiveGraph
 from qcompress.finetune.methods import Methods
 from qcompress.graph.batchnorm import fold_with_factors, unfolded_names
+from qcompress.graph.example_inputs import by_position
 from qcompress.graph.layers import bias_of, weight_layers
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram, state_nodes
 from qcompress.graph.sites import OUTPUT, Placement, activation_sites, mark
+from qcompress.graph.tensors import program_tensors
 from qcompress.graph.tracing import from_module
 from qcompress.plan.combinations import set_to
 from qcompress.plan.plan import Plan
 from qcompress.plan.resolve import TensorPlan, resolve
-from qcompress.posthoc.compress import by_position, program_tensors
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import Place
 
@@ -49,6 +51,7 @@ def prepare(
     regularizers: Iterable[Callable[[nn.Module], nn.Module]] = (),
     placement: Placement = "deploy",
     batchnorm: BatchNorm = "train",
+    deployment: Deployment = DEFAULT,
 ) -> "Prepared":
     """Attach quantizers to a model, to be trained in any loop.
 
@@ -63,6 +66,7 @@ def prepare(
         placement: which activations are quantized; see `sites.activation_sites`.
         batchnorm: "train": as its modules do; "freeze": with stored statistics, while γ and β train; "fold": folded
             into the layers before training, and their biases train.
+        deployment: the place where the trained model is to run.
 
     Raises:
         ConfigError: plan, methods and model do not go together.
@@ -115,7 +119,8 @@ def prepare(
                 made[name] = methods.bias()
                 made[name].initialise(state[name].detach())
     widths = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
-    parts = Parts(program, folded, resolved, activation_sites(folded, widths, placement), batchnorm, arguments)
+    sites = activation_sites(folded, widths, placement)
+    parts = Parts(program, folded, resolved, sites, batchnorm, arguments, deployment)
     prepared = Prepared(model, parts)
     prepared.initialise(methods, [example_inputs, *calibration])
     prepared.quantize_weights(made)

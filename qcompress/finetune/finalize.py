@@ -1,7 +1,7 @@
 """From what was trained to a compressed model: codes kept, BatchNorm folded into scales and biases."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Literal, final
 
 import numpy as np
@@ -10,13 +10,14 @@ import torch
 
 from qcompress.artifacts import Artifact, FloatWeight, SiteGrid
 from qcompress.compressed.model import CompressedModel
+from qcompress.deployment import DEFAULT, Deployment
 from qcompress.errors import ConfigError
 from qcompress.graph.batchnorm import fold_with_factors
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import Site
 from qcompress.plan.resolve import ResolvedPlan
-from qcompress.posthoc.biases import fitting, in_steps
+from qcompress.posthoc.biases import fit_biases
 
 BatchNorm = Literal["train", "freeze", "fold"]
 
@@ -35,6 +36,7 @@ class Parts:
         sites: where activations are quantized, as `folded` has them.
         batchnorm: how it trains.
         arguments: names of what forward takes.
+        deployment: where the model is to run.
     """
 
     program: FloatProgram
@@ -43,6 +45,7 @@ class Parts:
     sites: tuple[Site, ...]
     batchnorm: BatchNorm
     arguments: tuple[str, ...]
+    deployment: Deployment = DEFAULT
 
     def __deepcopy__(self, memo: object) -> "Parts":
         """Nothing of it changes."""
@@ -82,7 +85,9 @@ def compressed(
             reason = f"too small: {found.nbytes} bytes quantized, {values.nbytes} in float"
             found = FloatWeight(values=found.dequantize(), reason=reason)
         artifacts[name] = found
-    small = CompressedModel(
+    if grids:
+        artifacts = fit_biases(parts.folded, artifacts, grids, parts.deployment.largest_bias)
+    return CompressedModel(
         program=parts.folded,
         artifacts=artifacts,
         plan=parts.resolved.as_plan(),
@@ -92,6 +97,3 @@ def compressed(
         activations={grid.site: grid for grid in grids},
         compute="int8" if grids else "float",
     )
-    if not grids:
-        return small
-    return in_steps(replace(small, artifacts=fitting(parts.folded, artifacts, list(small.activations.values()))))

@@ -21,7 +21,7 @@ from qcompress.artifacts import PalettizedWeight, granularity
 from qcompress.artifacts.packing import check_bits
 from qcompress.errors import ConfigError
 from qcompress.palettes.even_grid import finite_floats, symmetric_scale
-from qcompress.palettes.integer import LARGEST
+from qcompress.palettes.int8_palette import LARGEST
 from qcompress.palettes.scalar import checked_weights, half_shift
 from qcompress.plan.fields import LutDtype
 

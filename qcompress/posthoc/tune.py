@@ -22,7 +22,7 @@ from torch.fx import Node
 from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight, granularity
 from qcompress.graph.differentiable import Differentiable
 from qcompress.graph.program import Arrays, FloatProgram
-from qcompress.palettes.integer import LARGEST
+from qcompress.palettes.int8_palette import LARGEST
 from qcompress.progress import Track, untracked
 
 aten = torch.ops.aten

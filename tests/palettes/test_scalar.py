@@ -15,7 +15,7 @@ from qcompress.palettes import _bins, scalar
 from qcompress.palettes._bins import COUNT, Bins
 from qcompress.palettes._optimal import optimal_runs
 from qcompress.palettes.even_grid import round_to_nearest
-from qcompress.palettes.integer import best_integers, palettize_int8
+from qcompress.palettes.int8_palette import best_integers, palettize_int8
 from qcompress.palettes.scalar import assign, fit_lut, palettize
 from tests.helpers.reference import best_integer_error, best_squared_error, nearest
 

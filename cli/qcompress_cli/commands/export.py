@@ -130,7 +130,7 @@ def _export(wanted: ExportOptions, given: RunOptions, ui: Ui) -> None:
 
 def _from_folder(source: CompressedSource, wanted: ExportOptions, given: RunOptions, ui: Ui) -> _Job:
     """Check an export of a compressed folder."""
-    from qcompress.posthoc.compress import program_tensors
+    from qcompress.graph.tensors import program_tensors
 
     small = source.model()
     wanted.check_for_compressed(source.label, small.compute)
@@ -157,9 +157,11 @@ def _from_model(source: Source, wanted: ExportOptions, given: RunOptions, ui: Ui
     """Check an export of a float model."""
     wanted.check_for_float_model(calibrated=given.calibration is not None)
     plan = _plan(wanted, given)
+    settings = wanted.posthoc
 
     from qcompress.posthoc.compress import compress_program, resolved_compute, resolved_plan
-    from qcompress.posthoc.effort import check_effort
+    from qcompress.posthoc.settings import check_effort
+    from qcompress.progress import Execution
 
     program = open_program(source, given, ui)
     resolved = resolved_plan(program, plan)
@@ -172,16 +174,10 @@ def _from_model(source: Source, wanted: ExportOptions, given: RunOptions, ui: Ui
         return compress_program(
             program,
             resolved,
+            settings,
             calibration=_calibration(given, ui),
-            compute=compute,
-            **wanted.calibration,
-            reduce_range=wanted.reduce_range,
-            effort=wanted.effort,
-            synthetic=not wanted.no_synthetic,
-            seed=wanted.seed,
             source_digest=source.sha256[:11],
-            device=device(given),
-            track=ui.track,
+            execution=Execution(device=device(given), track=ui.track),
         )
 
     return _Job(resolved, compute, work)

@@ -1,7 +1,7 @@
 """The options of `export`: those of the plan's fields, made from their table, and its own, as a typed record."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -13,11 +13,11 @@ from qcompress.plan.combinations import FORMATS
 from qcompress.plan.fields import Fields, PlanField
 from qcompress.plan.settings import Settings
 from qcompress.posthoc.calibration import METHODS
+from qcompress.posthoc.settings import DEFAULTS, Effort, PosthocSettings
 from qcompress_cli.inputs import options
 
 if TYPE_CHECKING:
     from qcompress.graph.sites import Placement
-    from qcompress.posthoc.effort import Effort
     from qcompress_exporters.onnx_format.file import Leftovers
 
 # Options that apply to some ways to compute only.
@@ -68,7 +68,7 @@ class ExportOptions:
     placement: "Placement | None"
     reduce_range: bool
     offsets: str | None
-    effort: "Effort | None"
+    effort: Effort | None
     no_synthetic: bool
     seed: int
     save_plan: Path | None
@@ -90,10 +90,14 @@ class ExportOptions:
         )
 
     @property
-    def calibration(self) -> dict[str, Any]:
-        """The arguments of compression that say how activations are calibrated, as far as they were given."""
-        given = {name: getattr(self, name) for name in ("calibration_method", "percentile", "placement")}
-        return {name: value for name, value in given.items() if value is not None}
+    def posthoc(self) -> PosthocSettings:
+        """The settings of post-hoc compression; those that were not given have their defaults."""
+        given = {f.name: getattr(self, f.name) for f in fields(PosthocSettings) if hasattr(self, f.name)}
+        return replace(
+            DEFAULTS,
+            **{name: value for name, value in given.items() if value is not None},
+            synthetic=not self.no_synthetic,
+        )
 
     def check_compute(self, compute: Compute) -> None:
         """Reject options that would have no effect.
@@ -201,12 +205,12 @@ _OWN: Final = options.together(
     click.option(
         "--calibration-method",
         type=click.Choice(tuple(METHODS)),
-        help="How ranges of activations are found. Default: mse.",
+        help=f"How ranges of activations are found. Default: {DEFAULTS.calibration_method}.",
     ),
     click.option(
         "--percentile",
         type=click.FloatRange(50, 100, min_open=True),
-        help="For --calibration-method percentile. Default: 99.99.",
+        help=f"For --calibration-method percentile. Default: {DEFAULTS.percentile}.",
     ),
     click.option(
         "--placement",
@@ -228,7 +232,7 @@ _OWN: Final = options.together(
     ),
     click.option(
         "--effort",
-        type=click.Choice(["fast", "balanced", "best"]),
+        type=click.Choice(get_args(Effort)),
         help="fast: each value goes to its nearest level. balanced (default): weights and biases are solved layer by "
         "layer on --calibration, or on inputs synthesised from BatchNorm statistics. best: all layers are then tuned "
         "together.",
