@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qcompress.errors import ConfigError, DivergenceError
-from qcompress.finetune.attach import Inputs, Prepared
+from qcompress.finetune.prepared import Inputs, Prepared
 
 Loss = Callable[[Any, Any], Tensor]
 Stage = Literal["S1", "S2", "S3"]

@@ -73,6 +73,16 @@ def weights(model: nn.Module) -> list[Place]:
     return list(seen.values())
 
 
+def place_of(model: nn.Module, name: str) -> Place | None:
+    """Returns the place in a model that holds a tensor; None: the model has no tensor of that name."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return Place(name, module, attribute) if isinstance(getattr(module, attribute, None), Tensor) else None
+
+
 def _all(model: nn.Module) -> Iterator[Place]:
     for name, module in model.named_modules():
         if isinstance(module, _LAYERS):

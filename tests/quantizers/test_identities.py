@@ -1,4 +1,4 @@
-"""What the methods are in special cases: each other, or nothing at all."""
+"""Special cases in which one method equals another."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def gradients(out, *leaves):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_n2uq_with_equal_intervals_is_the_plain_straight_through_quantizer(bits):
     count = 2**bits - 1
-    x = torch.linspace(-1.001, 3.0007, 1001, dtype=torch.float64, requires_grad=True)  # meets neither a tie nor an end
+    x = torch.linspace(-1.001, 3.0007, 1001, dtype=torch.float64, requires_grad=True)  # no value is a tie or an end
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     nonuniform = q.n2uq_activation(x, zero, torch.full((count,), 2 / count, dtype=torch.float64), one, one)
     plain = q.lsq(x, 2 / count * one, 0, count)
