@@ -5,13 +5,13 @@ Source: Liu et al., CVPR 2022: forward (12), generalised straight-through estima
 Code: written from the paper; no code copied.
 Deviations: x is compared with threshold / β1, which is stored, instead of β1·x with the threshold. γ is
 (2^b - 1) / 2^(b-1); the printed formula lost an exponent. β1 and β2 cannot fall below a thousandth of their start.
-init "lsq" starts from LSQ's grid; the paper's start fits inputs in [0, 2].
+Training starts from LSQ+'s or LSQ's uniform grid; the paper's start, for inputs in [0, 2], is init "n2uq".
 
 Shape suffixes: L = segments, 2^bits - 1 of them, E = their edges, one more.
 """
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal, final
+from typing import Any, Final, Literal, final, get_args
 
 import numpy as np
 import torch
@@ -20,16 +20,17 @@ from torch.autograd.function import once_differentiable
 
 from qcompress.artifacts import Artifact, ThresholdGrid
 from qcompress.errors import ConfigError
-from qcompress.grid import IntegerRange
 from qcompress.packing import check_bits
-from qcompress.quantizers.base import AbstractQuantizer, SiteKey, check_init, one_tensor
+from qcompress.quantizers.base import AbstractQuantizer, SiteKey, check_init
 from qcompress.quantizers.half_integer import odd_codes, palettized
-from qcompress.quantizers.initial import activation_scale
 from qcompress.quantizers.positive import Positive
+from qcompress.quantizers.step import UniformSpec
 from qcompress.ste import inside, straight_through
 
 _SHORTEST: Final = 1e-3
-_INITS: Final = ("n2uq", "lsq")
+
+# Where training starts: from the paper's thresholds, or from the uniform grid of "lsq_plus" or "lsq".
+ThresholdInit = Literal["n2uq", "lsq_plus", "lsq"]
 
 
 def n2uq_activation(x: Tensor, start: Tensor, intervals: Tensor, input_scale: Tensor, output_scale: Tensor) -> Tensor:
@@ -140,7 +141,8 @@ class N2uqActivation(AbstractQuantizer):
 
     Args:
         bits: width of a code, 2 to 4.
-        init: "n2uq": the paper's, for inputs in [0, 2]; "lsq": equal intervals at the scale that LSQ starts with.
+        init: "lsq_plus" or "lsq": equal intervals at the scale that LSQ+ (least squared error) or LSQ starts from;
+            "n2uq": the paper's start, for inputs in [0, 2].
 
     Raises:
         ConfigError: an argument is invalid.
@@ -150,12 +152,15 @@ class N2uqActivation(AbstractQuantizer):
     [0.0, 0.6666666865348816, 1.3333333730697632, 2.0]
     """
 
-    def __init__(self, *, bits: int, init: Literal["n2uq", "lsq"] = "n2uq") -> None:
+    def __init__(self, *, bits: int, init: ThresholdInit = "lsq_plus") -> None:
         super().__init__()
         if bits not in range(2, 5):
             raise ConfigError(f"N2uqActivation.bits must be in [2, 4], got {bits!r}.")
-        check_init("N2uqActivation", init, _INITS)
-        self.bits, self.init = bits, init
+        check_init("N2uqActivation", init, get_args(ThresholdInit))
+        self.bits = bits
+        self.uniform = None
+        if init != "n2uq":
+            self.uniform = UniformSpec(who="N2uqActivation", bits=bits, role="activation", init=init)
         self.start = nn.Parameter(torch.zeros(()))
         self.intervals = Positive(((1 << bits) - 1,))
         self.input_scale, self.output_scale = Positive(()), Positive(())
@@ -176,10 +181,9 @@ class N2uqActivation(AbstractQuantizer):
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Sets thresholds and scales; with init "n2uq" they do not depend on the values."""
         top = torch.ones(())
-        if self.init == "lsq":
-            limits = IntegerRange(self.bits, signed=False)
-            scale, _ = activation_scale(one_tensor(values).reshape(-1), limits, "lsq", has_offset=False)
-            top = torch.where(scale > 0, scale * limits.p / 2, 1.0)
+        if self.uniform is not None:
+            scale, _ = self.uniform.start(values)
+            top = torch.where(scale > 0, scale * self.uniform.limits.p / 2, 1.0)
         self._set(top)
 
     def activation_grid(self, site: SiteKey) -> ThresholdGrid:

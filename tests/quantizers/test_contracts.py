@@ -43,7 +43,8 @@ def activation_cases():
                 plus = qc.quantizers.LsqPlus(bits=bits, role="activation", configuration=c, init=init)
                 yield pytest.param(plus, id=f"lsq_plus-{c}-{init}-{bits}")
     for bits in (2, 3, 4):
-        yield pytest.param(qc.quantizers.N2uqActivation(bits=bits, init="lsq"), id=f"n2uq-lsq-{bits}")
+        for init in ("n2uq", "lsq"):
+            yield pytest.param(qc.quantizers.N2uqActivation(bits=bits, init=init), id=f"n2uq-{init}-{bits}")
 
 
 BATCHES = {
@@ -411,7 +412,7 @@ ONE_BIT = "a signed grid of 1 bit has no positive code; use 2 to 8 bits, or dore
         (lambda: q.N2uqActivation(bits=5), "N2uqActivation.bits must be in [2, 4], got 5."),
         (
             lambda: q.N2uqActivation(bits=2, init="min_max"),
-            "N2uqActivation.init must be one of n2uq, lsq, got 'min_max'.",
+            "N2uqActivation.init must be one of n2uq, lsq_plus, lsq, got 'min_max'.",
         ),
         (
             lambda: q.Lsq(bits=4, role="activation").initialise([]),

@@ -40,6 +40,17 @@ def test_n2uq_thresholds_are_where_its_codes_change():
     assert codes == [[0, 1, 2], [1, 2, 3]]
 
 
+@pytest.mark.parametrize("init", ["lsq_plus", "lsq"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_n2uq_starts_from_a_uniform_grid(bits, init):
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0)).relu() * 3
+    uniform = q.LsqPlus(bits=bits, role="activation", configuration=1, init=init)
+    thresholds = q.N2uqActivation(bits=bits, init=init)
+    for quantizer in (uniform, thresholds):
+        quantizer.initialise([x])
+    torch.testing.assert_close(thresholds(x), uniform(x))
+
+
 @pytest.mark.parametrize("bits", [1, 2, 8])
 def test_lsq_plus_in_configuration_1_is_lsq(bits):
     x, scale = torch.randn(50, requires_grad=True), torch.tensor(0.3, requires_grad=True)
