@@ -18,6 +18,7 @@ from qcompress.graph.layers import Layer, bias_of, weight_layers
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram, state_nodes
 from qcompress.graph.sites import Placement, activation_sites
+from qcompress.graph.tensors import to_numpy
 from qcompress.graph.tracing import from_module
 from qcompress.plan.plan import Plan, ResolvedPlan, TensorPlan, resolve
 from qcompress.posthoc.compress import by_position, program_tensors
@@ -92,7 +93,7 @@ def prepare(
 
 def _traced(model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> FloatProgram:
     named = example_inputs if isinstance(example_inputs, Mapping) else by_position(model, tuple(example_inputs))
-    arrays = {name: value.detach().cpu().numpy() for name, value in named.items()}
+    arrays = {name: to_numpy(value) for name, value in named.items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training, model.training = model.training, False  # training mode is intended here: tracing should not note it
     try:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from qcompress.artifacts import Artifact, FloatWeight
@@ -18,6 +17,7 @@ from qcompress.graph.layers import weight_layers
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import Placement, activation_sites
+from qcompress.graph.tensors import to_numpy
 from qcompress.graph.tracing import from_module
 from qcompress.plan.combinations import check_calibration, settled_compute
 from qcompress.plan.plan import Plan, ResolvedPlan, resolve
@@ -28,7 +28,8 @@ from qcompress.posthoc.nearest import How, nearest
 from qcompress.posthoc.solve import SolveSettings
 from qcompress.progress import Track, untracked
 from qcompress.solvers import check_solver
-from qcompress.sources.base import LazyArray, SourceTensor
+from qcompress.sources.base import SourceTensor
+from qcompress.sources.memory.module import lazy_tensor
 
 _FOLDING_TOLERANCE: Final = 1e-2
 # Kinds of layers that compute in integers.
@@ -87,7 +88,7 @@ def compress(
     data = None if calibration is None else as_dataset(calibration)
     if example_inputs is not None:
         named = example_inputs if isinstance(example_inputs, Mapping) else by_position(model, example_inputs)
-        inputs = {name: value.detach().cpu().numpy() for name, value in named.items()}
+        inputs = {name: to_numpy(value) for name, value in named.items()}
     elif data is not None:
         inputs = dict(data.example())
     else:
@@ -192,7 +193,7 @@ def _nearest(
             one_scale=compute == "dynamic8",
             reduce_range=reduce_range,
         )
-        artifacts[name] = nearest(_numpy(state[name]), plans.get(name), how)
+        artifacts[name] = nearest(np.asarray(to_numpy(state[name]), order="C"), plans.get(name), how)
     return artifacts
 
 
@@ -262,7 +263,7 @@ def program_tensors(program: FloatProgram) -> list[SourceTensor]:
     layers, state, aliases = weight_layers(program), program.state(), program.aliases()
     kinds = {name: layer.kind for name, layer in layers.items()} | {n: "other" for n in state if n not in layers}
     return [
-        SourceTensor(name, kind, _lazy(state[name]), aliases.get(name, ()))
+        SourceTensor(name, kind, lazy_tensor(state[name], name), aliases.get(name, ()))
         for name, kind in kinds.items()
         if name in state
     ]
@@ -291,18 +292,3 @@ def by_position(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]
     if len(example_inputs) > len(names):
         raise ConfigError(f"The model's forward takes {len(names)} inputs, got {len(example_inputs)} example inputs.")
     return dict(zip(names, example_inputs, strict=False))
-
-
-def _numpy(value: torch.Tensor) -> npt.NDArray[Any]:
-    value = value.detach().cpu().contiguous()
-    if value.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        bits: npt.NDArray[Any] = value.view(torch.int16).numpy()
-        return bits.view(ml_dtypes.bfloat16)
-    array: npt.NDArray[Any] = value.numpy()
-    return array
-
-
-def _lazy(value: torch.Tensor) -> LazyArray:
-    return LazyArray(tuple(value.shape), str(value.dtype).removeprefix("torch."), lambda: np.asarray(_numpy(value)))
