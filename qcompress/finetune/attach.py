@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qcompress.deployment import DEFAULT, Deployment
 from qcompress.errors import ConfigError
 from qcompress.finetune.finalize import BatchNorm, Parts
 from qcompress.finetune.methods import Methods
 from qcompress.finetune.prepared import Inputs, Prepared
 from qcompress.graph.batchnorm import fold_with_factors
+from qcompress.graph.conversion import to_numpy
+from qcompress.graph.example_inputs import by_position
 from qcompress.graph.layers import Layer, bias_of, weight_layers
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram, state_nodes
 from qcompress.graph.sites import Placement, activation_sites
-from qcompress.graph.tensors import to_numpy
+from qcompress.graph.tensors import program_tensors
 from qcompress.graph.tracing import from_module
 from qcompress.plan.plan import Plan, ResolvedPlan, TensorPlan, resolve
-from qcompress.posthoc.compress import by_position, program_tensors
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import place_of
 
@@ -36,6 +38,7 @@ def prepare(
     regularizers: Iterable[Callable[[nn.Module], nn.Module]] = (),
     placement: Placement = "deploy",
     batchnorm: BatchNorm = "train",
+    deployment: Deployment = DEFAULT,
 ) -> Prepared:
     """Attaches quantizers to a model, which can then be trained in any loop.
 
@@ -51,6 +54,7 @@ def prepare(
         placement: which activations are quantized; see `sites.activation_sites`.
         batchnorm: "train": as the model's modules do; "freeze": with stored statistics, while γ and β train; "fold":
             folded into the layers before training, and their biases train.
+        deployment: the place where the trained model is to run.
 
     Raises:
         ConfigError: an argument is invalid, or plan, methods and model conflict.
@@ -83,7 +87,8 @@ def prepare(
         biases = [names[node] for node in nodes if node is not None and node in names]
         quantizers |= _bias_quantizers(biases, state, methods)
     widths = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
-    parts = Parts(program, folded, resolved, activation_sites(folded, widths, placement), batchnorm, arguments)
+    sites = activation_sites(folded, widths, placement)
+    parts = Parts(program, folded, resolved, sites, batchnorm, arguments, deployment)
     prepared = Prepared(model, parts)
     prepared.initialise(methods, [example_inputs, *calibration])
     prepared.quantize_weights(quantizers)

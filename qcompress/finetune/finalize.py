@@ -1,7 +1,7 @@
 """Turns a trained model into a compressed model: codes stay, BatchNorm is folded into scales and biases."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Literal, final
 
 import numpy as np
@@ -9,14 +9,15 @@ import torch
 
 from qcompress.artifacts import Artifact, FloatWeight, SiteGrid
 from qcompress.compressed.model import CompressedModel
+from qcompress.deployment import DEFAULT, Deployment
 from qcompress.errors import ConfigError
 from qcompress.graph.batchnorm import fold_with_factors
+from qcompress.graph.conversion import to_numpy
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import Site
-from qcompress.graph.tensors import to_numpy
 from qcompress.plan.plan import ResolvedPlan
-from qcompress.posthoc.biases import fitting, in_steps
+from qcompress.posthoc.biases import fit_biases
 
 BatchNorm = Literal["train", "freeze", "fold"]
 
@@ -35,6 +36,7 @@ class Parts:
         sites: the activations that are quantized, by their names in `folded`.
         batchnorm: how BatchNorm trains.
         arguments: names of forward's parameters.
+        deployment: the place where the model is to run.
     """
 
     program: FloatProgram
@@ -43,6 +45,7 @@ class Parts:
     sites: tuple[Site, ...]
     batchnorm: BatchNorm
     arguments: tuple[str, ...]
+    deployment: Deployment = DEFAULT
 
     def __deepcopy__(self, memo: object) -> "Parts":
         """Returns itself: it is immutable."""
@@ -89,7 +92,9 @@ def compressed(
             reason = f"too small: {found.nbytes} bytes quantized, {values.nbytes} in float"
             found = FloatWeight(values=found.dequantize(), reason=reason)
         artifacts[name] = found
-    small = CompressedModel(
+    if grids:
+        artifacts = fit_biases(parts.folded, artifacts, grids, parts.deployment.largest_bias)
+    return CompressedModel(
         program=parts.folded,
         artifacts=artifacts,
         plan=parts.resolved.as_plan(),
@@ -99,6 +104,3 @@ def compressed(
         activations={grid.site: grid for grid in grids},
         compute="int8" if grids else "float",
     )
-    if not grids:
-        return small
-    return in_steps(replace(small, artifacts=fitting(parts.folded, artifacts, list(small.activations.values()))))

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from qcompress.errors import ConfigError, DataError, did_you_mean
-from qcompress.graph.tensors import numpy_dtype, to_numpy, to_torch
+from qcompress.graph.conversion import numpy_dtype, to_numpy, to_torch
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 _ORIGINS: Final = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")

@@ -18,6 +18,7 @@ from torch.fx import Interpreter, Node
 
 from qcompress.artifacts import SiteGrid
 from qcompress.errors import ConfigError, QCompressError
+from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.graph.layers import Layer, data_input, layers
 from qcompress.graph.program import (
     Arrays,
@@ -29,7 +30,6 @@ from qcompress.graph.program import (
     user_inputs,
     value_of,
 )
-from qcompress.graph.tensors import to_numpy, to_torch
 
 aten = torch.ops.aten
 

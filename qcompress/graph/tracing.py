@@ -16,6 +16,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from qcompress.errors import ConfigError, DataError, SourceError, did_you_mean
+from qcompress.graph.conversion import to_torch
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import (
     STATE_KINDS,
@@ -31,7 +32,6 @@ from qcompress.graph.program import (
     value_of,
 )
 from qcompress.graph.quiet import quiet_torch
-from qcompress.graph.tensors import to_torch
 from qcompress.graph.value_names import input_names, key_name, output_names
 
 TRACE_BATCH: Final = 2  # torch.export specializes a batch of 1

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final, Literal, Self, final
+from typing import Any, Final, Literal, Protocol, Self, final
 
 from qcompress.artifacts.digest import short_digest
 from qcompress.errors import ConfigError, did_you_mean
@@ -19,7 +19,7 @@ from qcompress.plan import toml as _plan_toml
 from qcompress.plan.combinations import check_weight
 from qcompress.plan.settings import LutDtype, Scheme, Settings, settings_from
 from qcompress.plan.toml import header
-from qcompress.sources.base import KINDS, UNKNOWN, WEIGHT_KINDS, SourceTensor
+from qcompress.sources.base import KINDS, UNKNOWN, WEIGHT_KINDS
 
 __all__ = ["Plan", "ResolvedPlan", "Settings", "TensorPlan", "load_plan", "parse_plan", "resolve"]
 
@@ -326,12 +326,25 @@ class ResolvedPlan:
         return short_digest(json.dumps(canonical, sort_keys=True).encode())
 
 
-def resolve(plan: Plan, tensors: Iterable[SourceTensor | tuple[str, str]]) -> ResolvedPlan:
+class _Named(Protocol):
+    """What a plan must know of a tensor: of a source or of a program."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def aliases(self) -> tuple[str, ...]: ...
+
+
+def resolve(plan: Plan, tensors: Iterable[_Named | tuple[str, str]]) -> ResolvedPlan:
     """What a plan means for one model.
 
     Args:
         plan: the plan.
-        tensors: the model's tensors in their order, as a Source gives them or as (name, kind).
+        tensors: the model's tensors in their order, or (name, kind) of each.
 
     Raises:
         ConfigError: a pattern that matches nothing, a weight without a width, settings that do not go together, a kind

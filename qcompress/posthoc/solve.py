@@ -1,9 +1,9 @@
-"""Weights solved layer after layer against calibration data, biases corrected, all in one walk over the net.
+"""Solve weights layer after layer on calibration data and correct biases, in one walk over the network.
 
 A layer's target is not its float weight W but T = W + W (C - H) (H + damping)^-1, with H = E[x xᵀ] of its inputs x in
-the compressed net and C = E[y xᵀ], y the same inputs in the float net: the weight that gives what the float layer gives
-from what the compressed net has to offer. So a layer makes good, as far as it can, what those in front of it lost.
-Where a bias follows, moments are taken about the means, and the bias makes the output right on average.
+the compressed network and C = E[y xᵀ], y the same inputs in the float network. T is the weight that best reproduces the
+float layer's output from the compressed network's inputs, so each layer compensates for errors made by earlier layers.
+If the layer has a bias, moments are taken about the means, and the bias corrects the mean of the output.
 
 Source: GPTQ's objective (Frantar et al. 2023) with the target of an asymmetric calibration (Li et al. 2025, GPTAQ).
 Deviation: that target is found in closed form once, by damped least squares, not while columns are rounded.
@@ -20,17 +20,17 @@ import torch
 from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight, SiteGrid, granularity
 from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.compressed.model import LayerGain
+from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.graph.program import Arrays, FloatProgram
 from qcompress.graph.sites import rounding
-from qcompress.graph.tensors import to_numpy, to_torch
 from qcompress.palettes.even_grid import REDUCED_BITS
-from qcompress.palettes.integer import LARGEST, LARGEST_REDUCED
+from qcompress.palettes.int8_palette import LARGEST, LARGEST_REDUCED
 from qcompress.palettes.vector import palettize_vectors
 from qcompress.plan.plan import TensorPlan
 from qcompress.posthoc.moments import Moments, has_moments
-from qcompress.posthoc.schemes import Codes, better, codes_for
+from qcompress.posthoc.schemes import CodeKind, better, codes_for
 from qcompress.posthoc.walk import Reached, walk
-from qcompress.progress import Track, untracked
+from qcompress.progress import ON_CPU, Execution
 from qcompress.solvers import SOLVERS
 from qcompress.solvers.base import Problem
 from qcompress.solvers.levels import IntegerPaletteLevels, PaletteLevels, UniformLevels
@@ -46,21 +46,18 @@ class SolveSettings:
 
     Args:
         solver: a key of `solvers.SOLVERS`.
-        integer_kinds: of the layers whose weights int8 kernels shall compute with.
-        reduce_range: as in `compress`.
+        integer_kinds: the kinds of layers that compute in integers.
+        reduce_range: as in `PosthocSettings`.
     """
 
-    solver: str = "gptq"
+    solver: str
     integer_kinds: Collection[str] = ()
     reduce_range: bool = False
 
 
-_DEFAULT: Final = SolveSettings()
-
-
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """One artifact for each tensor, and what solving gained, layer by layer."""
+    """One artifact for each tensor, and the gain of each layer that was solved."""
 
     artifacts: dict[str, Artifact]
     gains: list[LayerGain]
@@ -69,38 +66,36 @@ class Solved:
 def solve_weights(
     program: FloatProgram,
     tensors: Mapping[str, TensorPlan],
-    nearest: Mapping[str, Artifact],
+    unsolved: Mapping[str, Artifact],
     batches: Sequence[Arrays],
-    settings: SolveSettings = _DEFAULT,
+    settings: SolveSettings,
     *,
     grids: Sequence[SiteGrid] = (),
-    device: str = "cpu",
-    track: Track = untracked,
+    execution: Execution = ON_CPU,
 ) -> Solved:
-    """Artifacts for the weights of layers, and for their biases.
+    """Solve the weights of layers and correct their biases.
 
     Args:
-        program: BatchNorm folded; marked at the sites of the grids, where there are any.
-        tensors: what is planned for each tensor.
-        nearest: each tensor compressed without data.
+        program: BatchNorm folded; marked at the sites of the grids, if there are any.
+        tensors: the plan of each compressed tensor.
+        unsolved: each tensor compressed without data.
         batches: calibration inputs by name.
-        settings: how.
-        grids: of the marks, in the order of their indices.
-        device: where the net runs.
-        track: passes layers on: a progress bar.
+        settings: how codes are found.
+        grids: the grids of the marks, in the order of their indices.
+        execution: where the program runs; tracks layers.
 
     Returns:
-        `nearest` with what was solved in its place.
+        `unsolved` with the solved artifacts in place of theirs.
     """
-    artifacts, gains = dict(nearest), list[LayerGain]()
+    artifacts, gains = dict(unsolved), list[LayerGain]()
 
     def settle(reached: Reached) -> Mapping[str, torch.Tensor]:
         name = reached.layer.weight
-        first = nearest[name]
+        first = unsolved[name]
         if isinstance(first, FloatWeight) or name not in tensors:
             return {}
         plain = _tensor(first, reached.weight)
-        if not isinstance(reached.outputs[0], torch.Tensor):  # an embedding bag's
+        if not isinstance(reached.outputs[0], torch.Tensor):  # an embedding bag returns a tuple
             return {name: plain}
         outputs = reached.run(plain)
         before, found = _noise_db(reached.outputs, outputs), first
@@ -111,7 +106,7 @@ def solve_weights(
         settled = {name: _tensor(found, reached.weight)}
         if reached.bias is not None:
             shift_O = _mean_shift(reached, outputs)
-            bias_O = nearest[reached.bias].dequantize() + shift_O
+            bias_O = unsolved[reached.bias].dequantize() + shift_O
             artifacts[reached.bias] = FloatWeight(values=bias_O.astype(np.float32), reason="not a weight")
             settled[reached.bias] = to_torch(bias_O.astype(np.float32))
             outputs = [o + _along(reached, shift_O, o) for o in outputs]
@@ -119,7 +114,8 @@ def solve_weights(
         gains.append(LayerGain(name, before, _noise_db(reached.outputs, outputs)))
         return settled
 
-    walk(program, batches, settle, quantize=rounding(grids) if grids else None, device=device, track=track)
+    quantize = rounding(grids) if grids else None
+    walk(program, batches, settle, quantize=quantize, device=execution.device, track=execution.track)
     return Solved(artifacts, gains)
 
 
@@ -171,7 +167,7 @@ def _vectors(
 
 
 def _target(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
-    """The weight that best gives the float layer's outputs from the compressed net's inputs."""
+    """Return the weight that best reproduces the float layer's outputs from the compressed network's inputs."""
     if moments.cross is moments.second:
         return weight
     damped = Problem(target=weight, hessian=moments.second).damped(_DAMPING)
@@ -180,7 +176,7 @@ def _target(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
 
 
 def _levels(
-    kind: Codes,
+    kind: CodeKind,
     rows_OK: npt.NDArray[np.float64],
     importance_OK: npt.NDArray[np.float64],
     plan: TensorPlan,
@@ -203,7 +199,7 @@ def _tensor(artifact: Artifact, like: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_shift(reached: Reached, outputs: list[torch.Tensor]) -> npt.NDArray[np.float64]:
-    """Float outputs less compressed ones, the mean for each output channel."""
+    """Return the mean of float minus compressed outputs for each output channel."""
     axis = 1 if reached.layer.kind != "linear" else -1
     total, count = np.zeros(outputs[0].shape[axis]), 0
     for wanted, got in zip(reached.outputs, outputs, strict=True):
@@ -219,7 +215,7 @@ def _along(reached: Reached, shift_O: npt.NDArray[np.float64], output: torch.Ten
 
 
 def _noise_db(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> float | None:
-    """How the float outputs vary over the difference, in dB; None without a difference."""
+    """Return the variance of the float outputs over the mean squared difference, in dB; None without a difference."""
     noise = sum(float((w.double() - g.double()).square().sum()) for w, g in zip(wanted, got, strict=True))
     count = sum(w.numel() for w in wanted)
     mean = sum(float(w.double().sum()) for w in wanted) / count

@@ -20,10 +20,10 @@ import torch
 from torch.fx import Node
 
 from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight, granularity
+from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.graph.differentiable import Differentiable
 from qcompress.graph.program import Arrays, FloatProgram
-from qcompress.graph.tensors import to_numpy, to_torch
-from qcompress.palettes.integer import LARGEST
+from qcompress.palettes.int8_palette import LARGEST
 from qcompress.progress import Track, untracked
 
 aten = torch.ops.aten

@@ -14,10 +14,10 @@ import torch
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_arg
 
+from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.graph.layers import Layer, bias_of, data_input, layers
 from qcompress.graph.program import Arrays, FloatProgram, state_nodes, tensor_of
 from qcompress.graph.sites import Visit, site_op
-from qcompress.graph.tensors import to_numpy, to_torch
 from qcompress.progress import Track, untracked
 
 Batches = list[Any]  # one value for each batch

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qcompress.errors import SourceError, did_you_mean
+from qcompress.graph.conversion import to_torch
 from qcompress.graph.options import ProgramOptions
-from qcompress.graph.tensors import to_torch
 from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
 from qcompress.user_code import build_module
 

@@ -16,6 +16,7 @@ from qcompress.errors import ConfigError
 from qcompress.plan import combinations
 from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.lower import FORMATS
 from qcompress_exporters.onnx_format.targets import Target
@@ -147,10 +148,10 @@ def program():
 
 @functools.cache
 def tiny(compute, scheme, bits, activation_bits):
-    return compress_program(
-        program(), Plan.from_flags(bits=bits, scheme=scheme, activation_bits=activation_bits), compute=compute,
-        calibration=as_dataset({"x": IMAGES}) if compute == "int8" else None, calibration_method="minmax",
-    )  # fmt: skip
+    plan = Plan.from_flags(bits=bits, scheme=scheme, activation_bits=activation_bits)
+    settings = PosthocSettings(compute=compute, calibration_method="minmax")
+    calibration = as_dataset({"x": IMAGES}) if compute == "int8" else None
+    return compress_program(program(), plan, settings, calibration=calibration)
 
 
 @pytest.mark.parametrize(("compute", "scheme"), [*itertools.product(VALUES["compute"], VALUES["scheme"])])

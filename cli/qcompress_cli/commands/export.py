@@ -53,6 +53,8 @@ _NOT_FOR_COMPRESSED: Final = (
 )  # fmt: skip
 # What is about the grids of int8 compute.
 _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
+# Options that are fields of PosthocSettings.
+_SETTINGS: Final = (*_FOR_GRIDS, "reduce_range", "effort")
 
 
 @options.command("export")
@@ -257,8 +259,8 @@ def _loaded(
         raise ConfigError(
             f"{source.label} is compressed already: {_flag(said[0])} must be left out, or name the original model."
         )
+    from qcompress.graph.tensors import program_tensors
     from qcompress.plan.plan import resolve
-    from qcompress.posthoc.compress import program_tensors
 
     small = source.model()
     combinations.check_file(small.compute, flags["format"], flags["memory"])
@@ -303,7 +305,8 @@ def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, 
         raise ConfigError("--no-synthetic is about exports without calibration data: leave out it or --calibration.")
 
     from qcompress.posthoc.compress import compress_program, resolved_compute, resolved_plan
-    from qcompress.posthoc.effort import check_effort
+    from qcompress.posthoc.settings import PosthocSettings, check_effort
+    from qcompress.progress import Execution
 
     program = open_program(source, given, ui)
     resolved = resolved_plan(program, plan)
@@ -315,17 +318,14 @@ def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, 
     small = compress_program(
         program,
         plan,
+        PosthocSettings(
+            compute=compute,
+            synthetic=not flags["no_synthetic"],
+            **{field: flags[field] for field in _SETTINGS if flags[field] is not None},
+        ),
         calibration=_calibration(given, ui),
-        compute=compute,
-        calibration_method=flags["calibration_method"] or "mse",
-        percentile=flags["percentile"] or 99.99,
-        placement=flags["placement"] or "deploy",
-        reduce_range=flags["reduce_range"],
-        effort=flags["effort"],
-        synthetic=not flags["no_synthetic"],
         source_digest=source.sha256[:11],
-        device=device(given),
-        track=ui.track,
+        execution=Execution(device=device(given), track=ui.track),
     )
     return small, resolved, output
 

@@ -14,14 +14,15 @@ from qcompress.artifacts.size import SizeReport, ideal_nbytes
 from qcompress.compressed.model import CompressedModel
 from qcompress.errors import ConfigError
 from qcompress.files import check_writable, write_whole
+from qcompress.graph.conversion import to_numpy
 from qcompress.graph.sites import input_sites, layer_input_sites, mark
-from qcompress.graph.tensors import to_numpy
 from qcompress.plan.combinations import QDQ, check_file
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.digests import grid_digest
 from qcompress_exporters.onnx_format.encodings.native import Native
 from qcompress_exporters.onnx_format.encodings.palette import ENCODINGS, choose
 from qcompress_exporters.onnx_format.encodings.words import Words
+from qcompress_exporters.onnx_format.int8.biases import stepped
 from qcompress_exporters.onnx_format.int8.lowering import PADDED, SHARED, LayerReport, Quantized
 from qcompress_exporters.onnx_format.lower import FORMATS, Lowered, lower, lower_dynamic, lower_integer
 from qcompress_exporters.onnx_format.nbytes import nbytes_with
@@ -160,6 +161,7 @@ def build(
     """The same file in memory, nothing written; see `export`."""
     runtime = Target.parse(target)
     check_file(model.compute, format)
+    model = stepped(model)
     sites = sites_of(model)
     graph = trace(mark(model.program, sites))
     artifacts = {name: model.artifacts[name] for name in graph.state_names}

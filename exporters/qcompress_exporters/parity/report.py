@@ -18,9 +18,9 @@ from qcompress.compressed.model import CompressedModel
 from qcompress.data.dataset import Dataset, as_dataset
 from qcompress.errors import ConfigError, DataError, SourceError
 from qcompress.graph.batchnorm import fold_batchnorm
+from qcompress.graph.conversion import to_numpy
 from qcompress.graph.program import FloatProgram, Runner
 from qcompress.graph.sites import mark
-from qcompress.graph.tensors import to_numpy
 from qcompress.metrics.metric import Metric, MetricResult, compare
 from qcompress.metrics.similarity import agreement, is_constant, sqnr_db
 from qcompress.progress import Track, untracked

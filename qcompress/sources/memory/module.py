@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompress.errors import SourceError
+from qcompress.graph.conversion import has_array, numpy_dtype, to_numpy
 from qcompress.graph.options import ProgramOptions
-from qcompress.graph.tensors import has_array, numpy_dtype, to_numpy
 from qcompress.sources.base import LazyArray, SourceTensor
 
 if TYPE_CHECKING:

@@ -300,14 +300,20 @@ def test_without_calibration_data_inputs_are_synthesised(qcompress, exported, re
     assert plain.stderr.endswith(wanted)
     shutil.copy("test.npz", "inputs.npz")
     assert qcompress(*wanted.split()[1:]).exit_code == 0
-    assert "no calibration data, and none are synthesised: each weight goes to its nearest level" in plain.stderr
+    assert (
+        "no calibration data, and synthesising inputs is switched off: each weight is rounded to its nearest level"
+        in plain.stderr
+    )
     assert "85.1 % against 21.3 % without any" in plain.stderr
     told = exported("model.pt", "--bits", "2", "-o", "again.onnx")
     assert told["solved_on"] == "128 inputs synthesised from BatchNorm statistics"
     assert (folder / "again.onnx").read_bytes() == (folder / "model.w2.onnx").read_bytes()
     assert exported("model.pt", "--bits", "2", "-o", "none.onnx", "--no-synthetic")["solved_on"] is None
     for flags, message in (
-        (["--effort", "balanced"], "effort balanced must have inputs to solve weights on, and none are synthesised: "),
+        (
+            ["--effort", "balanced"],
+            'effort "balanced" needs inputs to solve weights on, but synthesising inputs is switched off; ',
+        ),
         (["--calibration", "test.npz"], "--no-synthetic is about exports without calibration data: leave out it or "),
     ):
         said = nothing_new(lambda flags=flags: refused("export", "model.pt", "--bits", "4", "--no-synthetic", *flags))
@@ -423,7 +429,10 @@ def test_a_constant_calibration_is_legal_and_told(qcompress, folder, model):
     np.savez("zeros.npz", x=np.zeros((3, 3, 8, 8), np.float32))
     result = qcompress("export", "model.pt", "--bits", "4", "--activation-bits", "8", "--calibration", "zeros.npz")
     assert result.exit_code == 0, result.output
-    note = "calibration data zeros.npz: input x is the same in all 3 samples, and its grids fit nothing else\n"
+    note = (
+        "calibration data zeros.npz: all 3 samples have identical values for input x; the activation ranges will be "
+        "wrong for other data\n"
+    )
     assert result.stderr == note
 
 
@@ -452,8 +461,8 @@ def test_an_activation_that_is_not_finite(qcompress, nothing_new, folder):
     args = ("--bits", "4", "--activation-bits", "8", "--calibration", "negative.npz")
     result = nothing_new(lambda: qcompress("export", "log.pt2", *args))
     assert result.stderr.endswith(
-        "error: the activation log must be finite in float32 on calibration data, got 48 of 48 that are not: leave "
-        "those samples out.\n"
+        "error: the activation log must be finite in float32 on calibration data, but 48 of 48 values are not; "
+        "remove the samples that cause them.\n"
     )
 
 
@@ -464,7 +473,7 @@ def test_fewer_calibration_samples_than_a_fixed_batch(qcompress, nothing_new, fo
     args = ("export", "fixed.pt2", "--bits", "4", "--activation-bits", "8", "--calibration", "few.npz")
     result = nothing_new(lambda: qcompress(*args))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.endswith("error: The model takes batches of 4 alone, few.npz has 3 samples: give more.\n")
+    assert result.stderr.endswith("error: The model needs batches of 4 samples, but few.npz has 3; add samples.\n")
 
 
 @pytest.mark.parametrize("through", ["itself", "symlink", "hard link"])
