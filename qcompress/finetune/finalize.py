@@ -16,7 +16,7 @@ from qcompress.graph.conversion import to_numpy
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import Site
-from qcompress.plan.plan import ResolvedPlan
+from qcompress.plan.resolve import ResolvedPlan
 from qcompress.posthoc.biases import fit_biases
 
 BatchNorm = Literal["train", "freeze", "fold"]

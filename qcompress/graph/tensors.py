@@ -1,6 +1,5 @@
 """The tensors of a program: their names and kinds for a plan, and checks of their values."""
 
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -9,30 +8,16 @@ import torch
 from qcompress.errors import SourceError
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.program import FloatProgram
+from qcompress.plan.resolve import Named
 
 _FOLDING_TOLERANCE: Final = 1e-2  # of an output's largest value
 
 
-@dataclass(frozen=True, slots=True)
-class ProgramTensor:
-    """What a plan must know of one tensor of a program.
-
-    Args:
-        name: its qualified name.
-        kind: the kind of the layer that uses it as its weight; `other` for biases, statistics and constants.
-        aliases: further names of the same (tied) tensor.
-    """
-
-    name: str
-    kind: str
-    aliases: tuple[str, ...] = ()
-
-
-def program_tensors(program: FloatProgram) -> list[ProgramTensor]:
-    """Return the tensors of a program: its weights in the order in which they run, then all others."""
+def program_tensors(program: FloatProgram) -> list[Named]:
+    """Return the tensors of a program for its plan: weights in the order in which they run, then all others."""
     layers, state, aliases = weight_layers(program), program.state(), program.aliases()
     kinds = {name: layer.kind for name, layer in layers.items()} | {n: "other" for n in state if n not in layers}
-    return [ProgramTensor(name, kind, aliases.get(name, ())) for name, kind in kinds.items() if name in state]
+    return [Named(name, kind, aliases.get(name, ())) for name, kind in kinds.items() if name in state]
 
 
 def check_finite(program: FloatProgram) -> None:

@@ -26,7 +26,7 @@ from qcompress.graph.sites import rounding
 from qcompress.palettes.even_grid import REDUCED_BITS
 from qcompress.palettes.int8_palette import LARGEST, LARGEST_REDUCED
 from qcompress.palettes.vector import palettize_vectors
-from qcompress.plan.plan import TensorPlan
+from qcompress.plan.resolve import TensorPlan
 from qcompress.posthoc.moments import Moments, has_moments
 from qcompress.posthoc.schemes import CodeKind, better, codes_for
 from qcompress.posthoc.walk import Reached, walk

@@ -4,12 +4,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import onnx
 
 from qcompress.artifacts.digest import short_digest
 from qcompress.errors import SourceError
+from qcompress.gate.validation import FORMAT, Validation
 
 VERSION: Final = "qcompress.version"
 TARGET: Final = "qcompress.target"
@@ -19,8 +20,6 @@ SOURCE: Final = "qcompress.source"
 SITES: Final = "qcompress.sites"
 GRIDS: Final = "qcompress.grids"
 VALIDATION: Final = "qcompress.validation"
-
-VALIDATION_FORMAT: Final = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +66,8 @@ class CompressedFile:
         """Digest of graph and initializers; the same whatever the metadata holds."""
         return content_digest(self.model)
 
-    def validation(self) -> dict[str, Any] | None:
-        """The measurements of `validate`: those beside the file (FILE.validation.json), else those within it.
+    def validation(self) -> Validation | None:
+        """Return the measurements of `validate`: those beside the file (FILE.validation.json), else those within it.
 
         Raises:
             SourceError: they cannot be read, or were made on another file.
@@ -86,13 +85,13 @@ class CompressedFile:
             stands_for, version = measured["file"]["digest"], measured["format_version"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise SourceError(f"{where} is not a validation of qcompress: {again}.") from None
-        if version != VALIDATION_FORMAT:
-            raise SourceError(f"{where} has format {version}, this version reads {VALIDATION_FORMAT}: {again}.")
+        if version != FORMAT:
+            raise SourceError(f"{where} has format {version}, this version reads {FORMAT}: {again}.")
         if stands_for != self.digest:
             raise SourceError(
                 f"{where} was measured on another file (digest {stands_for}, {self.path} has {self.digest}): {again}."
             )
-        return dict(measured)
+        return Validation.from_dict(measured, str(self.path))
 
 
 def sites_text(compute: str, sites: Iterable[tuple[str, int]]) -> str:

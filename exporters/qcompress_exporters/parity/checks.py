@@ -10,6 +10,7 @@ import onnx
 
 from qcompress.artifacts import FloatWeight
 from qcompress.errors import DataError, SourceError
+from qcompress.gate.validation import Check
 from qcompress.metrics.similarity import is_constant, spread
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.int8.lowering import bias_name, offset_name, scale_name
@@ -28,27 +29,6 @@ CODES_OFF: Final = 1e-4  # share of codes that may differ by 1
 # largest value. Over a spread that is small beside that size, this is more than the tolerance.
 ROUNDING: Final = 8 * float(np.finfo(np.float32).eps)
 CONSTANT: Final = "the network is constant on this data"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One of the three checks.
-
-    Args:
-        name: `weights`, `graph` or `exporter`.
-        session: `exact` or `deployed`.
-        ok: whether it passed.
-        error: largest difference of an output over its spread; None for weights, and where there is no spread.
-        limit: what `error` may be at most.
-        detail: one line for people.
-    """
-
-    name: str
-    session: str
-    ok: bool
-    error: float | None
-    limit: float
-    detail: str
 
 
 def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays | None]:

@@ -17,11 +17,13 @@ import numpy.typing as npt
 from qcompress.compressed.model import CompressedModel
 from qcompress.data.dataset import Dataset, as_dataset
 from qcompress.errors import ConfigError, DataError, SourceError
+from qcompress.gate.validation import Check, Validation
 from qcompress.graph.batchnorm import fold_batchnorm
 from qcompress.graph.conversion import to_numpy
 from qcompress.graph.program import FloatProgram, Runner
 from qcompress.graph.sites import mark
-from qcompress.metrics.metric import Metric, MetricResult, compare
+from qcompress.metrics.metric import Metric, compare
+from qcompress.metrics.result import MetricResult
 from qcompress.metrics.similarity import agreement, is_constant, sqnr_db
 from qcompress.progress import Track, untracked
 from qcompress_exporters.onnx_format import metadata
@@ -30,7 +32,6 @@ from qcompress_exporters.onnx_format.trace import trace
 from qcompress_exporters.parity.checks import (
     CONSTANT,
     Arrays,
-    Check,
     LayerNoise,
     check_codes,
     check_exporter,
@@ -117,25 +118,23 @@ class ParityReport:
         return min(values) if values else None
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON document; its keys are documented in docs/json.md."""
-        return {
-            "format_version": metadata.VALIDATION_FORMAT,
-            "ok": self.ok,
-            "file": dict(self.file),
-            "data": dict(self.data),
-            "parity": [asdict(check) for check in self.checks],
-            "outputs": {name: asdict(output) for name, output in self.outputs.items()},
-            "agreement": self.agreement,
-            "sqnr_db": self.sqnr_db,
-            "metric": None if self.metric is None else asdict(self.metric),
-            "layers": [asdict(layer) for layer in self.layers],
-            "runtime": dict(self.runtime),
-            "timing": None if self.timing is None else asdict(self.timing),
-            "same_ops": self.same_ops,
-            "same_source": self.same_source,
-            "cpu": dict(self.cpu),
-            "notes": list(self.notes),
-        }
+        """Return the JSON document that `gate` reads; see `qcompress.gate.validation`."""
+        return Validation(
+            file=self.file,
+            data=self.data,
+            checks=self.checks,
+            outputs={name: asdict(output) for name, output in self.outputs.items()},
+            agreement=self.agreement,
+            sqnr_db=self.sqnr_db,
+            metric=self.metric,
+            layers=tuple(asdict(layer) for layer in self.layers),
+            runtime=self.runtime,
+            timing=None if self.timing is None else asdict(self.timing),
+            same_ops=self.same_ops,
+            same_source=self.same_source,
+            cpu=self.cpu,
+            notes=self.notes,
+        ).as_dict()
 
 
 def validate(

@@ -12,7 +12,8 @@ from torch import nn
 from qcompress.artifacts import FloatWeight, PalettizedWeight
 from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.graph.program import FloatProgram
-from qcompress.plan.plan import Plan, Settings
+from qcompress.plan.plan import Plan
+from qcompress.plan.settings import Settings
 from qcompress.posthoc.compress import compress, compress_program
 from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import export

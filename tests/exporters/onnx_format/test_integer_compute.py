@@ -184,7 +184,7 @@ class FloatInTheMiddle(nn.Module):
 
 
 def test_a_layer_left_in_float_stays_float():
-    from qcompress.plan.plan import Settings
+    from qcompress.plan.settings import Settings
 
     x = image(16, shape=(3, 9, 9))
     program = traced(randomized(FloatInTheMiddle()), x=x[:2])
