@@ -1,6 +1,6 @@
-"""A program's graph that computes with the tensors of a live module: what training runs in place of its forward.
+"""A program's graph that computes with the tensors of a live module, and runs in training instead of its forward.
 
-The graph was traced in eval mode; BatchNorm and dropout behave as the module's own do.
+The graph was traced in eval mode; BatchNorm and dropout behave as in the module's current mode.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ _DROPOUTS: Final[Mapping[Any, Callable[..., Tensor]]] = {
     aten.feature_dropout.default: functional.dropout2d,
 }
 
-# (index of the site, value) -> the value to go on with.
+# (index of the site, value) -> the value that replaces it.
 AtSite = Callable[[int, Tensor], Tensor]
 
 
@@ -32,7 +32,7 @@ class LiveGraph(Interpreter):
     """Runs a marked program.
 
     Args:
-        program: marked, BatchNorm not folded; not modified.
+        program: a marked program; not modified.
     """
 
     def __init__(self, program: FloatProgram) -> None:
@@ -47,12 +47,12 @@ class LiveGraph(Interpreter):
         self.first_not_finite: str | None = None
 
     def __deepcopy__(self, memo: object) -> "LiveGraph":
-        """Nothing of it belongs to one module."""
+        """Returns itself: it holds no tensor of a module."""
         return self
 
     @property
     def tensors(self) -> list[str]:
-        """Qualified names of the tensors that it takes."""
+        """Qualified names of the tensors that it computes with."""
         return list(self._names.values())
 
     def outputs(
@@ -65,16 +65,17 @@ class LiveGraph(Interpreter):
         training: bool,
         watch: bool = False,
     ) -> list[Tensor]:
-        """The program's outputs.
+        """Returns the program's outputs.
 
         Args:
             tensors: by qualified name.
             inputs: in the program's order.
-            at_site: what happens to values at sites, once for each.
-            norms: the BatchNorms that run themselves, by the qualified name of their running mean.
-            training: whether dropout drops.
-            watch: whether to look for NaN and Inf: `first_not_finite` is then the first tensor, layer (its weight) or
-                value that has one.
+            at_site: called once for each site, with its index and value.
+            norms: BatchNorm modules to call instead of the graph's operator, by the qualified name of their running
+                mean.
+            training: whether dropout is active.
+            watch: whether to look for NaN and Inf; `first_not_finite` is then the name of the first tensor, layer (its
+                weight) or value with one.
         """
         self._at_site, self._norms, self._training, self._seen = at_site, norms, training, set[int]()
         self._watch, self.first_not_finite = watch, None
@@ -83,7 +84,7 @@ class LiveGraph(Interpreter):
         return list(self.run(*values))
 
     def run_node(self, n: Node) -> Any:
-        """A site goes to `at_site`, BatchNorm and dropout to their modules, anything else is run."""
+        """Runs a node, and checks its value if `watch` is set."""
         value = self._computed(n)
         if self._watch and self.first_not_finite is None and isinstance(value, Tensor) and not value.isfinite().all():
             self.first_not_finite = self._names.get(n) or self._weights.get(n.name, n.name)
@@ -95,7 +96,7 @@ class LiveGraph(Interpreter):
         args, _ = self.fetch_args_kwargs_from_env(n)
         if n.target is site_op:
             x, index = args
-            if index in self._seen:  # further places hold values that are on the grid
+            if index in self._seen:  # other uses of the site: the value is quantized already
                 return x
             self._seen.add(index)
             return self._at_site(index, x)
@@ -110,7 +111,7 @@ class LiveGraph(Interpreter):
 
 
 def _out_of_place(target: Any) -> Any:
-    """What computes the same without writing to its argument, which gradients may need.
+    """Returns the operator that computes the same without writing to its argument, which gradients may need.
 
     >>> _out_of_place(aten.relu_.default) is aten.relu.default, _out_of_place(aten.relu.default) is aten.relu.default
     (True, True)

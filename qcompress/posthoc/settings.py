@@ -50,7 +50,7 @@ class PosthocSettings:
     def __post_init__(self) -> None:
         check_method(self.calibration_method, self.percentile)
         efforts = get_args(Effort)
-        if self.effort not in (None, *efforts):
+        if self.effort is not None and self.effort not in efforts:
             raise ConfigError(
                 f"effort must be one of {', '.join(efforts)}, got {self.effort!r}.{did_you_mean(self.effort, efforts)}"
             )

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from qcompress.data.dataset import Dataset
 from qcompress.graph.batchnorm import BATCH_NORMS, statistics
+from qcompress.graph.conversion import to_numpy
 from qcompress.graph.differentiable import Differentiable
 from qcompress.graph.program import FloatProgram, state_nodes, user_inputs, value_of
 from qcompress.progress import ON_CPU, Execution
@@ -65,7 +66,7 @@ def synthesize(program: FloatProgram, seed: int = 0, execution: Execution = ON_C
         mismatch(inputs).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    arrays = {name: x.detach().cpu().numpy() for name, x in zip(program.input_names, inputs, strict=True)}
+    arrays = {name: to_numpy(x) for name, x in zip(program.input_names, inputs, strict=True)}
     return Dataset(inputs=arrays, name=f"{count} inputs synthesised from BatchNorm statistics")
 
 

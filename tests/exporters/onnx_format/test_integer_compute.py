@@ -19,6 +19,7 @@ from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import validate
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.file import build
+from qcompress_exporters.onnx_format.int8.biases import stepped
 from qcompress_exporters.onnx_format.lower import serialize
 from qcompress_exporters.parity import report as parity
 from qcompress_exporters.parity.sessions import optimized_ops, run, session
@@ -133,10 +134,11 @@ def with_offset(model, site: tuple[str, int], share: float):
 
 
 def reference(model, x):
-    """What the artifacts say, in torch: every site through its grid, padding with real zeros."""
+    """What the file's artifacts say, in torch: every site through its grid, padding with real zeros."""
     from qcompress.graph.sites import MarkedRunner, mark, rounding
 
-    marked = mark(model.program.with_state({n: a.dequantize() for n, a in model.artifacts.items()}), model.activations)
+    state = {n: a.dequantize() for n, a in stepped(model).artifacts.items()}
+    marked = mark(model.program.with_state(state), model.activations)
     return MarkedRunner(marked)({"x": x}, rounding(list(model.activations.values())))["output"]
 
 
