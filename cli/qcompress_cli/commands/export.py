@@ -18,6 +18,7 @@ from qcompress.sources.base import Source
 from qcompress_cli.commands.compute_report import ComputeReport
 from qcompress_cli.commands.export_report import Export
 from qcompress_cli.inputs import options
+from qcompress_cli.inputs.data import load_inputs
 from qcompress_cli.inputs.export_options import ExportOptions, export_options
 from qcompress_cli.inputs.open_model import open_model
 from qcompress_cli.inputs.outputs import Outputs, default_file, input_files
@@ -196,14 +197,7 @@ def _plan(wanted: ExportOptions, given: RunOptions) -> Plan:
 
 
 def _calibration(given: RunOptions, ui: Ui) -> "Dataset | None":
-    from qcompress.data.dataset import load_data
-
-    if given.calibration is None:
-        return None
-    data = load_data(given.calibration, transform=given.transform, what="--calibration")
-    for note in data.notes:
-        ui.note(note)
-    return data
+    return None if given.calibration is None else load_inputs(given.calibration, given, ui, "--calibration")
 
 
 def _write(built: "Built", small: "CompressedModel", outputs: Outputs, ui: Ui) -> "ExportReport":
