@@ -12,8 +12,6 @@ from qcompress.errors import ConfigError
 if TYPE_CHECKING:
     from qcompress.deployment import Compute
 
-QDQ: Final = "qdq"  # the default
-FORMATS: Final = (QDQ, "integer")
 MEMORIES: Final = ("unpacked", "packed")
 
 _FLAGS: Final = {
@@ -173,7 +171,7 @@ def check_file(compute: "Compute", format: str | None, memory: str = "unpacked")
 
     Args:
         compute: what its layers compute in.
-        format: None: said nowhere.
+        format: a way of the deployment format to write int8 compute; None if unset.
         memory: how weights lie in memory at run time.
 
     Raises:
@@ -185,8 +183,6 @@ def check_file(compute: "Compute", format: str | None, memory: str = "unpacked")
         )
     if memory not in MEMORIES:
         raise ConfigError(f"memory must be one of {', '.join(MEMORIES)}, got {memory!r}.")
-    if format is not None and format not in FORMATS:
-        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
     if format is not None and compute != "int8":
         raise ConfigError(
             f"format {format} is a way to write compute int8, and this is compute {compute}: leave format out, or give "

@@ -14,8 +14,9 @@ from qcompress.graph.program import FloatProgram
 from qcompress.graph.tracing import from_exported
 from qcompress.plan.plan import Plan, Settings
 from qcompress.posthoc.compress import compress_program
-from qcompress_exporters.onnx_format.file import Built, build
+from qcompress_exporters import build
 from qcompress_exporters.onnx_format.trace import Trace, trace
+from qcompress_exporters.report import Built
 from tests.helpers import quick_torch
 from tests.helpers.nets import randomized
 

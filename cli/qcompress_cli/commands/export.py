@@ -10,7 +10,7 @@ from qcompress.compressed.source import CompressedSource
 from qcompress.errors import ConfigError, OutputError
 from qcompress.files import check_writable, write_whole
 from qcompress.plan import combinations
-from qcompress.plan.combinations import FORMATS, MEMORIES, QDQ
+from qcompress.plan.combinations import MEMORIES
 from qcompress.plan.plan import Plan, ResolvedPlan, load_plan
 from qcompress.posthoc.calibration import METHODS
 from qcompress.sources.base import Source
@@ -30,6 +30,8 @@ from qcompress_cli.inputs.program import device, open_program
 from qcompress_cli.inputs.project import OWN_FILE, PYPROJECT, Settings, settings
 from qcompress_cli.terminal.console import Ui
 from qcompress_cli.terminal.exits import CHECK_FAILED
+from qcompress_exporters import formats
+from qcompress_exporters.formats import FORMATS, BuildOptions
 
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
@@ -43,6 +45,11 @@ def _rows_per_lut(text: str) -> int | str:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"must be auto or a number of output channels, at least 1, got {text!r}.")
     return int(text)
+
+
+def _format(text: str) -> str:
+    formats.choose(text)
+    return text
 
 
 # What a compressed folder has settled already.
@@ -100,9 +107,10 @@ _FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
 )
 @click.option(
     "--format",
-    type=click.Choice(FORMATS),
-    help="How int8 compute is written: quantizers around float operators, which onnxruntime fuses (default), or "
-    "integer operators.",
+    type=options.Parsed("format", _format),
+    metavar="|".join(word for name, format in FORMATS.items() for word in (name, *format.ways)),
+    help="The deployment format; default: onnx. Or how it writes int8 compute: qdq, quantizers around float operators, "
+    "which runtimes fuse (default), or integer, integer operators.",
 )
 @click.option(
     "--memory",
@@ -192,13 +200,12 @@ def command(
     if not dry_run:
         _check_outputs(given, save_plan, save_compressed, inputs)
 
-    from qcompress_exporters.onnx_format.file import build
-    from qcompress_exporters.onnx_format.targets import DEFAULT_TARGET, Target
-
-    target = Target.parse(given.target or DEFAULT_TARGET).text  # refused before the long work begins
+    format, way = formats.choose(flags["format"])
+    flags["format"] = way
+    target = format.target(given.target)  # refused before the long work begins
 
     def output_for(resolved: ResolvedPlan, compute: "Compute") -> Path:
-        path = given.output or _default_output(source, resolved, compute)
+        path = given.output or _default_output(source, resolved, compute, format.suffix)
         if not dry_run:
             check_writable(path, force=given.force, inputs=inputs)
         return path
@@ -207,11 +214,12 @@ def command(
         small, resolved, output = _loaded(source, given, flags, ui, output_for)
     else:
         small, resolved, output = _compressed(source, given, flags, ui, output_for)
-    format = (flags["format"] or QDQ) if small.compute == "int8" else None
-    built = build(small, target=target, format=format, float_leftovers=float_leftovers)
-    parity = _decodes(built.data)
+    built = format.build(small, target, BuildOptions(way=way, float_leftovers=float_leftovers))
+    parity = format.proof(built.data)
     report = built.report
-    computed = ComputeReport.of(small, report, resolved, format)
+    computed = ComputeReport.of(
+        small, report, resolved, (way or next(iter(format.ways), None)) if small.compute == "int8" else None
+    )
     if not dry_run:
         report = built.write(output, force=given.force, inputs=inputs)
         ui.wrote(output)
@@ -274,7 +282,8 @@ def _loaded(
 def _snapped(small: "CompressedModel", given: Settings, ui: Ui) -> "CompressedModel":
     """A model without offsets that would keep layers in float."""
     from qcompress.posthoc.offsets import snap_offsets
-    from qcompress_exporters.onnx_format.file import build, unfolded
+    from qcompress_exporters import build
+    from qcompress_exporters.onnx_format.file import unfolded
 
     data = _calibration(given, ui)
     if data is None:
@@ -418,31 +427,11 @@ def _check_outputs(given: Settings, save_plan: Path | None, save_compressed: Pat
         raise ConfigError("-o, --save-plan and --save-compressed must name different files.")
 
 
-def _default_output(source: Source, resolved: ResolvedPlan, compute: "Compute") -> Path:
+def _default_output(source: Source, resolved: ResolvedPlan, compute: "Compute", suffix: str) -> Path:
     stem = source.path.stem if source.path is not None else "model"
     widths = {(t.bits, t.activation_bits) for t in resolved.compressed}
     if len(widths) != 1:
-        return Path(f"{stem}.mixed.onnx")
+        return Path(f"{stem}.mixed{suffix}")
     bits, activation_bits = widths.pop()
     activations = "d8" if compute == "dynamic8" else "" if activation_bits is None else f"a{activation_bits}"
-    return Path(f"{stem}.w{bits}{activations}.onnx")
-
-
-def _decodes(data: bytes) -> dict[str, Any] | None:
-    """Whether onnxruntime loads the file and decodes every tensor to what was compressed; None without onnxruntime."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return None
-    import onnx
-
-    from qcompress_exporters.parity.decode import decoded, mismatches
-    from qcompress_exporters.parity.sessions import session
-
-    session(data, "deployed")  # the whole file loads
-    model = onnx.load_from_string(data)
-    values = decoded(model)
-    wrong = mismatches(model, values)
-    if wrong:
-        raise AssertionError(f"onnxruntime {onnxruntime.__version__} decodes {wrong[0]} to other values than we wrote")
-    return {"onnxruntime": onnxruntime.__version__, "tensors": len(values), "ok": True}
+    return Path(f"{stem}.w{bits}{activations}{suffix}")

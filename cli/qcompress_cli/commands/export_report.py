@@ -19,7 +19,7 @@ from qcompress_cli.terminal.text import printable
 
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
-    from qcompress_exporters.onnx_format.file import ExportReport
+    from qcompress_exporters.report import ExportReport
 
 # What calibration data buys at 2 bits, measured on ResNet-20 (float: 86.3 %), by whether inputs were synthesised.
 _BOUGHT: Final = {True: "85.1 % against 84.1 % on synthesised inputs", False: "85.1 % against 21.3 % without any"}
@@ -97,7 +97,8 @@ def words(
         decoded = counted(parity["tensors"], "tensor")
         lines.append(f"parity: onnxruntime {parity['onnxruntime']} decodes {decoded} bit for bit")
     where = f"nothing written (--dry-run); the file would be {output}" if dry_run else f"written: {output}"
-    lines.append(f"{where} (opset {report.opset}, runs on {report.target} and later)")
+    opset = "" if report.opset is None else f"opset {report.opset}, "
+    lines.append(f"{where} ({opset}runs on {report.runs_on})")
     return lines
 
 
