@@ -12,7 +12,6 @@ from rich.table import Table
 from qcompress.artifacts.size import format_size
 from qcompress.errors import ConfigError, SourceError
 from qcompress.files import check_writable, write_whole
-from qcompress.graph.options import ProgramOptions
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.open_model import open_model
 from qcompress_cli.inputs.program import device, open_program
@@ -24,8 +23,7 @@ from qcompress_cli.terminal.text import printable
 
 if TYPE_CHECKING:
     from qcompress.metrics.result import MetricResult
-    from qcompress_exporters.onnx_format.metadata import CompressedFile
-    from qcompress_exporters.parity.checks import LayerNoise
+    from qcompress_exporters.parity.noise import LayerNoise
     from qcompress_exporters.parity.report import ParityReport
     from qcompress_exporters.parity.timing import Timing
 
@@ -52,8 +50,8 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     from qcompress.compressed.source import CompressedSource
     from qcompress.data.dataset import load_data
     from qcompress.metrics.metric import load_metric
-    from qcompress_exporters.onnx_format import metadata
-    from qcompress_exporters.parity.report import validate
+    from qcompress_exporters import formats, validate
+    from qcompress_exporters.onnx_format.metadata import validation_path
 
     ui = Ui(json=json, quiet=quiet)
     if file is None:  # one argument: the config names MODEL
@@ -63,7 +61,7 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
         raise ConfigError("validate needs the FILE to measure; type qcompress validate MODEL FILE --data X.npz")
     if given.data is None:
         raise ConfigError("validate needs inputs to measure on; add --data X.npz (x, and y where there are labels).")
-    compressed = metadata.read(file)
+    compressed = formats.read(file)
     data = load_data(given.data, transform=given.transform)
     for note in data.notes:
         ui.note(note)
@@ -72,24 +70,13 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
         metric = load_metric(given.metric or "top1", lower_is_better=given.lower_is_better)
     elif given.metric is not None:
         raise ConfigError(f"--metric {given.metric} needs labels, but {given.data} has no array y.")
-    result_path = metadata.validation_path(file)
+    result_path = validation_path(file)
     check_writable(result_path, force=True, flag=None)
     source = open_model(given, ui)
     if source.path is not None and source.path.exists() and source.path.samefile(file):
         raise SourceError(f"{file} is MODEL itself; pass the original model first, then the file that export wrote.")
-    graph = compressed.model.graph
-    as_exported = ProgramOptions(
-        input_names=tuple(v.name for v in graph.input),
-        output_names=tuple(v.name for v in graph.output),
-        dynamic={
-            (v.name, axis): size.dim_param
-            for v in graph.input
-            for axis, size in enumerate(v.type.tensor_type.shape.dim)
-            if axis and size.dim_param
-        },
-    )
     try:
-        program = open_program(source, given, ui, as_exported)
+        program = open_program(source, given, ui, compressed.options)
     except ConfigError:
         if given.input_names or given.output_names or given.dynamic:
             raise
@@ -103,7 +90,7 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     document = report.as_dict()
     where = str(result_path)
     if write:
-        data_with, document = _with_measurements(compressed, document)
+        data_with, document = compressed.with_validation(document)
         write_whole(file, data_with)
         ui.wrote(file)
         where += f" and into {file}: {len(data_with) - compressed.nbytes:+,} B, it now takes {len(data_with):,} B"
@@ -113,27 +100,12 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     ui.show(_check_table(report))
     if report.layers:
         ui.show(_layer_table(report.layers))
-    ui.show(*_lines(report, compressed.sites[0]))
+    ui.show(*_lines(report, compressed.compute))
     ui.note(f"measurements written to {where}")
     if not report.ok:
         failed = ", ".join(f"{c.name} ({c.session})" for c in report.checks if not c.ok)
         ui.note(f"FAILED: {failed}")
         click.get_current_context().exit(CHECK_FAILED)
-
-
-def _with_measurements(file: "CompressedFile", document: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """Return the file with the document in its metadata, and the document, whose `file.nbytes` counts itself."""
-    from qcompress_exporters.onnx_format import metadata
-    from qcompress_exporters.onnx_format.lower import serialize
-
-    kept = {k: v for k, v in file.metadata.items() if k != metadata.VALIDATION}
-    nbytes = 0
-    while True:  # this ends: a longer document never makes the file smaller, and the number has few digits
-        document = {**document, "file": {**document["file"], "nbytes": nbytes}}
-        data = serialize(file.model, {**kept, metadata.VALIDATION: _dumps(document, indent=None)})
-        if len(data) == nbytes:
-            return data, document
-        nbytes = len(data)
 
 
 def _dumps(document: dict[str, Any], indent: int | None = 2) -> str:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from qcompress.compressed.model import CompressedModel
 from qcompress_exporters.onnx_format import file as onnx_file
-from qcompress_exporters.parity import report as parity
+from qcompress_exporters.parity import validate as parity
 from tests.helpers import small_models
 from tests.helpers.archives import Archive, Small, Trap
 
