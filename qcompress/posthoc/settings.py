@@ -18,7 +18,7 @@ _SEEDS: Final = 1 << 63  # what torch's generators take
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PosthocSettings:
-    """How a model is compressed without training, beside what the plan says of each weight.
+    """How a model is compressed without training, in addition to the plan of each weight.
 
     Args:
         compute: what layers compute in; None: `int8` if the plan sets activation_bits, else `float`.
@@ -52,7 +52,7 @@ class PosthocSettings:
         efforts = get_args(Effort)
         if self.effort not in (None, *efforts):
             raise ConfigError(
-                f"effort must be one of {', '.join(efforts)}, got {self.effort!r}.{did_you_mean(self.effort, efforts)}"
+                f"effort must be one of {', '.join(efforts)}, got {self.effort!r}.{did_you_mean(str(self.effort), efforts)}"
             )
         if not 0 <= self.seed < _SEEDS:
             raise ConfigError(f"seed must be at least 0 and below 2**63, got {self.seed!r}.")
