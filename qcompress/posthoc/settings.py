@@ -51,9 +51,8 @@ class PosthocSettings:
         check_method(self.calibration_method, self.percentile)
         efforts = get_args(Effort)
         if self.effort not in (None, *efforts):
-            raise ConfigError(
-                f"effort must be one of {', '.join(efforts)}, got {self.effort!r}.{did_you_mean(str(self.effort), efforts)}"
-            )
+            near = did_you_mean(str(self.effort), efforts)
+            raise ConfigError(f"effort must be one of {', '.join(efforts)}, got {self.effort!r}.{near}")
         if not 0 <= self.seed < _SEEDS:
             raise ConfigError(f"seed must be at least 0 and below 2**63, got {self.seed!r}.")
 
