@@ -19,8 +19,9 @@ from qcompress.graph.example_inputs import by_position
 from qcompress.graph.layers import Layer, bias_of, weight_layers
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram, state_nodes
+from qcompress.graph.program_tensors import program_tensors
 from qcompress.graph.sites import Placement, activation_sites
-from qcompress.graph.tensors import program_tensors
+from qcompress.graph.tensors import to_numpy
 from qcompress.graph.tracing import from_module
 from qcompress.plan.plan import Plan, ResolvedPlan, TensorPlan, resolve
 from qcompress.quantizers import AbstractQuantizer
@@ -97,7 +98,7 @@ def prepare(
 
 def _traced(model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> FloatProgram:
     named = example_inputs if isinstance(example_inputs, Mapping) else by_position(model, tuple(example_inputs))
-    arrays = {name: value.detach().cpu().numpy() for name, value in named.items()}
+    arrays = {name: to_numpy(value) for name, value in named.items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training, model.training = model.training, False  # training mode is intended here: tracing should not note it
     try:

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, final
+from typing import Final, Literal, final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from qcompress.artifacts import Artifact, FloatWeight, SiteGrid
@@ -16,6 +15,7 @@ from qcompress.graph.batchnorm import fold_with_factors
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import Site
+from qcompress.graph.tensors import to_numpy
 from qcompress.plan.plan import ResolvedPlan
 from qcompress.posthoc.biases import fit_biases
 
@@ -71,7 +71,7 @@ def compressed(
     Raises:
         ConfigError: a trained tensor is not finite.
     """
-    arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+    arrays = {name: to_numpy(value) for name, value in tensors.items()}
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ConfigError(
@@ -84,8 +84,8 @@ def compressed(
     for name, value in trained.state().items():
         found = weights.get(name)
         if found is not None and name in factors:
-            found = found.rescaled(factors[name].numpy(), layers[name].axis)
-        values: npt.NDArray[Any] = value.detach().numpy()
+            found = found.rescaled(to_numpy(factors[name]), layers[name].axis)
+        values = to_numpy(value)
         if found is None:
             found = FloatWeight(values=values, reason=reasons.get(name) or _NOT_A_WEIGHT)
         elif found.nbytes >= values.nbytes:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from qcompress.errors import ConfigError, DataError, did_you_mean
+from qcompress.graph.tensors import numpy_dtype, to_numpy, to_torch
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 _ORIGINS: Final = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
@@ -75,7 +76,7 @@ class FloatProgram:
             if name not in home:
                 raise ConfigError(f"The program has no tensor {name!r}.{did_you_mean(name, self.state())}")
             old = home[name]
-            new = torch.from_numpy(np.array(value, order="C")).to(old.dtype)
+            new = to_torch(value).to(old.dtype)
             if new.shape != old.shape:
                 raise ConfigError(f"{name} must have shape {list(old.shape)}, got {list(new.shape)}.")
             home[name] = torch.nn.Parameter(new, False) if isinstance(old, torch.nn.Parameter) else new
@@ -121,7 +122,7 @@ class FloatProgram:
         inputs = {}
         for name, node in zip(self.input_names, user_inputs(self.exported), strict=True):
             shape = [batch if size is None else size for size in sizes(node)]
-            dtype = torch.empty(0, dtype=value_of(node).dtype).numpy().dtype
+            dtype = numpy_dtype(value_of(node).dtype)
             values = random.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
             inputs[name] = values.astype(dtype)
         return inputs
@@ -154,12 +155,12 @@ class Runner:
 
     def __call__(self, arrays: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Outputs by name for one batch of inputs by name."""
-        flat = [torch.from_numpy(np.array(a, order="C")).to(self.device) for a in self.program.bind(arrays)]
+        flat = [to_torch(a).to(self.device) for a in self.program.bind(arrays)]
         args, kwargs = pytree.tree_unflatten(flat, self.program.exported.call_spec.in_spec)
         with torch.no_grad():
             out = self.module(*args, **kwargs)
         tensors = pytree.tree_leaves(out)
-        return {n: t.detach().cpu().numpy() for n, t in zip(self.program.output_names, tensors, strict=True)}
+        return {n: to_numpy(t) for n, t in zip(self.program.output_names, tensors, strict=True)}
 
 
 def copy_graph(exported: ExportedProgram) -> GraphModule:
@@ -249,7 +250,7 @@ def _check_input(name: str, value: npt.NDArray[Any], node: Node) -> npt.NDArray[
     if value.ndim != len(shape) or any(s is not None and s != g for s, g in zip(shape, value.shape, strict=True)):
         text = ", ".join("any" if s is None else str(s) for s in shape)
         raise DataError(f"Input {name} must have shape [{text}], got {list(value.shape)}.")
-    dtype = torch.empty(0, dtype=wanted.dtype).numpy().dtype
+    dtype = numpy_dtype(wanted.dtype)
     if value.dtype == dtype:
         return value
     if np.issubdtype(value.dtype, np.floating) and np.issubdtype(dtype, np.floating):

@@ -29,6 +29,7 @@ from qcompress.graph.program import (
     user_inputs,
     value_of,
 )
+from qcompress.graph.tensors import to_numpy, to_torch
 
 aten = torch.ops.aten
 
@@ -350,10 +351,7 @@ class MarkedRunner:
             visit: (index of the site, value, whether this is the site's first place) -> the value to go on with.
         """
         inputs = iter(self.program.bind(arrays))
-        flat = [
-            torch.from_numpy(np.array(next(inputs), order="C")).to(self._device) if s is None else s
-            for s in self._state
-        ]
+        flat = [to_torch(next(inputs)).to(self._device) if s is None else s for s in self._state]
         visiting = _Visiting(self.program.exported, visit)
         try:
             with torch.no_grad():
@@ -362,7 +360,7 @@ class MarkedRunner:
             if visiting.refused is not None:  # as it was raised: the interpreter writes the graph's node into it
                 raise type(visiting.refused)(visiting.message) from None
             raise
-        return {n: t.detach().cpu().numpy() for n, t in zip(self.program.output_names, out, strict=True)}
+        return {n: to_numpy(t) for n, t in zip(self.program.output_names, out, strict=True)}
 
 
 class _Visiting(Interpreter):
@@ -380,11 +378,11 @@ class _Visiting(Interpreter):
         first = index not in self._seen
         self._seen.add(index)
         try:
-            seen = self._visit(index, value.detach().cpu().numpy(), first)
+            seen = self._visit(index, to_numpy(value), first)
         except QCompressError as e:
             self.refused, self.message = e, str(e)
             raise
-        return torch.from_numpy(seen).to(value.device)
+        return torch.empty_like(value).copy_(to_torch(seen))
 
 
 def _uses(program: FloatProgram) -> dict[str, Layer]:

@@ -31,6 +31,7 @@ from qcompress.graph.program import (
     value_of,
 )
 from qcompress.graph.quiet import quiet_torch
+from qcompress.graph.tensors import to_torch
 from qcompress.graph.value_names import input_names, key_name, output_names
 
 TRACE_BATCH: Final = 2  # torch.export specializes a batch of 1
@@ -181,7 +182,7 @@ def _is_odd_float(dtype: torch.dtype) -> bool:
 
 def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Bind arrays to forward's arguments: by name, a single array to a single argument, several to one dict."""
-    tensors = {name: torch.from_numpy(np.array(value, order="C")) for name, value in inputs.items()}
+    tensors = {name: to_torch(value) for name, value in inputs.items()}
     parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
     names = [p.name for p in parameters]
     required = [
@@ -348,7 +349,7 @@ def _example(node: Node, options: ProgramOptions, index: int) -> torch.Tensor:
     given = dict(options.inputs or {})
     named = given.get(node.name, list(given.values())[index] if index < len(given) else None)
     if named is not None:
-        return torch.from_numpy(np.array(named, order="C"))
+        return to_torch(named)
     value = value_of(node)
     return torch.zeros([TRACE_BATCH if s is None else s for s in sizes(node)], dtype=value.dtype)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy.typing as npt
+import numpy as np
 import torch
 
 from qcompress.artifacts import Artifact, FloatWeight
@@ -17,8 +17,9 @@ from qcompress.graph.example_inputs import by_position
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram
+from qcompress.graph.program_tensors import check_finite, check_same_function, program_tensors
 from qcompress.graph.sites import Placement, activation_sites
-from qcompress.graph.tensors import check_finite, check_same_function, program_tensors
+from qcompress.graph.tensors import to_numpy
 from qcompress.graph.tracing import from_module
 from qcompress.plan.combinations import check_calibration, settled_compute
 from qcompress.plan.plan import Plan, ResolvedPlan, resolve
@@ -87,7 +88,7 @@ def compress(
     data = None if calibration is None else as_dataset(calibration)
     if example_inputs is not None:
         named = example_inputs if isinstance(example_inputs, Mapping) else by_position(model, example_inputs)
-        inputs = {name: value.detach().cpu().numpy() for name, value in named.items()}
+        inputs = {name: to_numpy(value) for name, value in named.items()}
     elif data is not None:
         inputs = dict(data.example())
     else:
@@ -171,7 +172,7 @@ def _without_data(
             one_scale=one_scale,
             reduce_range=settings.reduce_range,
         )
-        artifacts[name] = compress_weight(_numpy(state[name]), plans.get(name), how)
+        artifacts[name] = compress_weight(np.asarray(to_numpy(state[name]), order="C"), plans.get(name), how)
     return artifacts
 
 
@@ -226,14 +227,3 @@ def resolved_compute(resolved: ResolvedPlan, compute: Compute | None) -> Compute
         return settled_compute(compute, None)
     where = first.origins["activation_bits"]
     return settled_compute(compute, f"{first.name} has activation_bits = {first.activation_bits} ({where})")
-
-
-def _numpy(value: torch.Tensor) -> npt.NDArray[Any]:
-    value = value.detach().cpu().contiguous()
-    if value.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        bits: npt.NDArray[Any] = value.view(torch.int16).numpy()
-        return bits.view(ml_dtypes.bfloat16)
-    array: npt.NDArray[Any] = value.numpy()
-    return array

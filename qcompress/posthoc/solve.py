@@ -22,6 +22,7 @@ from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.compressed.model import LayerGain
 from qcompress.graph.program import Arrays, FloatProgram
 from qcompress.graph.sites import rounding
+from qcompress.graph.tensors import to_numpy, to_torch
 from qcompress.palettes.even_grid import REDUCED_BITS
 from qcompress.palettes.int8_palette import LARGEST, LARGEST_REDUCED
 from qcompress.palettes.vector import palettize_vectors
@@ -107,7 +108,7 @@ def solve_weights(
             shift_O = _mean_shift(reached, outputs)
             bias_O = unsolved[reached.bias].dequantize() + shift_O
             artifacts[reached.bias] = FloatWeight(values=bias_O.astype(np.float32), reason="not a weight")
-            settled[reached.bias] = torch.from_numpy(bias_O.astype(np.float32))
+            settled[reached.bias] = to_torch(bias_O.astype(np.float32))
             outputs = [o + _along(reached, shift_O, o) for o in outputs]
         artifacts[name] = found
         gains.append(LayerGain(name, before, _noise_db(reached.outputs, outputs)))
@@ -123,17 +124,17 @@ def _solved(reached: Reached, plan: TensorPlan, first: Artifact, settings: Solve
     layer, shape = reached.layer, tuple(reached.weight.shape)
     moments = Moments.gather(layer, shape, reached.inputs, reached.float_inputs, centred=reached.bias is not None)
     groups = len(moments.second)
-    rows_OK = granularity.rows(reached.weight.cpu().numpy().astype(np.float64), layer.axis)
-    weight = torch.from_numpy(rows_OK).reshape(groups, len(rows_OK) // groups, -1)
+    rows_OK = granularity.rows(to_numpy(reached.weight).astype(np.float64), layer.axis)
+    weight = to_torch(rows_OK).reshape(groups, len(rows_OK) // groups, -1)
     problem = Problem(target=_target(weight, moments), hessian=moments.second)
     diagonal = moments.second.diagonal(dim1=1, dim2=2).clamp_min(0)
     diagonal = diagonal if solver.is_weighted else torch.ones_like(diagonal)
-    importance_OK = diagonal[:, None].expand_as(weight).reshape(rows_OK.shape).numpy()
-    target_OK = problem.target.reshape(rows_OK.shape).numpy()
+    importance_OK = to_numpy(diagonal[:, None].expand_as(weight).reshape(rows_OK.shape))
+    target_OK = to_numpy(problem.target.reshape(rows_OK.shape))
 
     def error(artifact: Artifact) -> float:
         values_OK = granularity.rows(artifact.dequantize().astype(np.float64), layer.axis)
-        return problem.error(torch.from_numpy(values_OK).reshape(weight.shape))
+        return problem.error(to_torch(values_OK).reshape(weight.shape))
 
     solved = list[Artifact]()
     for kind in codes_for(plan, integer=layer.kind in settings.integer_kinds):
@@ -142,7 +143,7 @@ def _solved(reached: Reached, plan: TensorPlan, first: Artifact, settings: Solve
             continue
         levels = _levels(kind, target_OK, importance_OK, plan, reduce_range=settings.reduce_range)
         levels, codes = solver.solve(problem, levels)
-        solved.append(levels.artifact(codes.reshape(rows_OK.shape).numpy().astype(np.uint8), shape, layer.axis))
+        solved.append(levels.artifact(to_numpy(codes.reshape(rows_OK.shape)).astype(np.uint8), shape, layer.axis))
     found = solved[0] if len(solved) == 1 else better((a, error(a)) for a in solved)
     return found if error(found) < error(first) and found.nbytes < reached.weight.nbytes else first
 
@@ -194,7 +195,7 @@ def _levels(
 
 
 def _tensor(artifact: Artifact, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(artifact.dequantize()).to(like)
+    return to_torch(artifact.dequantize()).to(like)
 
 
 def _mean_shift(reached: Reached, outputs: list[torch.Tensor]) -> npt.NDArray[np.float64]:
@@ -203,13 +204,13 @@ def _mean_shift(reached: Reached, outputs: list[torch.Tensor]) -> npt.NDArray[np
     total, count = np.zeros(outputs[0].shape[axis]), 0
     for wanted, got in zip(reached.outputs, outputs, strict=True):
         rest = [i for i in range(got.ndim) if i != axis % got.ndim]
-        total = total + (wanted.double() - got.double()).sum(rest).cpu().numpy()
+        total = total + to_numpy((wanted.double() - got.double()).sum(rest))
         count += got.numel() // got.shape[axis]
     return np.asarray(total / count, np.float64)
 
 
 def _along(reached: Reached, shift_O: npt.NDArray[np.float64], output: torch.Tensor) -> torch.Tensor:
-    shift = torch.from_numpy(shift_O).to(output)
+    shift = to_torch(shift_O).to(output)
     return shift if reached.layer.kind == "linear" else shift.reshape(-1, *[1] * (output.ndim - 2))
 
 

@@ -19,6 +19,7 @@ from qcompress.data.dataset import Dataset
 from qcompress.graph.batchnorm import BATCH_NORMS, statistics
 from qcompress.graph.differentiable import Differentiable
 from qcompress.graph.program import FloatProgram, state_nodes, user_inputs, value_of
+from qcompress.graph.tensors import to_numpy
 from qcompress.progress import ON_CPU, Execution
 
 _SAMPLES: Final = 128
@@ -65,7 +66,7 @@ def synthesize(program: FloatProgram, seed: int = 0, execution: Execution = ON_C
         mismatch(inputs).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    arrays = {name: x.detach().cpu().numpy() for name, x in zip(program.input_names, inputs, strict=True)}
+    arrays = {name: to_numpy(x) for name, x in zip(program.input_names, inputs, strict=True)}
     return Dataset(inputs=arrays, name=f"{count} inputs synthesised from BatchNorm statistics")
 
 

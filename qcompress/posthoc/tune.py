@@ -22,6 +22,7 @@ from torch.fx import Node
 from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight, granularity
 from qcompress.graph.differentiable import Differentiable
 from qcompress.graph.program import Arrays, FloatProgram
+from qcompress.graph.tensors import to_numpy, to_torch
 from qcompress.palettes.int8_palette import LARGEST
 from qcompress.progress import Track, untracked
 
@@ -89,11 +90,11 @@ def output_error(
 
 
 def _inputs(program: FloatProgram, batches: Sequence[Arrays], device: str) -> list[list[torch.Tensor]]:
-    return [[torch.from_numpy(np.array(x)).to(device) for x in program.bind(batch)] for batch in batches]
+    return [[to_torch(x).to(device) for x in program.bind(batch)] for batch in batches]
 
 
 def _on(artifacts: Mapping[str, Artifact], device: str) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.array(a.dequantize())).to(device) for name, a in artifacts.items()}
+    return {name: to_torch(a.dequantize()).to(device) for name, a in artifacts.items()}
 
 
 class _Net(Differentiable):
@@ -147,7 +148,7 @@ class _Bias:
 
     def __init__(self, artifact: FloatWeight, device: str) -> None:
         self._artifact = artifact
-        self._start = torch.from_numpy(np.array(artifact.values)).to(device)
+        self._start = to_torch(artifact.values).to(device)
         self._moved = torch.zeros_like(self._start).requires_grad_()
         self._size = self._start.abs().mean().clamp_min(1e-3)
 
@@ -161,7 +162,7 @@ class _Bias:
         return self._start + self._size * self._moved
 
     def artifact(self) -> Artifact:
-        return replace(self._artifact, values=self.value().detach().cpu().numpy())
+        return replace(self._artifact, values=to_numpy(self.value()))
 
 
 class _Codes:
@@ -177,16 +178,16 @@ class _Codes:
             lut = np.arange(self._low, -self._low, dtype=np.float32)[None]
         tables = granularity.group_of_row(artifact.shape[self._axis], rows_per_lut)
         codes_OK = granularity.rows(artifact.codes, self._axis).astype(np.int64) - self._low
-        self._tables_O = torch.from_numpy(tables).to(device)
-        self._lut_TL = torch.from_numpy(lut).to(device)
+        self._tables_O = to_torch(tables).to(device)
+        self._lut_TL = to_torch(lut).to(device)
         self._size = self._lut_TL.abs().mean().clamp_min(1e-12)
         gaps = self._lut_TL.diff(dim=1)
         self._gap = gaps[gaps > 0].mean() if bool((gaps > 0).any()) else self._size
         self._block_size = artifact.block_size if isinstance(artifact, IntegerWeight) else None
         scale: Any = np.ones(1, np.float32) if artifact.scale is None else np.atleast_1d(artifact.scale)
         scale = granularity.rows(scale, self._axis) if self._block_size else scale[:, None]
-        self._scale = torch.from_numpy(np.array(scale, np.float32)).to(device)
-        start_OK = self._lut_TL[self._tables_O[:, None], torch.from_numpy(codes_OK).to(device)]
+        self._scale = to_torch(np.asarray(scale, np.float32)).to(device)
+        start_OK = self._lut_TL[self._tables_O[:, None], to_torch(codes_OK).to(device)]
         self._latent = (start_OK / self._gap).requires_grad_()
         self._moved = torch.zeros_like(self._lut_TL).requires_grad_(isinstance(artifact, PalettizedWeight))
         self._grown = torch.zeros_like(self._scale).requires_grad_(artifact.scale is not None)
@@ -226,11 +227,11 @@ class _Codes:
 
     def artifact(self) -> Artifact:
         lut_TL = self._levels().detach()
-        codes = self._nearest(lut_TL).cpu().numpy()
+        codes = to_numpy(self._nearest(lut_TL))
         shaped = np.array(granularity.from_rows(codes, self._made.shape, self._axis), order="C")
-        scale = (self._scale * (1 + self._grown)).detach().cpu().numpy()
+        scale = to_numpy(self._scale * (1 + self._grown))
         if isinstance(self._made, PalettizedWeight):
-            narrow: Any = self._stored(lut_TL).cpu().numpy().astype(self._made.lut.dtype)
+            narrow: Any = to_numpy(self._stored(lut_TL)).astype(self._made.lut.dtype)
             return replace(
                 self._made,
                 codes=shaped.astype(np.uint8),

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_arg
@@ -18,6 +17,7 @@ from torch.fx.node import map_arg
 from qcompress.graph.layers import Layer, bias_of, data_input, layers
 from qcompress.graph.program import Arrays, FloatProgram, state_nodes, tensor_of
 from qcompress.graph.sites import Visit, site_op
+from qcompress.graph.tensors import to_numpy, to_torch
 from qcompress.progress import Track, untracked
 
 Batches = list[Any]  # one value for each batch
@@ -93,10 +93,7 @@ class _Walk:
         self._fixed = set(self._names)  # nodes that no input has a part in
         inputs = [n for n in self._graph.nodes if n.op == "placeholder" and n not in self._names]
         bound = [program.bind(batch) for batch in batches]
-        values = {
-            node: [torch.from_numpy(np.array(arrays[i], order="C")).to(device) for arrays in bound]
-            for i, node in enumerate(inputs)
-        }
+        values = {node: [to_torch(arrays[i]).to(device) for arrays in bound] for i, node in enumerate(inputs)}
         self._float: dict[Node, Batches] = dict(values)
         self._small: dict[Node, Batches] = dict(values)
         self._count = len(batches)
@@ -205,5 +202,5 @@ class _Walk:
         for i, batch in enumerate(self._small[value]):
             first = index not in self._seen[i]
             self._seen[i].add(index)
-            found.append(torch.from_numpy(self._quantize(index, batch.cpu().numpy(), first)).to(self._device))
+            found.append(torch.empty_like(batch).copy_(to_torch(self._quantize(index, to_numpy(batch), first))))
         return found

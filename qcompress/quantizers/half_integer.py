@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qcompress.artifacts import PalettizedWeight
 from qcompress.artifacts.integer_range import IntegerRange
+from qcompress.graph.tensors import to_numpy
 
 
 def odd_codes(unit: Tensor, bits: int) -> Tensor:
@@ -40,9 +41,9 @@ def palettized(odd: Tensor, step: Tensor, bits: int, axis: int = 0) -> Palettize
     levels = IntegerRange(bits, signed=False).p
     lut = np.arange(-levels, levels + 1, 2)[None]
     return PalettizedWeight(
-        codes=((odd + levels) / 2).to(torch.uint8).cpu().numpy(),
+        codes=to_numpy(((odd + levels) / 2).to(torch.uint8)),
         lut=lut.astype(np.int8) if levels <= np.iinfo(np.int8).max else lut.astype(np.float32),
         bits=bits,
         axis=axis,
-        scale=step.detach().float().cpu().numpy().copy(),
+        scale=to_numpy(step.float()).copy(),
     )

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from qcompress.artifacts import Artifact, ThresholdGrid
 from qcompress.artifacts.packing import check_bits
 from qcompress.errors import ConfigError
+from qcompress.graph.tensors import to_numpy
 from qcompress.quantizers.base import AbstractQuantizer, SiteKey, check_init
 from qcompress.quantizers.half_integer import odd_codes, palettized
 from qcompress.quantizers.positive import Positive
@@ -192,7 +193,7 @@ class N2uqActivation(AbstractQuantizer):
         on_x = thresholds(self.start.detach(), intervals, self.input_scale().detach())
         return ThresholdGrid(
             site=site,
-            thresholds=on_x.float().cpu().numpy(),
+            thresholds=to_numpy(on_x.float()),
             scale=np.asarray(float(_level(self.output_scale().detach(), intervals)), np.float32),
             bits=self.bits,
         )

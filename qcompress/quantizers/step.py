@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qcompress.artifacts import ActivationGrid, Artifact, IntegerWeight, SiteGrid, granularity
 from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.errors import ConfigError
+from qcompress.graph.tensors import to_numpy
 from qcompress.quantizers import ste
 from qcompress.quantizers.base import (
     AbstractQuantizer,
@@ -137,10 +138,10 @@ class UniformSpec:
         with torch.no_grad():
             scale = scale.float()
             found = ste.codes(weight.float(), self.broadcast(scale, weight.ndim), limits.n, limits.p)
-        codes = found.cpu().numpy()
+        codes = to_numpy(found)
         return IntegerWeight(
             codes=codes.astype(np.int8) if limits.signed else codes.astype(np.uint8),
-            scale=scale.detach().cpu().numpy().copy(),
+            scale=to_numpy(scale).copy(),
             bits=self.bits,
             axis=None if self.axis is None else self.axis % weight.ndim,
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qcompress.artifacts import Artifact, IntegerWeight
 from qcompress.errors import ConfigError
+from qcompress.graph.tensors import to_numpy
 from qcompress.quantizers.base import AbstractQuantizer
 from qcompress.quantizers.ste import straight_through
 
@@ -76,6 +77,4 @@ class Ternary(AbstractQuantizer):
         """Returns codes -1, 0 and 1, and one scale."""
         with torch.no_grad():
             signs, alpha = _signs_and_alpha(weight.float())
-        return IntegerWeight(
-            codes=signs.cpu().numpy().astype(np.int8), scale=alpha.cpu().numpy().copy(), bits=self.bits
-        )
+        return IntegerWeight(codes=to_numpy(signs).astype(np.int8), scale=to_numpy(alpha).copy(), bits=self.bits)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from qcompress.artifacts import IntegerWeight, PalettizedWeight, granularity
 from qcompress.artifacts.integer_range import IntegerRange
+from qcompress.graph.tensors import to_numpy, to_torch
 from qcompress.palettes.even_grid import clipped_scale
 from qcompress.palettes.scalar import fit_lut
 from qcompress.solvers.base import Problem
@@ -76,7 +77,7 @@ class PaletteLevels:
             entries = fit_lut(values[members].astype(np.float32), bits, importance[members].astype(np.float32))
             lut[table] = np.pad(entries, (0, lut.shape[1] - len(entries)), mode="edge")
         return cls(
-            lut=torch.from_numpy(lut), scale=torch.from_numpy(scale_O) if scaled else None,
+            lut=to_torch(lut), scale=to_torch(scale_O) if scaled else None,
             rows_per_lut=rows_per_lut, bits=bits, channels=len(rows_OK), halves=halves,
         )._rounded()  # fmt: skip
 
@@ -85,7 +86,7 @@ class PaletteLevels:
 
     @property
     def _table_of(self) -> torch.Tensor:
-        return torch.from_numpy(granularity.group_of_row(self.channels, self.rows_per_lut).astype(np.int64))
+        return to_torch(granularity.group_of_row(self.channels, self.rows_per_lut).astype(np.int64))
 
     @property
     def values(self) -> torch.Tensor:
@@ -136,7 +137,7 @@ class PaletteLevels:
         """Return the weight of the codes; unused entries are dropped."""
         group_O = granularity.group_of_row(self.channels, self.rows_per_lut)
         codes_OK, luts = codes_OK.copy(), []
-        for table, lut in enumerate(self.lut.numpy().astype(np.float32)):
+        for table, lut in enumerate(to_numpy(self.lut).astype(np.float32)):
             members = group_O == table
             is_used = np.bincount(codes_OK[members].ravel(), minlength=len(lut)) > 0
             codes_OK[members] = (np.cumsum(is_used) - 1).astype(np.uint8)[codes_OK[members]]
@@ -149,7 +150,7 @@ class PaletteLevels:
             bits=self.bits,
             axis=axis,
             rows_per_lut=self.rows_per_lut,
-            scale=None if self.scale is None else self.scale.numpy().astype(np.float32),
+            scale=None if self.scale is None else to_numpy(self.scale).astype(np.float32),
         )
 
 
@@ -241,9 +242,7 @@ class UniformLevels:
             importance: Any = granularity.blocks(importance_OK, block_size)
             flat = (-1, blocks.shape[2])
             scale = clipped_scale(blocks.reshape(flat), limits, importance.reshape(flat)).reshape(blocks.shape[:2])
-        return cls(
-            scale=torch.from_numpy(scale), bits=bits, limits=limits, columns=rows_OK.shape[1], block_size=block_size
-        )
+        return cls(scale=to_torch(scale), bits=bits, limits=limits, columns=rows_OK.shape[1], block_size=block_size)
 
     @property
     def _integers(self) -> torch.Tensor:
@@ -305,7 +304,7 @@ class UniformLevels:
     def artifact(self, codes_OK: npt.NDArray[np.uint8], shape: tuple[int, ...], axis: int) -> IntegerWeight:
         """Return the weight of the codes."""
         integers = (codes_OK.astype(np.int16) + self.limits.n).astype(np.int8)
-        codes, scale = _shaped(integers, shape, axis), self.scale.numpy().astype(np.float32)
+        codes, scale = _shaped(integers, shape, axis), to_numpy(self.scale).astype(np.float32)
         if self.block_size is None:
             return IntegerWeight(codes=codes, scale=scale, bits=self.bits, axis=axis)
         inputs = granularity.input_axis(len(shape), axis)

@@ -11,7 +11,7 @@ from torch import nn
 from qcompress.artifacts import IntegerWeight, PalettizedWeight
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
-from qcompress.graph.tensors import program_tensors
+from qcompress.graph.program_tensors import program_tensors
 from qcompress.palettes.even_grid import round_to_nearest
 from qcompress.plan.plan import Plan, resolve
 from qcompress.posthoc.compress import compress_program

@@ -259,7 +259,7 @@ def _loaded(
         raise ConfigError(
             f"{source.label} is compressed already: {_flag(said[0])} must be left out, or name the original model."
         )
-    from qcompress.graph.tensors import program_tensors
+    from qcompress.graph.program_tensors import program_tensors
     from qcompress.plan.plan import resolve
 
     small = source.model()

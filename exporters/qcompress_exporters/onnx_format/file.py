@@ -15,6 +15,7 @@ from qcompress.compressed.model import CompressedModel
 from qcompress.errors import ConfigError
 from qcompress.files import check_writable, write_whole
 from qcompress.graph.sites import input_sites, layer_input_sites, mark
+from qcompress.graph.tensors import to_numpy
 from qcompress.plan.combinations import QDQ, check_file
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.digests import grid_digest
@@ -248,15 +249,13 @@ def _lowering(model: CompressedModel, graph: Trace, artifacts: Mapping[str, Arti
 
 def float_file(graph: Trace, state: Mapping[str, Any]) -> bytes:
     """The stripped float ONNX file of a graph: what a compressed file is compared with."""
-    floats = {
-        name: FloatWeight(values=state[name].detach().cpu().numpy(), reason="original") for name in graph.state_names
-    }
+    floats = {name: FloatWeight(values=to_numpy(state[name]), reason="original") for name in graph.state_names}
     return lower(graph, floats, BASE_OPSET, sign=False).serialize()
 
 
 def float_file_nbytes(graph: Trace, state: Mapping[str, Any]) -> int:
     """The length of `float_file`, without the memory that it takes."""
-    empty = {n: FloatWeight(values=state[n].detach().flatten()[:0].cpu().numpy(), reason="") for n in graph.state_names}
+    empty = {n: FloatWeight(values=to_numpy(state[n].flatten()[:0]), reason="") for n in graph.state_names}
     model = lower(graph, empty, BASE_OPSET, sign=False).model
     open_tensors = [t for t in model.graph.initializer if t.name in empty]
     for tensor in open_tensors:

@@ -20,6 +20,7 @@ from qcompress.errors import ConfigError, DataError, SourceError
 from qcompress.graph.batchnorm import fold_batchnorm
 from qcompress.graph.program import FloatProgram, Runner
 from qcompress.graph.sites import mark
+from qcompress.graph.tensors import to_numpy
 from qcompress.metrics.metric import Metric, MetricResult, compare
 from qcompress.metrics.similarity import agreement, is_constant, sqnr_db
 from qcompress.progress import Track, untracked
@@ -236,7 +237,7 @@ def _marked(program: FloatProgram, sites: list[tuple[str, int]], file: metadata.
 
 
 def _state(program: FloatProgram) -> Arrays:
-    return {name: value.detach().cpu().numpy() for name, value in program.state().items()}
+    return {name: to_numpy(value) for name, value in program.state().items()}
 
 
 def _noise(site: SiteDifference) -> LayerNoise:

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-import ml_dtypes  # noqa: F401  (numpy learns bfloat16 by name)
 import numpy as np
 import numpy.typing as npt
 
-from qcompress.errors import SourceError, missing
+from qcompress.errors import SourceError
 from qcompress.graph.options import ProgramOptions
+from qcompress.graph.tensors import has_array, numpy_dtype, to_numpy
 from qcompress.sources.base import LazyArray, SourceTensor
-from qcompress.sources.strided import TORCH_DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -140,22 +139,15 @@ def lazy_tensor(tensor: "torch.Tensor", name: str) -> LazyArray:
     >>> lazy_tensor(torch.zeros(2, dtype=torch.bfloat16), "w").dtype
     'bfloat16'
     """
-    dtype = TORCH_DTYPES.get(str(tensor.dtype).removeprefix("torch."))
-    if dtype is None or tensor.layout != _torch().strided or tensor.is_meta:
+    if not has_array(tensor):
         raise SourceError(
             f"tensor {name!r} is {tensor.dtype}, {tensor.layout}, on {tensor.device}: it has no values to read."
         )
 
     def read() -> npt.NDArray[Any]:
-        torch = _torch()
-        values = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        if dtype.isbuiltin == 1:  # 2: added by ml_dtypes
-            array: npt.NDArray[Any] = values.numpy()
-            return array
-        raw: npt.NDArray[Any] = values.reshape(-1).view(torch.uint8).numpy()
-        return raw.view(dtype).reshape(tuple(tensor.shape))
+        return np.asarray(to_numpy(tensor), order="C")
 
-    return LazyArray(tuple(tensor.shape), str(dtype), read)
+    return LazyArray(tuple(tensor.shape), str(numpy_dtype(tensor.dtype)), read)
 
 
 def digest_of(tensors: Iterator[SourceTensor]) -> str:
@@ -165,11 +157,3 @@ def digest_of(tensors: Iterator[SourceTensor]) -> str:
         state.update(f"{tensor.name}\0{tensor.array.dtype}\0{list(tensor.array.shape)}\0".encode())
         state.update(np.ascontiguousarray(tensor.array).reshape(-1).view(np.uint8).tobytes())
     return state.hexdigest()
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise missing("torch", "reading a module") from None
-    return torch

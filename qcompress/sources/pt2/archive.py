@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from qcompress.errors import QCompressError, SourceError, UnsafeFileError, missing
 from qcompress.graph.options import ProgramOptions
-from qcompress.sources._zip import ZipArchive
 from qcompress.sources.arch import program_of_state_dict
 from qcompress.sources.base import SourceOptions, SourceTensor
 from qcompress.sources.detect import DESCRIPTIONS, content_of
@@ -27,6 +26,7 @@ from qcompress.sources.pt2.kinds import graph_kinds
 from qcompress.sources.pt2.payload import Payload, read_payload
 from qcompress.sources.strided import Strided, lazy_view
 from qcompress.user_code import one_line
+from qcompress.zip_archive import ZipArchive
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ class ExportedSource(AbstractFile):
     def __init__(self, path: Path, options: SourceOptions | None = None, *, weightless: bool = False) -> None:
         self.path = path
         self._options = options or SourceOptions()
-        self._archive = ZipArchive(path)
+        self._archive = ZipArchive(path).without_top_folder()
         _check_members(self._archive)
         self._json = _parsed(self._archive)
         self._weights = read_payload(self._archive, "weights")
