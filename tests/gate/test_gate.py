@@ -8,7 +8,7 @@ from qcompress.errors import ConfigError, SourceError
 from qcompress.gate.validation import Validation
 from qcompress.gate.verdicts import GateLimits, Measurements, judge, parse_fraction
 from qcompress.metrics.result import MetricResult
-from qcompress.plan.tables import read_table
+from qcompress_cli.inputs.tables import read_table
 
 VALIDATION = {
     "format_version": 1,

@@ -31,7 +31,7 @@ from qcompress_exporters.formats import BuildOptions
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
     from qcompress.data.dataset import Dataset
-    from qcompress_exporters.report import Built
+    from qcompress_exporters.report import Built, ExportReport
 
 
 def export_command(settings: type[Settings] = Settings) -> click.Command:
@@ -207,7 +207,7 @@ def _calibration(given: RunOptions, ui: Ui) -> "Dataset | None":
     return data
 
 
-def _write(built: "Built", small: "CompressedModel", outputs: Outputs, ui: Ui) -> Any:
+def _write(built: "Built", small: "CompressedModel", outputs: Outputs, ui: Ui) -> "ExportReport":
     """Write all files and return the report, which then names the ONNX file."""
     assert outputs.file is not None
     report = built.write(outputs.file, force=outputs.force, inputs=outputs.inputs)

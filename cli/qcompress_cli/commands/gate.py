@@ -23,9 +23,9 @@ from qcompress.gate.verdicts import (
     percent,
     require_a_limit,
 )
-from qcompress.plan.tables import read_table
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.project import load_config_file, load_project
+from qcompress_cli.inputs.tables import read_table
 from qcompress_cli.terminal.console import Ui, new_table
 from qcompress_cli.terminal.exits import CHECK_FAILED
 from qcompress_cli.terminal.text import printable

@@ -15,8 +15,8 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from qcompress.errors import ConfigError
 from qcompress.plan.fields import BITS
-from qcompress.plan.tables import read_table
 from qcompress_cli.inputs.shapes import Dynamic, InputShape, parse_input_shape
+from qcompress_cli.inputs.tables import read_table
 
 PYPROJECT: Final = "pyproject.toml"
 OWN_FILE: Final = "qcompress.toml"

@@ -308,6 +308,12 @@ def test_without_calibration_data_inputs_are_synthesised(qcompress, exported, re
     told = exported("model.pt", "--bits", "2", "-o", "again.onnx")
     assert told["solved_on"] == "128 inputs synthesised from BatchNorm statistics"
     assert (folder / "again.onnx").read_bytes() == (folder / "model.w2.onnx").read_bytes()
+    for name, seed in (("seed0.onnx", 0), ("seed1.onnx", 1)):
+        exported("model.pt", "--bits", "2", "-o", name, "--seed", seed)
+    assert (folder / "seed0.onnx").read_bytes() == (folder / "model.w2.onnx").read_bytes()
+    assert (folder / "seed1.onnx").read_bytes() != (folder / "model.w2.onnx").read_bytes()
+    message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2", "--seed", "-1", "-o", "x.onnx"))
+    assert message == "seed must be at least 0 and below 2**63, got -1.\n"
     assert exported("model.pt", "--bits", "2", "-o", "none.onnx", "--no-synthetic")["solved_on"] is None
     for flags, message in (
         (
