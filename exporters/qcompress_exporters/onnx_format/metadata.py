@@ -63,7 +63,8 @@ class CompressedFile:
         for path in paths:
             if not path.is_file():
                 raise SourceError(f"{self.path} keeps weights in {path}, and there is no such file.")
-        return self.nbytes + sum(path.stat().st_size for path in paths)
+        external: int = sum(path.stat().st_size for path in paths)
+        return self.nbytes + external
 
     @property
     def original_bytes(self) -> int | None:
