@@ -13,9 +13,6 @@ from qcompress.plan.fields import ACTIVATION_BITS, BITS, ROWS_PER_LUT, SCHEME, V
 from qcompress.plan.settings import Settings
 from qcompress.plan.toml import value_text
 
-QDQ: Final = "qdq"  # the default
-FORMATS: Final = (QDQ, "integer")
-
 BUILT_IN: Final = "built-in default"
 
 # Where each field of a weight was set.
@@ -117,13 +114,11 @@ def check_file(compute: Compute, format: str | None) -> None:
 
     Args:
         compute: what its layers compute in.
-        format: how int8 compute is written; None if unset.
+        format: a way of the deployment format to write int8 compute; None if unset.
 
     Raises:
         ConfigError: the format is unknown, or does not apply to this compute.
     """
-    if format is not None and format not in FORMATS:
-        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
     if format is not None and compute != "int8":
         raise ConfigError(
             f"format {format} applies to compute int8 only, but this is compute {compute}; remove format, or set "

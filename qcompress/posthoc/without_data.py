@@ -22,7 +22,7 @@ _PARAMETRIZED: Final = ".parametrizations."
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """What a weight's compression depends on beside its plan.
+    """What the compression of a weight depends on, in addition to its plan.
 
     Args:
         axis: the axis that counts output channels.

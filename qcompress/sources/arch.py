@@ -58,7 +58,7 @@ def with_kinds_of(tensors: Iterable[SourceTensor], source: SourceOptions, label:
     if source.arch is None:
         yield from tensors
         return
-    from qcompress.sources.memory.module import kinds_of
+    from qcompress.graph.symbolic import kinds_of
 
     kept = list(tensors)
     kinds = kinds_of(module_of_state_dict(kept, source, label))

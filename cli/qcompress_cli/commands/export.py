@@ -26,11 +26,13 @@ from qcompress_cli.inputs.program import device, open_program
 from qcompress_cli.inputs.project import RunOptions, run_options
 from qcompress_cli.terminal.console import Ui
 from qcompress_cli.terminal.exits import CHECK_FAILED
+from qcompress_exporters import formats
+from qcompress_exporters.formats import BuildOptions
 
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
     from qcompress.data.dataset import Dataset
-    from qcompress_exporters.onnx_format.file import Built, ExportReport
+    from qcompress_exporters.report import Built, ExportReport
 
 
 def export_command(settings: type[Settings] = Settings) -> click.Command:
@@ -89,29 +91,27 @@ def _export(wanted: ExportOptions, given: RunOptions, ui: Ui) -> None:
     if not wanted.dry_run:
         outputs.check()
 
-    from qcompress_exporters.onnx_format.file import build
-    from qcompress_exporters.onnx_format.targets import DEFAULT_TARGET, Target
-    from qcompress_exporters.parity.decode import decodes_as_written
-
-    target = Target.parse(given.target or DEFAULT_TARGET).text  # a wrong one is an error before the long work
+    format, way = formats.choose(wanted.format)
+    wanted = replace(wanted, format=way)
+    target = format.target(given.target)  # a wrong one is an error before the long work
     if isinstance(source, CompressedSource):
         job = _from_folder(source, wanted, given, ui)
     else:
         job = _from_model(source, wanted, given, ui)
-    file = given.output or default_file(source, job.resolved, job.compute)
+    file = given.output or default_file(source, job.resolved, job.compute, format.suffix)
     if not wanted.dry_run:
         outputs.check_file(file)
 
     small = job.work()
-    format = (wanted.format or combinations.QDQ) if small.compute == "int8" else None
-    built = build(small, target=target, format=format, float_leftovers=wanted.float_leftovers)
+    built = format.build(small, target, BuildOptions(way=way, float_leftovers=wanted.float_leftovers))
+    written_as = (way or next(iter(format.ways), None)) if small.compute == "int8" else None
     done = Export(
         source=source,
         resolved=job.resolved,
         small=small,
         report=built.report,
-        decoded=decodes_as_written(built.data),
-        computed=ComputeReport.of(small, built.report, job.resolved, format),
+        decoded=format.proof(built.data),
+        computed=ComputeReport.of(small, built.report, job.resolved, written_as),
     )
     if not wanted.dry_run:
         done = replace(done, report=_write(built, small, replace(outputs, file=file), ui))
@@ -143,7 +143,8 @@ def _from_folder(source: CompressedSource, wanted: ExportOptions, given: RunOpti
 def _snapped(small: "CompressedModel", given: RunOptions, ui: Ui) -> "CompressedModel":
     """Return the model without offsets that would keep layers in float."""
     from qcompress.posthoc.offsets import snap_offsets
-    from qcompress_exporters.onnx_format.file import build, unfolded
+    from qcompress_exporters import build
+    from qcompress_exporters.onnx_format.file import unfolded
 
     data = _calibration(given, ui)
     if data is None:

@@ -23,7 +23,7 @@ from qcompress_cli.terminal.text import printable
 
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
-    from qcompress_exporters.onnx_format.file import ExportReport
+    from qcompress_exporters.report import ExportReport
 
 # What calibration data gains at 2 bits, measured on ResNet-20 (float: 86.3 %), by whether inputs were synthesised.
 _GAINED: Final = {True: "85.1 % against 84.1 % on synthesised inputs", False: "85.1 % against 21.3 % without any"}
@@ -74,7 +74,8 @@ class Export:
             tensors = counted(self.decoded["tensors"], "tensor")
             lines.append(f"parity: onnxruntime {self.decoded['onnxruntime']} decodes {tensors} bit for bit")
         where = f"nothing written (--dry-run); the file would be {file}" if report.path is None else f"written: {file}"
-        return [*lines, f"{where} (opset {report.opset}, runs on {report.target} and later)"]
+        opset = "" if report.opset is None else f"opset {report.opset}, "
+        return [*lines, f"{where} ({opset}runs on {report.runs_on})"]
 
     def notes(self) -> list[str]:
         """Return the notes of the export; those of tracing were shown already."""

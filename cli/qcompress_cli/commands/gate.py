@@ -32,7 +32,7 @@ from qcompress_cli.terminal.text import printable
 
 if TYPE_CHECKING:
     from qcompress.gate.validation import Validation
-    from qcompress_exporters.onnx_format.metadata import CompressedFile
+    from qcompress_exporters.formats import DeployedFile
 
 _COMPARED: Final = {"max_size": "≤", "min_ratio": "≥", "max_drop": "≤", "min_agreement": "≥"}
 _MAGIC: Final = "*?["
@@ -74,17 +74,17 @@ def command(
     limits = read_table(GateLimits, table, f"gate in {where}", also=("files",))
     limits = replace(limits, **{name: params[name] for name in _COMPARED if params[name] is not None})
     require_a_limit(limits)
-    from qcompress_exporters.onnx_format import metadata  # imports onnx, so it comes after what can fail without it
+    from qcompress_exporters import formats  # imports onnx, so it comes after what can fail without it
 
     original_bytes = None if original is None else _nbytes_of(original)
     accuracy = limits.max_drop is not None or limits.min_agreement is not None
     measured = []
     for path in _expand(patterns):
-        file = metadata.read(path)
+        file = formats.read(path)
         measured.append(
             Measurements(
                 file=str(path),
-                nbytes=file.nbytes + _external_nbytes(file),
+                nbytes=file.whole_nbytes,
                 is_ours=file.is_ours,
                 original_bytes=file.original_bytes if original_bytes is None else original_bytes,
                 validation=_validation(file, needed=accuracy),
@@ -120,18 +120,17 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
 
 def _nbytes_of(original: Path) -> int:
     """Return the bytes of the original, whatever kind of file it is, its external data included."""
-    from qcompress_exporters.onnx_format import metadata
+    from qcompress_exporters import formats
 
     if not original.is_file():
         raise SourceError(f"--original {original}: there is no such file.")
     try:
-        file = metadata.read(original)
+        return formats.read(original).whole_nbytes
     except SourceError:
         return original.stat().st_size
-    return file.nbytes + _external_nbytes(file)
 
 
-def _validation(file: "CompressedFile", *, needed: bool) -> "Validation | None":
+def _validation(file: "DeployedFile", *, needed: bool) -> "Validation | None":
     """Return the measurements of a file; those of another file are ignored where no limit needs them."""
     try:
         return file.validation()
@@ -139,18 +138,6 @@ def _validation(file: "CompressedFile", *, needed: bool) -> "Validation | None":
         if needed:
             raise
         return None
-
-
-def _external_nbytes(file: "CompressedFile") -> int:
-    """Return the bytes of the files that hold a model's weights outside of it; the file alone would pass any limit."""
-    external = 1  # TensorProto.EXTERNAL
-    held = [t for t in file.model.graph.initializer if t.data_location == external]
-    places = {entry.value for tensor in held for entry in tensor.external_data if entry.key == "location"}
-    paths = [file.path.parent / place for place in sorted(places)]
-    for path in paths:
-        if not path.is_file():
-            raise SourceError(f"{file.path} keeps weights in {path}, but there is no such file.")
-    return sum(path.stat().st_size for path in paths)
 
 
 def _as_dict(verdict: Verdict) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import click
 
 from qcompress.errors import ConfigError, SourceError
 from qcompress.files import check_writable, write_whole
-from qcompress.graph.options import ProgramOptions
 from qcompress.sources.base import Source
 from qcompress_cli.commands import validate_report
 from qcompress_cli.inputs import options
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from qcompress.data.dataset import Dataset
     from qcompress.graph.program import FloatProgram
     from qcompress.metrics.metric import Metric
-    from qcompress_exporters.onnx_format.metadata import CompressedFile
+    from qcompress_exporters.formats import DeployedFile
 
 _TIMING_S: Final = 1.0
 
@@ -42,8 +41,8 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
 
     The measurements go to FILE.validation.json, where gate finds them. Where the config names MODEL, pass FILE only.
     """
-    from qcompress_exporters.onnx_format import metadata
-    from qcompress_exporters.parity.report import validate
+    from qcompress_exporters import formats, validate
+    from qcompress_exporters.onnx_format.metadata import validation_path
 
     ui = Ui(json=json, quiet=quiet)
     if file is None:  # one argument: the config names MODEL
@@ -53,10 +52,10 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
         raise ConfigError("validate needs the FILE to measure; type qcompress validate MODEL FILE --data X.npz")
     if given.data is None:
         raise ConfigError("validate needs inputs to measure on; add --data X.npz (x, and y where there are labels).")
-    compressed = metadata.read(file)
+    compressed = formats.read(file)
     data = load_inputs(given.data, given, ui, "--data")
     metric = _metric(given, data)
-    result_path = metadata.validation_path(file)
+    result_path = validation_path(file)
     check_writable(result_path, force=True, flag=None)
     source = open_model(given, ui)
     if source.path is not None and source.path.exists() and source.path.samefile(file):
@@ -76,7 +75,7 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     document = report.as_dict()
     where = str(result_path)
     if write:
-        data_with, document = _with_measurements(compressed, document)
+        data_with, document = compressed.with_validation(document)
         write_whole(file, data_with)
         ui.wrote(file)
         where += f" and into {file}: {len(data_with) - compressed.nbytes:+,} B, it now takes {len(data_with):,} B"
@@ -86,7 +85,7 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     ui.show(validate_report.check_table(report))
     if report.layers:
         ui.show(validate_report.layer_table(report.layers))
-    ui.show(*validate_report.lines(report, compressed.sites[0]))
+    ui.show(*validate_report.lines(report, compressed.compute))
     ui.note(f"measurements written to {where}")
     if not report.ok:
         failed = ", ".join(f"{c.name} ({c.session})" for c in report.checks if not c.ok)
@@ -105,21 +104,10 @@ def _metric(given: RunOptions, data: "Dataset") -> "Metric | None":
     return None
 
 
-def _program(source: Source, file: "CompressedFile", given: RunOptions, ui: Ui) -> "FloatProgram":
+def _program(source: Source, file: "DeployedFile", given: RunOptions, ui: Ui) -> "FloatProgram":
     """Return the program of MODEL with the names and dynamic axes of the file."""
-    graph = file.model.graph
-    as_exported = ProgramOptions(
-        input_names=tuple(v.name for v in graph.input),
-        output_names=tuple(v.name for v in graph.output),
-        dynamic={
-            (v.name, axis): size.dim_param
-            for v in graph.input
-            for axis, size in enumerate(v.type.tensor_type.shape.dim)
-            if axis and size.dim_param
-        },
-    )
     try:
-        return open_program(source, given, ui, as_exported)
+        return open_program(source, given, ui, file.options)
     except ConfigError:
         if given.input_names or given.output_names or given.dynamic:
             raise
@@ -131,21 +119,6 @@ def _digest(source: Source) -> str:
     from qcompress.compressed.source import CompressedSource
 
     return source.model().source_digest if isinstance(source, CompressedSource) else source.sha256[:11]
-
-
-def _with_measurements(file: "CompressedFile", document: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """Return the file with the document in its metadata, and the document, whose `file.nbytes` counts itself."""
-    from qcompress_exporters.onnx_format import metadata
-    from qcompress_exporters.onnx_format.lower import serialize
-
-    kept = {k: v for k, v in file.metadata.items() if k != metadata.VALIDATION}
-    nbytes = 0
-    while True:  # this ends: a longer document never makes the file smaller, and the number has few digits
-        document = {**document, "file": {**document["file"], "nbytes": nbytes}}
-        data = serialize(file.model, {**kept, metadata.VALIDATION: _dumps(document, indent=None)})
-        if len(data) == nbytes:
-            return data, document
-        nbytes = len(data)
 
 
 def _dumps(document: dict[str, Any], indent: int | None = 2) -> str:

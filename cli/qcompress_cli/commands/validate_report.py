@@ -14,7 +14,7 @@ from qcompress_cli.terminal.text import printable
 
 if TYPE_CHECKING:
     from qcompress.metrics.result import MetricResult
-    from qcompress_exporters.parity.checks import LayerNoise
+    from qcompress_exporters.parity.noise import LayerNoise
     from qcompress_exporters.parity.report import ParityReport
     from qcompress_exporters.parity.timing import Timing
 

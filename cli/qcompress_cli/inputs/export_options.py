@@ -10,16 +10,16 @@ from click.core import ParameterSource
 
 from qcompress.deployment import Compute
 from qcompress.errors import ConfigError
-from qcompress.plan.combinations import FORMATS
 from qcompress.plan.fields import Fields, PlanField
 from qcompress.plan.settings import Settings
 from qcompress.posthoc.calibration import METHODS
 from qcompress.posthoc.settings import DEFAULTS, Effort, PosthocSettings
 from qcompress_cli.inputs import options
+from qcompress_exporters import formats
 
 if TYPE_CHECKING:
     from qcompress.graph.sites import Placement
-    from qcompress_exporters.onnx_format.file import Leftovers
+    from qcompress_exporters.formats import Leftovers
 
 # Options that apply to some ways to compute only.
 _COMPUTES: Final[Mapping[str, tuple[Compute, ...]]] = {
@@ -42,7 +42,7 @@ class ExportOptions:
         settings: the class of the plan's settings, which knows the fields of the plan.
         plan_fields: values of the plan's fields by name.
         compute: what layers compute in.
-        format: how int8 compute is written.
+        format: the deployment format, or its way to write int8 compute.
         calibration_method: how ranges of activations are found, a key of `posthoc.calibration.METHODS`.
         percentile: for the method of that name.
         placement: which activations are quantized.
@@ -189,6 +189,11 @@ def _plan_option(field: PlanField) -> Callable[[Any], Any]:
     )
 
 
+def _known_format(text: str) -> str:
+    formats.choose(text)
+    return text
+
+
 _OWN: Final = options.together(
     click.option("--plan", type=options.PATH, metavar="FILE", help="A plan in TOML; options replace its [default]."),
     click.option("--save-plan", type=options.PATH, metavar="FILE", help="Write the resolved plan to FILE."),
@@ -200,9 +205,10 @@ _OWN: Final = options.together(
     ),
     click.option(
         "--format",
-        type=click.Choice(FORMATS),
-        help="How int8 compute is written: quantizers around float operators, which onnxruntime fuses (qdq, the "
-        "default), or integer operators.",
+        type=options.Parsed("format", _known_format),
+        metavar="|".join(word for name, format in formats.FORMATS.items() for word in (name, *format.ways)),
+        help="The deployment format (default: onnx), or how it writes int8 compute: quantizers around float operators, "
+        "which runtimes fuse (qdq, the default), or integer operators (integer).",
     ),
     click.option(
         "--calibration-method",

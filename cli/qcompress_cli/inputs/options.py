@@ -13,6 +13,7 @@ import click
 
 from qcompress.errors import ConfigError
 from qcompress_cli.inputs.shapes import parse_dynamic, parse_input_shape
+from qcompress_exporters.formats import FORMATS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -186,7 +187,14 @@ metric_options: Final = together(
 )
 
 output_options: Final = together(
-    click.option("--target", metavar="RUNTIME", help="The oldest onnxruntime that must run the file."),
+    click.option(
+        "--target",
+        metavar="NAME",
+        help="Where the file must run; default: portable, which all runtimes read. onnxruntime==1.24 is the oldest "
+        "onnxruntime that must run it. "
+        + "; ".join(f"{name}: {', '.join(format.targets)}" for name, format in FORMATS.items())
+        + ".",
+    ),
     click.option("-o", "--output", metavar="FILE", type=PATH, help="The file to write."),
     _switch("--force", text="Replace FILE if it exists; inputs of the command are never replaced."),
 )

@@ -69,12 +69,19 @@ def input_files(source: Source, given: RunOptions) -> tuple[Path, ...]:
     return tuple(inner for path in found for inner in (sorted(path.iterdir()) if path.is_dir() else [path]))
 
 
-def default_file(source: Source, resolved: "ResolvedPlan", compute: "Compute") -> Path:
-    """Return the name of the ONNX file where -o is not given: model.w2.onnx, model.w4a8.onnx, model.mixed.onnx."""
+def default_file(source: Source, resolved: "ResolvedPlan", compute: "Compute", suffix: str) -> Path:
+    """Return the name of the file where -o is not given: model.w2.onnx, model.w4a8.onnx, model.mixed.onnx.
+
+    Args:
+        source: the opened MODEL.
+        resolved: the plan for this model.
+        compute: what layers compute in.
+        suffix: of the deployment format's files.
+    """
     stem = source.path.stem if source.path is not None else "model"
     widths = {(t.bits, t.activation_bits) for t in resolved.compressed}
     if len(widths) != 1:
-        return Path(f"{stem}.mixed.onnx")
+        return Path(f"{stem}.mixed{suffix}")
     bits, activation_bits = widths.pop()
     activations = "d8" if compute == "dynamic8" else "" if activation_bits is None else f"a{activation_bits}"
-    return Path(f"{stem}.w{bits}{activations}.onnx")
+    return Path(f"{stem}.w{bits}{activations}{suffix}")

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from qcompress.compressed.model import CompressedModel
 from qcompress_exporters.onnx_format import file as onnx_file
-from qcompress_exporters.parity import report as parity
+from qcompress_exporters.parity import validate as parity
 from tests.helpers import small_models
 from tests.helpers.archives import Archive, Small, Trap
 
@@ -650,7 +650,7 @@ def test_what_a_state_dict_lacks(refused, nothing_new, words):
     assert "state.pt" in message
     assert "--arch" in message
     message = nothing_new(lambda: refused("export", "state.pt", "--arch", "nets.py:words", "--bits", "2"))
-    assert message.startswith("Tracing the model takes an example input: give --input-shape")
+    assert message.startswith("Tracing the model needs an example input: pass --input-shape")
     args = ("export", "state.pt", "--arch", "nets.py:words", "--arch-kwargs", "width=9", "--bits", "2")
     message = nothing_new(lambda: refused(*args, "--input-shape", "ids=1,6:int64", "--input-shape", "mask=1,6"))
     assert "embed.weight" in message

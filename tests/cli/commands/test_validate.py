@@ -12,7 +12,7 @@ import torch
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.lower import serialize
-from qcompress_exporters.parity import report as parity
+from qcompress_exporters.parity import validate as parity
 from tests.helpers import small_models
 
 FILE = "model.mixed.onnx"
