@@ -14,7 +14,7 @@ from qcompress_cli.inputs.data import load_inputs
 from qcompress_cli.inputs.open_model import open_model
 from qcompress_cli.inputs.program import device, open_program
 from qcompress_cli.inputs.project import RunOptions, run_options
-from qcompress_cli.terminal.console import Ui
+from qcompress_cli.terminal.console import Ui, json_text
 from qcompress_cli.terminal.exits import CHECK_FAILED
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
         write_whole(file, data_with)
         ui.wrote(file)
         where += f" and into {file}: {len(data_with) - compressed.nbytes:+,} B, it now takes {len(data_with):,} B"
-    write_whole(result_path, (_dumps(document) + "\n").encode())
+    write_whole(result_path, (json_text(document) + "\n").encode())
     ui.wrote(result_path)
     ui.emit(document)
     ui.show(validate_report.check_table(report))
@@ -119,9 +119,3 @@ def _digest(source: Source) -> str:
     from qcompress.compressed.source import CompressedSource
 
     return source.model().source_digest if isinstance(source, CompressedSource) else source.sha256[:11]
-
-
-def _dumps(document: dict[str, Any], indent: int | None = 2) -> str:
-    import json
-
-    return json.dumps(document, indent=indent, allow_nan=False)
