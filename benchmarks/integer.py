@@ -42,7 +42,7 @@ from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build, validate
 from qcompress_exporters.onnx_format.file import float_file, sites_of
 from qcompress_exporters.onnx_format.trace import trace
-from qcompress_exporters.parity.checks import outputs_of
+from qcompress_exporters.parity.differences import outputs_of
 from qcompress_exporters.parity.sessions import optimized_ops
 from qcompress_exporters.parity.timing import Ratio, cpu_seconds, paired
 

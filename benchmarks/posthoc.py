@@ -45,7 +45,7 @@ from qcompress.solvers import SOLVERS
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format.file import float_file
 from qcompress_exporters.onnx_format.trace import trace
-from qcompress_exporters.parity.checks import outputs_of
+from qcompress_exporters.parity.differences import outputs_of
 
 CALIBRATION = {"digits": 256, "resnet20": 512, "mobilenet": 128}
 FLOAT, FLOAT_BITS = "float", 32

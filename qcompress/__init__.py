@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 _HOME: Final = {
     "CompressedModel": "qcompress.compressed.model",
     "Dataset": "qcompress.data.dataset",
-    "FloatWeight": "qcompress.artifacts.weights",
-    "IntegerWeight": "qcompress.artifacts.weights",
-    "PalettizedWeight": "qcompress.artifacts.weights",
+    "FloatWeight": "qcompress.artifacts",
+    "IntegerWeight": "qcompress.artifacts",
+    "PalettizedWeight": "qcompress.artifacts",
     "Plan": "qcompress.plan.plan",
     "QCompressError": "qcompress.errors",
     "analyze": "qcompress.analysis",

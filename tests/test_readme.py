@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from qcompress_exporters.onnx_format import file as onnx_file
-from qcompress_exporters.parity import report as parity
+from qcompress_exporters.parity import validate as parity
 from tests.helpers import small_models
 
 README = Path(__file__).parents[1] / "README.md"

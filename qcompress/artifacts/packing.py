@@ -3,11 +3,13 @@
 The layout is LSB first: code i sits in bits [i*bits, (i+1)*bits) of the stream, and byte j holds bits [8j, 8j+8).
 For 2 and 4 bits this is also the layout of ONNX's UINT2 and UINT4 tensors.
 
-Widths that do not divide 8 can be split into planes (`to_planes`): 3 bits as a 2-bit and a 1-bit plane, 7 as 4 + 2 + 1.
-Each plane is then packed by itself, and every plane's width divides 8, so that a byte table decodes it.
+Codes of widths that do not divide 8 are put together into words, and words split into planes (`to_planes`): 4 codes of
+3 bits into planes of 8 and 4 bits. Each plane is then packed by itself, and every plane's width divides 8, so that a
+byte table decodes it.
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,9 @@ import numpy.typing as npt
 from qcompress.errors import ConfigError
 
 Codes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.uint16]
+
+_WORD_BITS: Final = 16
 
 
 def packed_nbytes(count: int, bits: int) -> int:
@@ -93,39 +98,47 @@ def unpack(packed: Codes, bits: int, count: int) -> Codes:
     return np.packbits(stream, axis=1, bitorder="little").ravel()
 
 
-def to_planes(codes: Codes, widths: Sequence[int]) -> list[Codes]:
-    """Split codes into planes of the given widths, lowest bits first.
+def to_planes(words: Codes | Words, widths: Sequence[int]) -> list[Codes]:
+    """Split codes, or words of several codes, into planes of the given widths, lowest bits first.
 
     Args:
-        codes: uint8, any shape.
-        widths: bits of each plane; their sum is the width of a code.
+        words: uint8 or uint16, any shape.
+        widths: bits of each plane, 1 to 8; their sum is the width of a word, at most 16.
 
     Returns:
-        One array per plane, in the shape of `codes`.
+        One uint8 array per plane, in the shape of `words`.
 
     >>> [p.tolist() for p in to_planes(np.array([5, 2], np.uint8), (2, 1))]
     [[1, 2], [1, 0]]
     """
-    check_bits(sum(widths))
-    planes, shift = [], 0
-    for width in widths:
-        planes.append((codes >> np.uint8(shift)) & np.uint8((1 << width) - 1))
-        shift += width
-    return planes
+    _check_widths(widths)
+    shifts = np.cumsum([0, *widths[:-1]])
+    wide = words.astype(np.uint16)
+    return [
+        (wide >> np.uint16(shift) & np.uint16((1 << width) - 1)).astype(np.uint8)
+        for shift, width in zip(shifts, widths, strict=True)
+    ]
 
 
-def from_planes(planes: Sequence[Codes], widths: Sequence[int]) -> Codes:
-    """The exact inverse of `to_planes`.
+def from_planes(planes: Sequence[Codes], widths: Sequence[int]) -> Words:
+    """Put planes together; the exact inverse of `to_planes`.
 
     >>> from_planes([np.array([1, 2], np.uint8), np.array([1, 0], np.uint8)], (2, 1)).tolist()
     [5, 2]
     """
-    check_bits(sum(widths))
-    codes, shift = np.zeros_like(planes[0]), 0
+    _check_widths(widths)
+    words, shift = np.zeros(planes[0].shape, np.uint16), 0
     for plane, width in zip(planes, widths, strict=True):
-        codes |= plane << np.uint8(shift)
+        words |= plane.astype(np.uint16) << np.uint16(shift)
         shift += width
-    return codes
+    return words
+
+
+def _check_widths(widths: Sequence[int]) -> None:
+    for width in widths:
+        check_bits(width)
+    if sum(widths) > _WORD_BITS:
+        raise ConfigError(f"a word must have at most {_WORD_BITS} bits, got planes of {' + '.join(map(str, widths))}.")
 
 
 def check_bits(bits: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompress.errors import DataError
-from qcompress.graph.tensors import TORCH_DTYPES, to_numpy
+from qcompress.graph.conversion import TORCH_DTYPES, to_numpy
 from qcompress.user_code import one_line
 
 if TYPE_CHECKING:

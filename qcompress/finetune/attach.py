@@ -15,15 +15,17 @@ from qcompress.finetune.finalize import BatchNorm, Parts
 from qcompress.finetune.methods import Methods
 from qcompress.finetune.prepared import Inputs, Prepared
 from qcompress.graph.batchnorm import fold_with_factors
+from qcompress.graph.conversion import to_numpy
 from qcompress.graph.example_inputs import by_position
 from qcompress.graph.layers import Layer, bias_of, weight_layers
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram, state_nodes
-from qcompress.graph.program_tensors import program_tensors
 from qcompress.graph.sites import Placement, activation_sites
-from qcompress.graph.tensors import to_numpy
+from qcompress.graph.tensors import program_tensors
 from qcompress.graph.tracing import from_module
-from qcompress.plan.plan import Plan, ResolvedPlan, TensorPlan, resolve
+from qcompress.plan.combinations import set_to
+from qcompress.plan.plan import Plan
+from qcompress.plan.resolve import ResolvedPlan, TensorPlan, resolve
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import place_of
 
@@ -145,13 +147,12 @@ def _check_batchnorm(
 
 
 def _check_trains(tensor: TensorPlan) -> None:
-    """Rejects fields for palettes and blocks, which no quantizer for training supports."""
+    """Rejects fields that no quantizer for training supports."""
     assert tensor.settings is not None
-    for field, plain in (("rows_per_lut", "auto"), ("vector_dim", 1), ("block_size", None), ("lut_dtype", None)):
-        value = getattr(tensor.settings, field)
-        if value not in (plain, None):
+    for field in tensor.settings.fields:
+        if not field.trains and field.asks(getattr(tensor.settings, field.name)):
             raise ConfigError(
-                f"{tensor.name}: {field} = {value} ({tensor.origins[field]}) is supported by post-hoc compression "
+                f"{tensor.name}: {set_to(field, tensor.settings, tensor.origins)} is supported by post-hoc compression "
                 "only; remove it from plans passed to prepare()."
             )
 

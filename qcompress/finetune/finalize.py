@@ -12,11 +12,11 @@ from qcompress.compressed.model import CompressedModel
 from qcompress.deployment import DEFAULT, Deployment
 from qcompress.errors import ConfigError
 from qcompress.graph.batchnorm import fold_with_factors
+from qcompress.graph.conversion import to_numpy
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import Site
-from qcompress.graph.tensors import to_numpy
-from qcompress.plan.plan import ResolvedPlan
+from qcompress.plan.resolve import ResolvedPlan
 from qcompress.posthoc.biases import fit_biases
 
 BatchNorm = Literal["train", "freeze", "fold"]

@@ -6,21 +6,19 @@ The graph was traced in eval mode; BatchNorm and dropout behave as in the module
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, final
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.nn import functional
 
-from qcompress.graph.batchnorm import BATCH_NORMS, statistics
+from qcompress.graph.batchnorm import returns_list, statistics
 from qcompress.graph.layers import layers
-from qcompress.graph.program import FloatProgram, copy_graph, state_nodes
+from qcompress.graph.nodes import operator_name, row_of
+from qcompress.graph.program import FloatProgram, state_nodes
 from qcompress.graph.sites import site_op
 
-aten = torch.ops.aten
-
-_DROPOUTS: Final[Mapping[Any, Callable[..., Tensor]]] = {
-    aten.dropout.default: functional.dropout,
-    aten.feature_dropout.default: functional.dropout2d,
+_DROPOUTS: Final[Mapping[str, Callable[..., Tensor]]] = {
+    "dropout.default": functional.dropout,
+    "feature_dropout.default": functional.dropout2d,
 }
 
 # (index of the site, value) -> the value that replaces it.
@@ -36,13 +34,9 @@ class LiveGraph(Interpreter):
     """
 
     def __init__(self, program: FloatProgram) -> None:
-        module = copy_graph(program.exported)
-        for node in module.graph.nodes:
-            node.target = _out_of_place(node.target)
-        super().__init__(module)
-        names = {node.name: name for node, name in state_nodes(program.exported).items()}
-        self._names = {node: names[node.name] for node in module.graph.nodes if node.name in names}
-        self._placeholders = module.graph.find_nodes(op="placeholder")
+        super().__init__(program.exported.graph_module)
+        self._names = state_nodes(program.exported)
+        self._placeholders = program.exported.graph.find_nodes(op="placeholder")
         self._weights = {layer.node.name: layer.weight for layer in layers(program)}
         self.first_not_finite: str | None = None
 
@@ -100,24 +94,12 @@ class LiveGraph(Interpreter):
                 return x
             self._seen.add(index)
             return self._at_site(index, x)
-        if n.target in BATCH_NORMS:
-            mean = statistics(n, n.args)[0]
+        row = row_of(n)
+        if row.normalizes:
+            mean = statistics(n)[0]
             module = self._norms.get(self._names.get(mean, "")) if isinstance(mean, Node) else None
             if module is not None:
-                return module(args[0]) if n.target is aten.batch_norm.default else (module(args[0]), None, None)
-        if self._training and n.target in _DROPOUTS:
-            return _DROPOUTS[n.target](args[0], args[1], training=True)
+                return (module(args[0]), None, None) if returns_list(n) else module(args[0])
+        if self._training and row.drops:
+            return _DROPOUTS[operator_name(n)](args[0], args[1], training=True)
         return super().run_node(n)
-
-
-def _out_of_place(target: Any) -> Any:
-    """Returns the operator that computes the same without writing to its argument, which gradients may need.
-
-    >>> _out_of_place(aten.relu_.default) is aten.relu.default, _out_of_place(aten.relu.default) is aten.relu.default
-    (True, True)
-    """
-    packet = getattr(target, "overloadpacket", None)
-    name = "" if packet is None else packet.__name__
-    if not name.endswith("_") or name.startswith("_"):
-        return target
-    return getattr(getattr(aten, name[:-1], None), target._overloadname, target)

@@ -23,7 +23,7 @@ from qcompress.palettes._bins import COUNT, Bins
 from qcompress.palettes._optimal import F64, I64, optimal_runs
 from qcompress.palettes.assign import assign_into
 from qcompress.palettes.even_grid import finite_floats
-from qcompress.plan.settings import LutDtype
+from qcompress.plan.fields import LutDtype
 
 Floats = npt.NDArray[np.float32]
 

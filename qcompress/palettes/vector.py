@@ -23,7 +23,7 @@ from qcompress.errors import ConfigError
 from qcompress.palettes.even_grid import finite_floats, symmetric_scale
 from qcompress.palettes.int8_palette import LARGEST
 from qcompress.palettes.scalar import checked_importance, half_shift
-from qcompress.plan.settings import LutDtype
+from qcompress.plan.fields import LutDtype
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]

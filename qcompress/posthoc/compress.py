@@ -13,16 +13,17 @@ from qcompress.data.dataset import Dataset, as_dataset
 from qcompress.deployment import DEFAULT, Compute, Deployment
 from qcompress.errors import ConfigError
 from qcompress.graph.batchnorm import fold_batchnorm
+from qcompress.graph.conversion import to_numpy
 from qcompress.graph.example_inputs import by_position
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram
-from qcompress.graph.program_tensors import check_finite, check_same_function, program_tensors
 from qcompress.graph.sites import Placement, activation_sites
-from qcompress.graph.tensors import to_numpy
+from qcompress.graph.tensors import check_finite, check_same_function, program_tensors
 from qcompress.graph.tracing import from_module
 from qcompress.plan.combinations import check_calibration, settled_compute
-from qcompress.plan.plan import Plan, ResolvedPlan, resolve
+from qcompress.plan.plan import Plan
+from qcompress.plan.resolve import ResolvedPlan, resolve
 from qcompress.posthoc.activations import calibrate, constant_inputs, whole_batches
 from qcompress.posthoc.biases import fit_biases
 from qcompress.posthoc.effort import inputs_for, solve
@@ -101,7 +102,7 @@ def compress(
 
 def compress_program(
     program: FloatProgram,
-    plan: Plan,
+    plan: Plan | ResolvedPlan,
     settings: PosthocSettings = DEFAULTS,
     *,
     calibration: Dataset | None = None,
@@ -113,7 +114,7 @@ def compress_program(
 
     Args:
         program: as it came in, BatchNorm not folded.
-        plan: how to compress each weight.
+        plan: how to compress each weight; one that is resolved for this program already is used as it is.
         settings: everything else that the result depends on.
         calibration: unlabelled inputs.
         source_digest: short digest of the model file.
@@ -125,7 +126,7 @@ def compress_program(
         SourceError: a weight is not finite.
     """
     check_finite(program)
-    resolved = resolved_plan(program, plan)
+    resolved = plan if isinstance(plan, ResolvedPlan) else resolved_plan(program, plan)
     compute = resolved_compute(resolved, settings.compute)
     integer_kinds = deployment.integer_kinds(compute)
     check_calibration(compute, calibration is not None)

@@ -10,7 +10,7 @@ from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
 from qcompress.graph.program import Arrays, FloatProgram
 from qcompress.graph.sites import mark
-from qcompress.plan.plan import TensorPlan
+from qcompress.plan.resolve import TensorPlan
 from qcompress.posthoc.activations import BATCH, whole_batches
 from qcompress.posthoc.settings import Effort, PosthocSettings
 from qcompress.posthoc.solve import Solved, SolveSettings, solve_weights

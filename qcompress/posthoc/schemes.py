@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Final, Literal, TypeVar
 
 from qcompress.artifacts import Artifact
-from qcompress.plan.plan import TensorPlan
+from qcompress.plan.resolve import TensorPlan
 
 # Codes into palettes of floats, of int8 steps or of vectors of floats; codes times a scale.
 CodeKind = Literal["palette", "int8 palette", "vectors", "uniform"]

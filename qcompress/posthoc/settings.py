@@ -18,7 +18,7 @@ _SEEDS: Final = 1 << 63  # what torch's generators take
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PosthocSettings:
-    """How a model is compressed without training, in addition to the plan of each weight.
+    """How a model is compressed without training, beside what the plan says of each weight.
 
     Args:
         compute: what layers compute in; None: `int8` if the plan sets activation_bits, else `float`.
@@ -50,9 +50,10 @@ class PosthocSettings:
     def __post_init__(self) -> None:
         check_method(self.calibration_method, self.percentile)
         efforts = get_args(Effort)
-        if self.effort not in (None, *efforts):
-            near = did_you_mean(str(self.effort), efforts)
-            raise ConfigError(f"effort must be one of {', '.join(efforts)}, got {self.effort!r}.{near}")
+        if self.effort is not None and self.effort not in efforts:
+            raise ConfigError(
+                f"effort must be one of {', '.join(efforts)}, got {self.effort!r}.{did_you_mean(self.effort, efforts)}"
+            )
         if not 0 <= self.seed < _SEEDS:
             raise ConfigError(f"seed must be at least 0 and below 2**63, got {self.seed!r}.")
 

@@ -20,13 +20,13 @@ import torch
 from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight, SiteGrid, granularity
 from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.compressed.model import LayerGain
+from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.graph.program import Arrays, FloatProgram
 from qcompress.graph.sites import rounding
-from qcompress.graph.tensors import to_numpy, to_torch
 from qcompress.palettes.even_grid import REDUCED_BITS
 from qcompress.palettes.int8_palette import LARGEST, LARGEST_REDUCED
 from qcompress.palettes.vector import palettize_vectors
-from qcompress.plan.plan import TensorPlan
+from qcompress.plan.resolve import TensorPlan
 from qcompress.posthoc.moments import Moments, has_moments
 from qcompress.posthoc.schemes import CodeKind, better, codes_for
 from qcompress.posthoc.walk import Reached, walk

@@ -16,10 +16,10 @@ from torch.fx import Node
 from torch.nn import functional
 
 from qcompress.data.dataset import Dataset
-from qcompress.graph.batchnorm import BATCH_NORMS, statistics
+from qcompress.graph.batchnorm import batch_norms, statistics
+from qcompress.graph.conversion import to_numpy
 from qcompress.graph.differentiable import Differentiable
 from qcompress.graph.program import FloatProgram, state_nodes, user_inputs, value_of
-from qcompress.graph.tensors import to_numpy
 from qcompress.progress import ON_CPU, Execution
 
 _SAMPLES: Final = 128
@@ -72,9 +72,8 @@ def synthesize(program: FloatProgram, seed: int = 0, execution: Execution = ON_C
 
 def _norms(program: FloatProgram) -> list[Node]:
     """Return the BatchNorms with stored statistics."""
-    nodes, stored = program.exported.graph.nodes, state_nodes(program.exported)
-    found = [n for n in nodes if n.op == "call_function" and n.target in BATCH_NORMS]
-    return [n for n in found if all(isinstance(s, Node) and s in stored for s in statistics(n, n.args)[:2])]
+    stored = state_nodes(program.exported)
+    return [n for n in batch_norms(program) if all(isinstance(s, Node) and s in stored for s in statistics(n)[:2])]
 
 
 def _shape(node: Node) -> list[Any]:
@@ -114,8 +113,8 @@ class _Mismatch(Differentiable):
 
     def run_node(self, n: Node) -> Any:
         if n in self._norms:
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            x, (mean, variance, epsilon) = args[0], statistics(n, args)
+            given: Any = self.map_nodes_to_values((n.args[0], *statistics(n)), n)
+            x, mean, variance, epsilon = given
             over = [axis for axis in range(x.ndim) if axis != 1]
             m, v = x.mean(over), x.var(over, unbiased=False)
             ratio = (v + epsilon) / (variance + epsilon)

@@ -12,7 +12,7 @@ from qcompress.palettes.even_grid import round_to_nearest
 from qcompress.palettes.int8_palette import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.palettes.vector import palettize_vectors
-from qcompress.plan.plan import TensorPlan
+from qcompress.plan.resolve import TensorPlan
 from qcompress.posthoc.schemes import CodeKind, better, codes_for
 
 _AS_GOOD: Final = 10 ** (0.5 / 10)  # factor of squared error that a single scale per tensor may cost: 0.5 dB

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcompress.artifacts import PalettizedWeight
 from qcompress.artifacts.integer_range import IntegerRange
-from qcompress.graph.tensors import to_numpy
+from qcompress.graph.conversion import to_numpy
 
 
 def odd_codes(unit: Tensor, bits: int) -> Tensor:

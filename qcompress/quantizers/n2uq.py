@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from qcompress.artifacts import Artifact, ThresholdGrid
 from qcompress.artifacts.packing import check_bits
 from qcompress.errors import ConfigError
-from qcompress.graph.tensors import to_numpy
+from qcompress.graph.conversion import to_numpy
 from qcompress.quantizers.base import AbstractQuantizer, SiteKey, check_init
 from qcompress.quantizers.half_integer import odd_codes, palettized
 from qcompress.quantizers.positive import Positive

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qcompress.artifacts import ActivationGrid, Artifact, IntegerWeight, SiteGrid, granularity
 from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.errors import ConfigError
-from qcompress.graph.tensors import to_numpy
+from qcompress.graph.conversion import to_numpy
 from qcompress.quantizers import ste
 from qcompress.quantizers.base import (
     AbstractQuantizer,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcompress.artifacts import Artifact, IntegerWeight
 from qcompress.errors import ConfigError
-from qcompress.graph.tensors import to_numpy
+from qcompress.graph.conversion import to_numpy
 from qcompress.quantizers.base import AbstractQuantizer
 from qcompress.quantizers.ste import straight_through
 

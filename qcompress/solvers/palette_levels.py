@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from qcompress.artifacts import PalettizedWeight, granularity
-from qcompress.graph.tensors import to_numpy, to_torch
+from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.palettes.scalar import fit_lut
 from qcompress.solvers.base import RIDGE, Doubles, Problem
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from qcompress.artifacts import IntegerWeight, granularity
 from qcompress.artifacts.integer_range import IntegerRange
-from qcompress.graph.tensors import to_numpy, to_torch
+from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.palettes.even_grid import clipped_scale
 from qcompress.solvers.base import RIDGE, Doubles, Problem
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qcompress.errors import SourceError, did_you_mean
+from qcompress.graph.conversion import to_torch
 from qcompress.graph.options import ProgramOptions
-from qcompress.graph.tensors import to_torch
 from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
 from qcompress.user_code import build_module
 
@@ -58,7 +58,7 @@ def with_kinds_of(tensors: Iterable[SourceTensor], source: SourceOptions, label:
     if source.arch is None:
         yield from tensors
         return
-    from qcompress.sources.memory.module import kinds_of
+    from qcompress.graph.symbolic import kinds_of
 
     kept = list(tensors)
     kinds = kinds_of(module_of_state_dict(kept, source, label))

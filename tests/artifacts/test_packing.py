@@ -35,9 +35,10 @@ def test_pack_equals_the_bit_by_bit_reference(case):
 
 @given(st.data())
 def test_planes_are_an_exact_inverse_pair_and_each_packs_by_itself(data):
-    widths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4).filter(lambda w: sum(w) <= 8))
+    widths = data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=4).filter(lambda w: sum(w) <= 16))
     bits = sum(widths)
-    codes = np.array(data.draw(st.lists(st.integers(0, (1 << bits) - 1), min_size=1, max_size=30)), np.uint8)
+    dtype = np.uint8 if bits <= 8 else np.uint16
+    codes = np.array(data.draw(st.lists(st.integers(0, (1 << bits) - 1), min_size=1, max_size=30)), dtype)
     planes = to_planes(codes, widths)
     stored = [pack(plane, width) for plane, width in zip(planes, widths, strict=True)]
     again = [unpack(p, width, codes.size) for p, width in zip(stored, widths, strict=True)]
@@ -100,3 +101,8 @@ def test_a_code_beyond_uint8_is_refused_and_not_wrapped(code):
 def test_bytes_that_do_not_belong_to_the_count_are_refused():
     with pytest.raises(ConfigError, match=r"^unpack: 5 codes of 3 bits take 2 bytes, got 3\.$"):
         unpack(np.zeros(3, np.uint8), 3, 5)
+
+
+def test_a_word_has_at_most_16_bits():
+    with pytest.raises(ConfigError, match=r"^a word must have at most 16 bits, got planes of 8 \+ 8 \+ 1\.$"):
+        to_planes(np.zeros(1, np.uint16), (8, 8, 1))

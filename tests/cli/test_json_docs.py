@@ -76,7 +76,7 @@ def test_gate(qcompress, onnx_file, validated):
 @pytest.fixture
 def model(folder, monkeypatch):
     from qcompress_exporters.onnx_format import file as onnx_file
-    from qcompress_exporters.parity import report as parity
+    from qcompress_exporters.parity import validate as parity
     from tests.helpers import small_models
 
     for module in (onnx_file, parity):

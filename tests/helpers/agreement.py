@@ -16,22 +16,16 @@ from torch.utils._pytree import tree_map_only
 from qcompress.compressed.model import CompressedModel
 from qcompress.graph.program import FloatProgram, state_nodes, user_inputs
 from qcompress.graph.sites import MarkedRunner, mark, rounding
+from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
-from qcompress_exporters.onnx_format.file import Built, build, float_file, sites_of
+from qcompress_exporters.onnx_format.file import float_file, sites_of
 from qcompress_exporters.onnx_format.int8.biases import stepped
-from qcompress_exporters.onnx_format.int8.lowering import LayerReport
 from qcompress_exporters.onnx_format.trace import Trace, trace
-from qcompress_exporters.parity.checks import (
-    EXPORTER_TOLERANCE,
-    OUTPUT_TOLERANCE,
-    Check,
-    check_codes,
-    check_weights,
-    output_error,
-    output_limit,
-)
+from qcompress_exporters.parity.checks import OUTPUT_TOLERANCE, Check, check_codes, check_weights
+from qcompress_exporters.parity.differences import EXPORTER_TOLERANCE, output_error, output_limit
 from qcompress_exporters.parity.replay import file_grids, reference_state, replay
 from qcompress_exporters.parity.sessions import Mode, run, session
+from qcompress_exporters.report import Built, LayerReport
 from tests.helpers import quick_torch
 
 quick_torch.look_up_once()

@@ -26,13 +26,14 @@ from qcompress.compressed.model import CompressedModel
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import activation_sites, mark
 from qcompress.plan.plan import Plan
+from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
-from qcompress_exporters.onnx_format.file import Built, build, sites_of
+from qcompress_exporters.onnx_format.file import sites_of
 from qcompress_exporters.onnx_format.int8.biases import stepped
-from qcompress_exporters.onnx_format.int8.lowering import LayerReport
 from qcompress_exporters.parity.checks import allowed_off, check_codes, check_weights
 from qcompress_exporters.parity.replay import file_grids, reference_state, replay
 from qcompress_exporters.parity.sessions import Mode, run, session
+from qcompress_exporters.report import Built, LayerReport
 from tests.helpers import small_models
 from tests.helpers.nets import traced
 

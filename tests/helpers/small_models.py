@@ -12,11 +12,13 @@ from qcompress.compressed.model import CompressedModel
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.tracing import from_exported
-from qcompress.plan.plan import Plan, Settings
+from qcompress.plan.plan import Plan
+from qcompress.plan.settings import Settings
 from qcompress.posthoc.compress import compress_program
 from qcompress.posthoc.settings import PosthocSettings
-from qcompress_exporters.onnx_format.file import Built, build
+from qcompress_exporters import build
 from qcompress_exporters.onnx_format.trace import Trace, trace
+from qcompress_exporters.report import Built
 from tests.helpers import quick_torch
 from tests.helpers.nets import randomized
 

@@ -11,9 +11,10 @@ from torch import nn
 from qcompress.artifacts import IntegerWeight, PalettizedWeight
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
-from qcompress.graph.program_tensors import program_tensors
+from qcompress.graph.tensors import program_tensors
 from qcompress.palettes.even_grid import round_to_nearest
-from qcompress.plan.plan import Plan, resolve
+from qcompress.plan.plan import Plan
+from qcompress.plan.resolve import resolve
 from qcompress.posthoc.compress import compress_program
 from qcompress.posthoc.schemes import better, codes_for
 from qcompress.posthoc.settings import PosthocSettings

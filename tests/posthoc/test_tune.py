@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qcompress.artifacts import FloatWeight, PalettizedWeight
+from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
 from qcompress.palettes.even_grid import round_to_nearest
@@ -15,8 +15,9 @@ from qcompress.palettes.int8_palette import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.latent import Latent, latent_of
 from qcompress.posthoc.settings import PosthocSettings
-from qcompress.posthoc.tune import _Codes, output_error, tune
+from qcompress.posthoc.tune import output_error, tune
 from tests.helpers.nets import Residual, image, randomized, traced
 
 random = np.random.default_rng(0)
@@ -39,27 +40,33 @@ ARTIFACTS = {
 }  # fmt: skip
 
 
+def latent(artifact: Artifact) -> Latent:
+    found = latent_of(artifact, torch.zeros(artifact.shape), "cpu")
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("name", ARTIFACTS)
 def test_it_starts_from_what_was_solved(name):
     artifact = ARTIFACTS[name]
-    place = _Codes(artifact, "cpu")
-    np.testing.assert_array_equal(place.value().detach().numpy(), artifact.dequantize())
-    np.testing.assert_array_equal(place.artifact().dequantize(), artifact.dequantize())
+    found = latent(artifact)
+    np.testing.assert_array_equal(found.value().detach().numpy(), artifact.dequantize())
+    np.testing.assert_array_equal(found.artifact().dequantize(), artifact.dequantize())
 
 
 @pytest.mark.parametrize("name", ARTIFACTS)
 def test_gradients_pass_straight_on_and_codes_follow(name):
     artifact = replace(ARTIFACTS[name], codes=np.roll(ARTIFACTS[name].codes, 1, axis=-1))
-    place = _Codes(artifact, "cpu")
+    tuned = latent(artifact)
     weight = WEIGHT.reshape(artifact.shape)
     wanted = torch.from_numpy(weight)
-    optimizer = torch.optim.Adam([*place.latents(), *place.others()], lr=0.02)
+    optimizer = torch.optim.Adam([*tuned.latents(), *tuned.others()], lr=0.02)
     for _ in range(100):
         optimizer.zero_grad()
-        (place.value() - wanted).square().mean().backward()
+        (tuned.value() - wanted).square().mean().backward()
         optimizer.step()
-    found = place.artifact()
-    np.testing.assert_allclose(found.dequantize(), place.value().detach().numpy(), rtol=1e-5, atol=1e-6)
+    found = tuned.artifact()
+    np.testing.assert_allclose(found.dequantize(), tuned.value().detach().numpy(), rtol=1e-5, atol=1e-6)
     errors = [float(np.square(a.dequantize() - weight).mean()) for a in (artifact, found)]
     assert errors[1] < 0.5 * errors[0]
     assert (type(found), found.bits, found.shape) == (type(artifact), artifact.bits, artifact.shape)

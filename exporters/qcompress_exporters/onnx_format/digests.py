@@ -1,4 +1,4 @@
-"""The digests that a file carries: of each tensor's name and what it must decode to, of each activation's grid."""
+"""Digests that a file carries: of each decoded tensor under its name, and of each activation's grid."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from qcompress.artifacts.digest import digest, short_digest
 
 
 def tensor_digest(name: str, values: npt.NDArray[Any]) -> str:
-    """11 characters for a decoded tensor under its name.
+    """Return 11 characters for a decoded tensor under its name.
 
     >>> tensor_digest("a", np.zeros(2)) == tensor_digest("b", np.zeros(2))
     False
@@ -21,15 +21,15 @@ def tensor_digest(name: str, values: npt.NDArray[Any]) -> str:
 def grid_digest(
     site: tuple[str, int], scale: Floats, zero_point: int, offset: Floats, bits: int, thresholds: Floats | None
 ) -> str:
-    """11 characters for a grid at its site, as a file has it.
+    """Return 11 characters for a grid at its site, as a file holds it.
 
     Args:
-        site: what it quantizes.
-        scale: float32.
-        zero_point: the stored code of 0, or of `offset` where that is free.
-        offset: float32; 0 unless it is free.
+        site: of the activation.
+        scale: float32 0-d.
+        zero_point: stored code of 0 before a free offset is added.
+        offset: the free offset, float32 0-d; 0 without one.
         bits: width of a code.
-        thresholds: float32 [L]; None: the grid is uniform.
+        thresholds: float32 [levels]; None for an even grid.
 
     >>> one, zero = np.float32(1), np.float32(0)
     >>> grid_digest(("x", -1), one, 0, zero, 8, None) == grid_digest(("x", -1), one, 1, zero, 8, None)

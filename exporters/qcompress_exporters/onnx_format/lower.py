@@ -21,7 +21,6 @@ from qcompress_exporters.onnx_format.int8.lowering import (
     SHARED,
     IntegerLayer,
     Layer,
-    LayerReport,
     Lowering,
     bias_name,
     code_name,
@@ -30,8 +29,10 @@ from qcompress_exporters.onnx_format.int8.lowering import (
     pair_saturation,
     scale_name,
 )
+from qcompress_exporters.onnx_format.metadata import serialize
 from qcompress_exporters.onnx_format.names import ShortNames
 from qcompress_exporters.onnx_format.trace import DOMAIN, Trace
+from qcompress_exporters.report import LayerReport
 
 _WIDEN: Final = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
@@ -63,15 +64,6 @@ class Lowered:
     def serialize(self, metadata: Mapping[str, str] | None = None) -> bytes:
         """The file's bytes."""
         return serialize(self.model, metadata)
-
-
-def serialize(model: onnx.ModelProto, metadata: Mapping[str, str] | None = None) -> bytes:
-    """A model's bytes with the given metadata in place of its own."""
-    del model.metadata_props[:]
-    for key, value in sorted((metadata or {}).items()):
-        model.metadata_props.add(key=key, value=value)
-    data: bytes = model.SerializeToString(deterministic=True)
-    return data
 
 
 def lower(trace: Trace, artifacts: Mapping[str, Artifact], opset: int, *, sign: bool = True) -> Lowered:

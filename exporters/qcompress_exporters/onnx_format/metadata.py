@@ -1,15 +1,23 @@
-"""What our ONNX files say of themselves, and the measurements beside them. Reads protobuf through `onnx` alone."""
+"""Reads our ONNX files, what their metadata says, and the measurements beside them. Needs `onnx` and no runtime."""
 
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import onnx
 
 from qcompress.artifacts.digest import short_digest
 from qcompress.errors import SourceError
+from qcompress.gate.validation import FORMAT, Validation
+from qcompress.graph.options import ProgramOptions
+
+if TYPE_CHECKING:
+    from qcompress.data.dataset import Dataset
+    from qcompress.graph.program import FloatProgram
+    from qcompress_exporters.formats import Measuring
+    from qcompress_exporters.parity.report import ParityReport
 
 VERSION: Final = "qcompress.version"
 TARGET: Final = "qcompress.target"
@@ -20,18 +28,16 @@ SITES: Final = "qcompress.sites"
 GRIDS: Final = "qcompress.grids"
 VALIDATION: Final = "qcompress.validation"
 
-VALIDATION_FORMAT: Final = 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedFile:
-    """One of our files, as read for the gate and for validation.
+    """An ONNX file, as `gate` and `validate` read it; see `formats.DeployedFile`.
 
     Args:
-        path: where it lies.
+        path: the file.
         nbytes: its size.
         model: the protobuf.
-        metadata: its metadata, by key.
+        metadata: its metadata by key.
     """
 
     path: Path
@@ -43,6 +49,22 @@ class CompressedFile:
     def is_ours(self) -> bool:
         """Whether qcompress wrote it."""
         return VERSION in self.metadata
+
+    @property
+    def whole_nbytes(self) -> int:
+        """Bytes of the file and of those that it keeps weights in: the file alone would pass any limit.
+
+        Raises:
+            SourceError: such a file is missing.
+        """
+        held = [t for t in self.model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        places = {entry.value for tensor in held for entry in tensor.external_data if entry.key == "location"}
+        paths = [self.path.parent / place for place in sorted(places)]
+        for path in paths:
+            if not path.is_file():
+                raise SourceError(f"{self.path} keeps weights in {path}, and there is no such file.")
+        external: int = sum(path.stat().st_size for path in paths)
+        return self.nbytes + external
 
     @property
     def original_bytes(self) -> int | None:
@@ -57,21 +79,41 @@ class CompressedFile:
         return int(text)
 
     @property
+    def compute(self) -> str:
+        """What its layers compute in."""
+        return self.sites[0]
+
+    @property
     def sites(self) -> tuple[str, list[tuple[str, int]]]:
-        """What its layers compute in, and where it quantizes activations; see `sites_text`."""
+        """What its layers compute in, and the sites of its activations; see `sites_text`."""
         text = self.metadata.get(SITES)
         return ("float", []) if text is None else sites_from(text)
+
+    @property
+    def options(self) -> ProgramOptions:
+        """Names of its inputs, outputs and dynamic axes: how the original is traced to compare with it."""
+        graph = self.model.graph
+        return ProgramOptions(
+            input_names=tuple(v.name for v in graph.input),
+            output_names=tuple(v.name for v in graph.output),
+            dynamic={
+                (v.name, axis): size.dim_param
+                for v in graph.input
+                for axis, size in enumerate(v.type.tensor_type.shape.dim)
+                if axis and size.dim_param
+            },
+        )
 
     @property
     def digest(self) -> str:
         """Digest of graph and initializers; the same whatever the metadata holds."""
         return content_digest(self.model)
 
-    def validation(self) -> dict[str, Any] | None:
-        """The measurements of `validate`: those beside the file (FILE.validation.json), else those within it.
+    def validation(self) -> Validation | None:
+        """Return the measurements of `validate`: those beside the file (FILE.validation.json), else those within it.
 
         Raises:
-            SourceError: they cannot be read, or were made on another file.
+            SourceError: they are unreadable, or were made on another file.
         """
         beside = validation_path(self.path)
         if beside.exists():
@@ -86,17 +128,47 @@ class CompressedFile:
             stands_for, version = measured["file"]["digest"], measured["format_version"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise SourceError(f"{where} is not a validation of qcompress: {again}.") from None
-        if version != VALIDATION_FORMAT:
-            raise SourceError(f"{where} has format {version}, this version reads {VALIDATION_FORMAT}: {again}.")
+        if version != FORMAT:
+            raise SourceError(f"{where} has format {version}, this version reads {FORMAT}: {again}.")
         if stands_for != self.digest:
             raise SourceError(
                 f"{where} was measured on another file (digest {stands_for}, {self.path} has {self.digest}): {again}."
             )
-        return dict(measured)
+        return Validation.from_dict(measured, str(self.path))
+
+    def with_validation(self, document: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        """Return the file's bytes with measurements in its metadata, and the measurements with the new size.
+
+        Args:
+            document: what `validate` measured; `file.nbytes` becomes the size of the file that holds it.
+        """
+        kept = {key: value for key, value in self.metadata.items() if key != VALIDATION}
+        nbytes = 0
+        while True:  # ends: more bytes in the document never make the file smaller, and their digits are few
+            document = {**document, "file": {**document["file"], "nbytes": nbytes}}
+            data = serialize(self.model, {**kept, VALIDATION: json.dumps(document, allow_nan=False)})
+            if len(data) == nbytes:
+                return data, document
+            nbytes = len(data)
+
+    def validate(self, program: "FloatProgram", data: "Dataset", how: "Measuring") -> "ParityReport":
+        """Return the measurements of the file against its original; see `parity.validate`."""
+        from qcompress_exporters.parity.validate import validate
+
+        return validate(program, self, data, how)
+
+
+def serialize(model: onnx.ModelProto, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return a model's bytes with the given metadata in place of its own: same model, same bytes."""
+    del model.metadata_props[:]
+    for key, value in sorted((metadata or {}).items()):
+        model.metadata_props.add(key=key, value=value)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 def sites_text(compute: str, sites: Iterable[tuple[str, int]]) -> str:
-    """Where a file quantizes activations, as its metadata says it: `["int8", "x", "relu", ["fc.weight", 0]]`.
+    """Return the sites of a file as its metadata holds them: `["int8", "x", "relu", ["fc.weight", 0]]`.
 
     >>> sites_text("int8", [("x", -1), ("fc.weight", 0)])
     '["int8","x",["fc.weight",0]]'
@@ -106,10 +178,10 @@ def sites_text(compute: str, sites: Iterable[tuple[str, int]]) -> str:
 
 
 def sites_from(text: str) -> tuple[str, list[tuple[str, int]]]:
-    """The inverse of `sites_text`.
+    """Return what `sites_text` was given.
 
     Raises:
-        SourceError: it was not written by that.
+        SourceError: `sites_text` did not write the text.
 
     >>> sites_from('["int8","x",["fc.weight",0]]')
     ('int8', [('x', -1), ('fc.weight', 0)])
@@ -123,12 +195,12 @@ def sites_from(text: str) -> tuple[str, list[tuple[str, int]]]:
 
 
 class GridEntry(NamedTuple):
-    """What a file's metadata says of one site's grid.
+    """One site's grid in a file's metadata.
 
     Args:
         bits: width of a code.
         digest: from `digests.grid_digest`.
-        offset: a free one, which may stand nowhere in the graph but in biases; 0 where there is none.
+        offset: the free offset, which the graph may hold in biases only; 0 without one.
     """
 
     bits: int
@@ -137,7 +209,7 @@ class GridEntry(NamedTuple):
 
 
 def grids_text(entries: Iterable[GridEntry]) -> str:
-    """The grids of all sites, as a file's metadata says them.
+    """Return the grids of all sites as a file's metadata holds them.
 
     >>> grids_text([GridEntry(8, "hl831PiDsz5"), GridEntry(4, "J6L4CB6Zs0X", -0.25)])
     '8hl831PiDsz5 4J6L4CB6Zs0X:-0.25'
@@ -146,10 +218,10 @@ def grids_text(entries: Iterable[GridEntry]) -> str:
 
 
 def grids_from(text: str) -> list[GridEntry]:
-    """The inverse of `grids_text`.
+    """Return what `grids_text` was given.
 
     Raises:
-        SourceError: it was not written by that.
+        SourceError: `grids_text` did not write the text.
 
     >>> grids_from("8hl831PiDsz5 4J6L4CB6Zs0X:-0.25")[1]
     GridEntry(bits=4, digest='J6L4CB6Zs0X', offset=-0.25)
@@ -162,15 +234,15 @@ def grids_from(text: str) -> list[GridEntry]:
 
 
 def entry_of(model: onnx.ModelProto, key: str) -> str | None:
-    """One entry of a model's metadata."""
+    """Return one entry of a model's metadata; None if it is missing."""
     return next((entry.value for entry in model.metadata_props if entry.key == key), None)
 
 
-def read(path: Path) -> CompressedFile:
-    """Read an ONNX file, ours or not.
+def parsed(path: Path) -> CompressedFile | None:
+    """Return an ONNX file, ours or not; None if it is something else.
 
     Raises:
-        SourceError: no such file, or not an ONNX model.
+        SourceError: the file cannot be read.
     """
     try:
         data = path.read_bytes()
@@ -180,15 +252,27 @@ def read(path: Path) -> CompressedFile:
     try:
         model.ParseFromString(data)
     except Exception:  # protobuf's DecodeError has no stable import path
-        model.Clear()
+        return None
     if not (model.ir_version and model.opset_import and model.HasField("graph")):
-        raise SourceError(f"{path} is not an ONNX model.")
+        return None
     entries = {entry.key: entry.value for entry in model.metadata_props}
     return CompressedFile(path=path, nbytes=len(data), model=model, metadata=entries)
 
 
+def read(path: Path) -> CompressedFile:
+    """Return an ONNX file, ours or not.
+
+    Raises:
+        SourceError: the file cannot be read, or is not an ONNX model.
+    """
+    found = parsed(path)
+    if found is None:
+        raise SourceError(f"{path} is not an ONNX model.")
+    return found
+
+
 def content_digest(model: onnx.ModelProto) -> str:
-    """Digest of a model without its metadata, so that writing measurements into a file does not unsettle them."""
+    """Return the digest of a model without its metadata: measurements written into a file stay valid."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     del bare.metadata_props[:]
@@ -196,7 +280,7 @@ def content_digest(model: onnx.ModelProto) -> str:
 
 
 def validation_path(path: Path) -> Path:
-    """Where the measurements of a file lie.
+    """Return the file that holds the measurements of a file.
 
     >>> validation_path(Path("net.w2.onnx")).name
     'net.w2.onnx.validation.json'

@@ -1,14 +1,14 @@
 """Short names for values that no one asks for by name: a name costs its length each time it stands in the file."""
 
 from collections.abc import Iterable
-from string import ascii_lowercase, digits
+from string import ascii_letters, digits
 from typing import Final
 
-_LETTERS: Final = digits + ascii_lowercase
+_LETTERS: Final = digits + ascii_letters
 
 
 class ShortNames:
-    """Names `0`, `1`, ... `z`, `10`, ... that are not taken.
+    """Names `0`, `1`, ... `Z`, `10`, ... that are not taken.
 
     >>> names = ShortNames(["1"])
     >>> names.new(), names.new()

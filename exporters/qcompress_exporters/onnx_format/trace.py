@@ -22,7 +22,7 @@ from qcompress.graph.program import FloatProgram
 from qcompress.graph.quiet import quiet_torch
 from qcompress.graph.sites import site_op
 from qcompress_exporters.onnx_format.names import ShortNames
-from qcompress_exporters.onnx_format.targets import BASE_OPSET, ir_version
+from qcompress_exporters.onnx_format.opsets import BASE_OPSET, ir_version
 
 _FOLD_INPUT_LIMIT: Final = 1024
 _FOLD_OUTPUT_LIMIT: Final = 4096

@@ -1,7 +1,6 @@
 """The three checks of parity, each against the float graph of the original."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -9,46 +8,30 @@ import numpy.typing as npt
 import onnx
 
 from qcompress.artifacts import FloatWeight
-from qcompress.errors import DataError, SourceError
-from qcompress.metrics.similarity import is_constant, spread
+from qcompress.errors import SourceError
+from qcompress.gate.validation import Check
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.int8.lowering import bias_name, offset_name, scale_name
 from qcompress_exporters.onnx_format.lower import lower
 from qcompress_exporters.onnx_format.trace import Trace
 from qcompress_exporters.parity.decode import decoded, digests, mismatches
+from qcompress_exporters.parity.differences import (
+    EXPORTER_TOLERANCE,
+    Arrays,
+    error_over_spread,
+    output_error,
+    output_limit,
+    outputs_of,
+    relative_error,
+    same_bits,
+    samples_in,
+)
 from qcompress_exporters.parity.replay import Replay, wrong_grids
-from qcompress_exporters.parity.sessions import WEIGHT_BIAS_QUANTIZATION, Mode, run, session
+from qcompress_exporters.parity.sessions import Mode, run, session
 
-Arrays = dict[str, npt.NDArray[Any]]
-
-EXPORTER_TOLERANCE: Final = 1e-4
 OUTPUT_TOLERANCE: Final = 1e-3  # of outputs in float, from the same codes
 CODES_OFF: Final = 1e-4  # share of codes that may differ by 1
-# Two right ways to compute an output in float32 differ by a few roundings of its size: units in the last place of the
-# largest value. Over a spread that is small beside that size, this is more than the tolerance.
-ROUNDING: Final = 8 * float(np.finfo(np.float32).eps)
 CONSTANT: Final = "the network is constant on this data"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One of the three checks.
-
-    Args:
-        name: `weights`, `graph` or `exporter`.
-        session: `exact` or `deployed`.
-        ok: whether it passed.
-        error: largest difference of an output over its spread; None for weights, and where there is no spread.
-        limit: what `error` may be at most.
-        detail: one line for people.
-    """
-
-    name: str
-    session: str
-    ok: bool
-    error: float | None
-    limit: float
-    detail: str
 
 
 def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays | None]:
@@ -130,21 +113,13 @@ def allowed_off(codes: int) -> float:
     return float(mean + 3 * np.sqrt(mean) + 1)
 
 
-def output_error(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float:
-    """Over the spread, or over the size of what does not vary; infinite where they cannot be compared."""
-    if wanted.shape != got.shape or not np.isfinite(got).all():
-        return float("inf")
-    error = error_over_spread(wanted, got)
-    return _relative_error(wanted, got) if error is None else error
-
-
 def check_graph(packed: bytes, reference: bytes, batches: list[Arrays], mode: Mode) -> Check:
     """Check 2 in one session: the file against the same graph with its own weights as floats, bit for bit."""
     left, right = outputs_of(packed, batches, mode), outputs_of(reference, batches, mode)
     if set(left) != set(right):
         detail = f"the file's outputs are {', '.join(left)}, the model's {', '.join(right)}"
         return Check(name="graph", session=mode, ok=False, error=None, limit=0.0, detail=detail)
-    different = [n for n in right if left[n].shape != right[n].shape or not _same_bits(left[n], right[n])]
+    different = [n for n in right if left[n].shape != right[n].shape or not same_bits(left[n], right[n])]
     if not different:
         detail = f"{len(right)} output{'s' if len(right) > 1 else ''} bit for bit on {samples_in(batches)} samples"
         return Check(name="graph", session=mode, ok=True, error=0.0, limit=0.0, detail=detail)
@@ -168,7 +143,7 @@ def check_exporter(original: bytes, wanted: Arrays, batches: list[Arrays], mode:
             detail = f"output {name} holds NaN or Inf, torch's does not"
         elif (found := error_over_spread(values, got[name])) is not None:
             errors[name] = found, output_limit(values, EXPORTER_TOLERANCE)
-        elif (off := _relative_error(values, got[name])) > EXPORTER_TOLERANCE:
+        elif (off := relative_error(values, got[name])) > EXPORTER_TOLERANCE:
             detail = f"output {name}, constant on this data, is off by {off:.1e} of its size"
     if not errors:
         detail = detail or f"{CONSTANT}: give data that its outputs vary on"
@@ -178,17 +153,6 @@ def check_exporter(original: bytes, wanted: Arrays, batches: list[Arrays], mode:
         detail = f"float model, onnxruntime against torch, over the spread of {worst!r}, {samples_in(batches)} samples"
     ok = error is not None and error <= limit
     return Check(name="exporter", session=mode, ok=ok, error=error, limit=limit, detail=detail)
-
-
-def output_limit(wanted: npt.NDArray[Any], tolerance: float) -> float:
-    """What an output's error over the spread may be: a tolerance, and no less than float32 can tell of such values.
-
-    >>> output_limit(np.array([[-1.0], [1.0]]), 1e-4), round(output_limit(np.array([[100.0], [100.02]]), 1e-4), 4)
-    (0.0001, 0.0095)
-    """
-    if is_constant(wanted):
-        return tolerance
-    return max(tolerance, ROUNDING * float(np.abs(wanted).max()) / spread(wanted))
 
 
 def first_difference(packed: bytes, reference: bytes, feeds: Mapping[str, npt.NDArray[Any]]) -> str | None:
@@ -203,135 +167,7 @@ def first_difference(packed: bytes, reference: bytes, feeds: Mapping[str, npt.ND
     except SourceError:
         return None
     for name, node in nodes.items():
-        if left[name].shape != right[name].shape or not _same_bits(left[name], right[name]):
+        if left[name].shape != right[name].shape or not same_bits(left[name], right[name]):
             weight = next((i for i in node.input if i in digests(models[0])), None)
             return f"{node.op_type}{f' with {weight}' if weight else ''}"
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class LayerNoise:
-    """What compression has done to a value by the time that it is computed.
-
-    Args:
-        layer: weight of the layer that gives it, or the value's own name.
-        sqnr_db: the original's values over the difference; None: no difference.
-    """
-
-    layer: str
-    sqnr_db: float | None
-
-
-def layer_noise(packed: bytes, original: bytes, batches: list[Arrays]) -> list[LayerNoise]:
-    """The noise behind each layer of a file for float compute, in the graph's order.
-
-    Args:
-        packed: the file.
-        original: the same graph, its inner names too, with the original's weights.
-        batches: inputs; the first one is run.
-    """
-    models = [onnx.load_from_string(data) for data in (packed, original)]
-    tensors = {t.name for t in models[1].graph.initializer}
-    layers = {
-        n.output[0]: weight
-        for n in models[1].graph.node
-        if n.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
-        and (weight := next((i for i in n.input[1:2] if i in tensors), None))
-    }
-    for model in models:
-        given = {v.name for v in model.graph.output}
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in layers if name not in given)
-    ours, theirs = (run(session(m.SerializeToString(), "exact"), batches[0]) for m in models)
-    found = []
-    for value, weight in layers.items():
-        wanted = theirs[value].astype(np.float64)
-        found.append(LayerNoise(weight, noise_db(np.square(wanted).sum(), np.square(wanted - ours[value]).sum())))
-    return found
-
-
-def noise_db(signal: float, noise: float) -> float | None:
-    """Signal over noise in dB; None without noise.
-
-    >>> noise_db(100.0, 1.0), noise_db(1.0, 0.0)
-    (20.0, None)
-    """
-    if not noise:
-        return None
-    least = float(np.finfo(np.float64).tiny)
-    return float(10 * (np.log10(max(signal, least)) - np.log10(noise)))
-
-
-def runtime_share(packed: bytes, wanted: Arrays, batches: list[Arrays]) -> dict[str, float]:
-    """How much of the noise at a file's outputs onnxruntime makes by its own optimisations, as shares of all of it.
-
-    Args:
-        packed: the file.
-        wanted: the original's outputs.
-        batches: inputs.
-
-    Returns:
-        `onnxruntime`: what the deployed session adds to the exact one; `WeightBiasQuantization`: what of that goes with
-        this one optimizer. Empty where there is no noise.
-    """
-    deployed, exact = outputs_of(packed, batches, "deployed"), outputs_of(packed, batches, "exact")
-    without = outputs_of(packed, batches, "deployed", without=[WEIGHT_BIAS_QUANTIZATION])
-    if any(deployed[n].shape != v.shape or not np.isfinite(deployed[n]).all() for n, v in wanted.items()):
-        return {}
-    total = _distance(deployed, wanted)
-    if not total:
-        return {}
-    return {
-        "onnxruntime": _distance(deployed, exact) / total,
-        WEIGHT_BIAS_QUANTIZATION: _distance(deployed, without) / total,
-    }
-
-
-def _distance(a: Arrays, b: Arrays) -> float:
-    return sum(float(np.square(a[name].astype(np.float64) - b[name]).sum()) for name in b)
-
-
-def outputs_of(model: bytes, batches: list[Arrays], mode: Mode, *, without: Sequence[str] = ()) -> Arrays:
-    """All outputs of a file in one session."""
-    active = session(model, mode, without=without)
-    return concatenated([run(active, batch) for batch in batches])
-
-
-def concatenated(parts: list[Arrays]) -> Arrays:
-    """Batches of outputs as one."""
-    return {n: np.concatenate([np.atleast_1d(p[n]) for p in parts]) for n in parts[0]}
-
-
-def check_finite(outputs: Arrays, of: str) -> None:
-    """Refuse outputs that cannot be compared.
-
-    Raises:
-        DataError: NaN or Inf in one of them.
-    """
-    for name, values in outputs.items():
-        bad = values.size - int(np.isfinite(values).sum())
-        if bad:
-            raise DataError(
-                f"Output {name} of {of} must be finite to be compared, {bad} of its {values.size} values on this data "
-                "are NaN or Inf."
-            )
-
-
-def error_over_spread(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float | None:
-    """Largest difference over the spread; None where there is no spread to speak of, or no finite difference."""
-    if wanted.shape != got.shape or not (np.isfinite(wanted).all() and np.isfinite(got).all()) or is_constant(wanted):
-        return None
-    return float(np.abs(wanted.astype(np.float64) - got).max() / spread(wanted))
-
-
-def _relative_error(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float:
-    size = float(np.sqrt(np.mean(np.square(wanted.astype(np.float64)))))
-    return float(np.abs(wanted.astype(np.float64) - got).max()) / max(size, EXPORTER_TOLERANCE)
-
-
-def _same_bits(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
-    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
-
-
-def samples_in(batches: list[Arrays]) -> int:
-    """How many samples batches hold."""
-    return sum(len(next(iter(b.values()))) for b in batches)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import onnx
 
 from qcompress.errors import ConfigError, SourceError
-from qcompress_exporters.onnx_format.targets import BASE_OPSET, ir_version
+from qcompress_exporters.onnx_format.opsets import BASE_OPSET, ir_version
 from qcompress_exporters.parity.sessions import Session, ort, run
 
 Floats = npt.NDArray[np.float64]

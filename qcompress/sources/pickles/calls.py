@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from qcompress.errors import SourceError, UnsafeFileError
-from qcompress.graph.tensors import TORCH_DTYPES
+from qcompress.graph.conversion import TORCH_DTYPES
 from qcompress.sources.pickles.standins import Name, StandIn, StorageRef, TensorRef
 from qcompress.sources.strided import MAX_AXES, Strided
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, final
 import numpy as np
 
 from qcompress.errors import QCompressError, SourceError, UnsafeFileError, missing
+from qcompress.graph.conversion import TORCH_DTYPES
 from qcompress.graph.options import ProgramOptions
-from qcompress.graph.tensors import TORCH_DTYPES
 from qcompress.sources.arch import program_of_state_dict, with_kinds_of
 from qcompress.sources.base import SourceOptions, SourceTensor
 from qcompress.sources.file_source import AbstractFile

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qcompress.errors import SourceError, UnsafeFileError
-from qcompress.graph.tensors import TORCH_DTYPES
+from qcompress.graph.conversion import TORCH_DTYPES
 from qcompress.sources.pt2.graph import checked_record
 from qcompress.sources.strided import Strided, check_view
 from qcompress.zip_archive import ZipArchive

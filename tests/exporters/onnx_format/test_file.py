@@ -1,23 +1,26 @@
 """Whole files: what is in them, how large they are, that onnxruntime runs them as it runs the float file."""
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto
 from torch import nn
 
 from qcompress.artifacts import FloatWeight, PalettizedWeight
 from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.graph.program import FloatProgram
-from qcompress.plan.plan import Plan, Settings
+from qcompress.plan.plan import Plan
+from qcompress.plan.settings import Settings
 from qcompress.posthoc.compress import compress, compress_program
 from qcompress.posthoc.settings import PosthocSettings
-from qcompress_exporters import export
+from qcompress_exporters import build, export
 from qcompress_exporters.onnx_format import file as onnx_file
-from qcompress_exporters.onnx_format.file import build, float_file, float_file_nbytes
+from qcompress_exporters.onnx_format.file import float_file, float_file_nbytes
 from qcompress_exporters.onnx_format.lower import lower
 from qcompress_exporters.onnx_format.metadata import read
 from qcompress_exporters.onnx_format.trace import trace
@@ -131,7 +134,7 @@ def test_metadata_says_what_the_gate_needs(tmp_path: Path) -> None:
     assert file.is_ours
     assert file.nbytes == report.size.file
     assert file.original_bytes == report.size.original == len(float_file(trace(small.program), small.program.state()))
-    assert file.metadata["qcompress.target"] == "onnxruntime==1.24"
+    assert file.metadata["qcompress.target"] == "portable"
     assert file.metadata["qcompress.source"] == "abc"
     assert file.metadata["qcompress.plan"] == small.plan_digest
 
@@ -187,13 +190,52 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
     assert read(path).is_ours
 
 
-@pytest.mark.parametrize("target", ["tensorrt==10", "onnxruntime==1.2", "onnxruntime", "onnxruntime>=1.24"])
-def test_unknown_targets(target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("tensorrt==10", r"$"),
+        ("onnxruntime==1.2", r" Did you mean onnxruntime==1\.24\?$"),
+        ("onnxruntime", r" Did you mean onnxruntime==1\.24\?$"),
+        ("onnxruntime>=1.24", r" Did you mean onnxruntime==1\.24\?$"),
+        ("portabel", r" Did you mean portable\?$"),
+        ("openVINO", r" Did you mean openvino\?$"),
+    ],
+)
+def test_unknown_targets(target: str, hint: str) -> None:
     small = compress(nn.Linear(4, 4).eval(), Plan.from_flags(bits=2), example_inputs=(torch.zeros(1, 4),))
-    with pytest.raises(
-        ConfigError, match=r"target must be onnxruntime==1\.16 or later, written like onnxruntime==1\.24"
-    ):
+    known = r"^target must be portable, onnxruntime==1\.16 or later, openvino or web, got "
+    with pytest.raises(ConfigError, match=rf"{known}{re.escape(repr(target))}\.{hint}"):
         build(small, target=target)
+
+
+@pytest.mark.parametrize("target", [None, "portable", "openvino", "web", "onnxruntime==1.16", "1.18"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_portable_files_hold_no_type_below_8_bits(bits: int, target: str | None) -> None:
+    small = compress_program(wide(), Plan.from_flags(bits=bits), effort="fast")
+    built = build(small, target=target)
+    model = onnx.load_from_string(built.data)
+    onnx.checker.check_model(model, full_check=True)
+    assert [o.version for o in model.opset_import] == [built.report.opset] == [18]
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {t.data_type for t in inferred.initializer} | {v.type.tensor_type.elem_type for v in inferred.value_info}
+    assert not types & {TensorProto.UINT4, TensorProto.INT4, TensorProto.UINT2, TensorProto.INT2}
+    wanted = small.to_module()(torch.from_numpy(image(3))).detach().numpy()
+    np.testing.assert_allclose(run(session(built.data, "deployed"), {"x": image(3)})["output"], wanted, atol=1e-4)
+
+
+def test_native_types_are_for_targets_that_read_them_and_only_where_they_pay() -> None:
+    two = compress_program(wide(), Plan.from_flags(bits=2), effort="fast")
+    for target, opset, encoding in (("1.24", 25, "native"), ("1.23", 18, "words"), ("portable", 18, "words")):
+        report = build(two, target=target).report
+        weights = [t for t in report.tensors if t.artifact == "palette"]
+        assert (report.opset, {t.encoding for t in weights}) == (opset, {encoding})
+    assert build(two, target="1.24").report.size.file < 0.99 * build(two).report.size.file
+    assert {t.why for t in weights} == {"portable allows no type of 2 bits"}
+    eight = build(compress_program(wide(), Plan.from_flags(bits=8), effort="fast"), target="1.24").report
+    assert eight.opset == 18
+    assert {t.why for t in eight.tensors if t.artifact == "palette"} == {"codes pack evenly into bytes"}
+    seven = build(compress_program(wide(), Plan.from_flags(bits=7), effort="fast")).report
+    assert {t.why for t in seven.tensors if t.artifact == "palette"} == {"codes do not pack evenly into bytes"}
 
 
 def test_subgraphs_share_one_name_space() -> None:

@@ -16,12 +16,11 @@ from qcompress.errors import ConfigError
 from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress_program
 from qcompress.posthoc.settings import PosthocSettings
-from qcompress_exporters import validate
+from qcompress_exporters import build, validate
 from qcompress_exporters.onnx_format import file as onnx_file
-from qcompress_exporters.onnx_format.file import build
 from qcompress_exporters.onnx_format.int8.biases import stepped
 from qcompress_exporters.onnx_format.lower import serialize
-from qcompress_exporters.parity import report as parity
+from qcompress_exporters.parity import validate as parity
 from qcompress_exporters.parity.sessions import optimized_ops, run, session
 from tests.helpers import small_models
 from tests.helpers.nets import image, randomized, traced
@@ -184,7 +183,7 @@ class FloatInTheMiddle(nn.Module):
 
 
 def test_a_layer_left_in_float_stays_float():
-    from qcompress.plan.plan import Settings
+    from qcompress.plan.settings import Settings
 
     x = image(16, shape=(3, 9, 9))
     program = traced(randomized(FloatInTheMiddle()), x=x[:2])

@@ -20,6 +20,7 @@ from qcompress.graph import tracing
 from qcompress.graph.sites import MarkedRunner, mark, rounding
 from qcompress.plan.plan import Plan
 from qcompress.quantizers import QUANTIZERS
+from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.int8.lowering import COMPARED, PADDED
 from qcompress_exporters.parity.checks import check_graph, check_weights, float_reference
@@ -149,7 +150,7 @@ def checked(small: CompressedModel) -> Agreement:
     arrays = {name: value.numpy() for name, value in inputs(32, seed=7).items()}
     found = Agreement(small, arrays)
     if small.compute == "float":
-        built = onnx_file.build(small)
+        built = build(small)
         proto = onnx.load_from_string(built.data)
         weights, values = check_weights(found.graph, proto)
         assert weights.ok, weights.detail

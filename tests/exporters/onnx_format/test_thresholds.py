@@ -17,11 +17,10 @@ from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress_program
 from qcompress.posthoc.offsets import snap_offsets
 from qcompress.posthoc.settings import PosthocSettings
-from qcompress_exporters import validate
+from qcompress_exporters import build, validate
 from qcompress_exporters.onnx_format import file as onnx_file
-from qcompress_exporters.onnx_format.file import build
 from qcompress_exporters.onnx_format.lower import serialize
-from qcompress_exporters.parity import report as parity
+from qcompress_exporters.parity import validate as parity
 from qcompress_exporters.parity.sessions import run, session
 from tests.helpers import agreement, small_models
 from tests.helpers.agreement import FORMATS, Agreement

@@ -35,7 +35,7 @@ class GraphWriter:
         self.initializers: list[onnx.TensorProto] = []
         self._names = names
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
-        self._tables: dict[tuple[int, int, int, int], str] = {}
+        self._tables: dict[tuple[int, int, tuple[int, ...], int], str] = {}
 
     def tensor(self, values: npt.NDArray[Any], name: str | None = None) -> str:
         """An initializer of its own."""
@@ -78,17 +78,17 @@ class GraphWriter:
         """Cast to int32, the narrowest type that can index."""
         return self.node("Cast", [value], to=TensorProto.INT32)
 
-    def table(self, bits: int, words: int, per_word: int, shift: int = 0) -> str:
-        """int32 [words, per_word]: the codes in each word, LSB first, each shifted left by `shift`.
+    def table(self, bits: int, words: int, shape: tuple[int, ...], shift: int = 0) -> str:
+        """int32 [words, *shape]: the codes in each word, LSB first, each shifted left by `shift`.
 
         Computed in the graph (Range, Unsqueeze, Div, Mod) and folded when the file is loaded: stored, the table of a
         12-bit word would be 16 kB in a file of 100.
         """
-        key = bits, words, per_word, shift
+        key = bits, words, shape, shift
         if key not in self._tables:
             span = [self.constant(np.array(v, np.int32)) for v in (0, words, 1)]
-            column = self.node("Unsqueeze", [self.node("Range", span), self.shape([1])])
-            steps = self.constant(np.array([1 << bits * i for i in range(per_word)], np.int32))
+            column = self.node("Unsqueeze", [self.node("Range", span), self.shape(range(1, 1 + len(shape)))])
+            steps = self.constant((1 << bits * np.arange(np.prod(shape), dtype=np.int32)).reshape(shape))
             codes = self.node("Mod", [self.node("Div", [column, steps]), self.constant(np.array(1 << bits, np.int32))])
             if shift:
                 codes = self.node("Mul", [codes, self.constant(np.array(1 << shift, np.int32))])
@@ -110,6 +110,7 @@ class Encoding(Protocol):
     """
 
     name: ClassVar[str]
+    why: ClassVar[str]  # it is chosen, for reports
 
     def opset(self, bits: int) -> int | None:
         """The lowest opset at which this can write `bits`; None: never."""

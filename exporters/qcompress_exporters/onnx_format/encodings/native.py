@@ -3,7 +3,7 @@
 from typing import ClassVar, final
 
 from qcompress_exporters.onnx_format.encodings.base import Codes, GraphWriter
-from qcompress_exporters.onnx_format.targets import UINT2_OPSET, UINT4_OPSET
+from qcompress_exporters.onnx_format.opsets import UINT2_OPSET, UINT4_OPSET
 
 
 @final
@@ -11,6 +11,7 @@ class Native:
     """See the module. A tensor of such a type can feed a Cast and nothing else, so it has its final shape on disk."""
 
     name: ClassVar[str] = "native"
+    why: ClassVar[str] = "the target has a type of this width"
 
     def opset(self, bits: int) -> int | None:
         """The opset that has the type."""

@@ -1,22 +1,15 @@
-"""Words of whole codes, expanded through a table: Gather(LUT, table) -> Gather(that, word).
+"""Bytes that hold whole codes of 1, 2, 4 or 8 bits: Gather(LUT, table) -> Gather(that, byte).
 
-A word is a byte (1, 2, 4, 8 bits: any opset), or a byte and a second plane of UINT4 (3 bits: 4 codes in 12 bits;
-6 bits: 2 in 12) or UINT2 (5 bits: 2 in 10). One lookup yields all codes of a word, so this loads fastest. Small tensors
-have no second plane: their words are rows of UINT4 or UINT2 digits, put together by a MatMul, which takes 60 bytes less
-of protobuf and, measured at 17 million weights, twice the time to load.
+One lookup yields all codes of a byte, so this loads fastest. Every runtime reads it.
 """
 
-from typing import ClassVar, Final, final
+from typing import ClassVar, final
 
 import numpy as np
 
+from qcompress.artifacts.packing import pack
 from qcompress_exporters.onnx_format.encodings.base import Codes, GraphWriter
-from qcompress_exporters.onnx_format.targets import BASE_OPSET, UINT2_OPSET, UINT4_OPSET
-
-# bits -> (codes in a word, bits of the word beyond the byte)
-_LAYOUT: Final = {1: (8, 0), 2: (4, 0), 3: (4, 4), 4: (2, 0), 5: (2, 2), 6: (2, 4), 8: (1, 0)}
-SMALL: Final = 1 << 20  # codes
-_OPSET: Final = {0: BASE_OPSET, 2: UINT2_OPSET, 4: UINT4_OPSET}
+from qcompress_exporters.onnx_format.opsets import BASE_OPSET
 
 
 @final
@@ -24,50 +17,31 @@ class Words:
     """See the module."""
 
     name: ClassVar[str] = "words"
+    why: ClassVar[str] = "codes pack evenly into bytes"
 
     def opset(self, bits: int) -> int | None:
-        """Any for whole bytes, else that of the second plane's type; 7 bits have no such word."""
-        return _OPSET[_LAYOUT[bits][1]] if bits in _LAYOUT else None
+        """Return the base opset for widths that divide a byte; None for others."""
+        return BASE_OPSET if 8 % bits == 0 else None
 
     def exact(self, bits: int) -> bool:
-        """At 8 bits a code is a byte."""
+        """Return whether a code is a byte."""
         return bits == 8
 
     def padding(self, count: int, bits: int) -> int:
-        """Up to the last whole word."""
-        return -count % _LAYOUT[bits][0]
+        """Return how many codes fill the last byte."""
+        return -count % (8 // bits)
 
     def codes(self, writer: GraphWriter, codes: Codes, bits: int) -> str:
-        """int32 codes."""
-        word = self._word(writer, codes, bits)
-        return word if bits == 8 else writer.node("Gather", [self._table(writer, bits), word])
+        """Write codes; return them as int32."""
+        byte = self._byte(writer, codes, bits)
+        return byte if bits == 8 else writer.node("Gather", [writer.table(bits, 256, (8 // bits,)), byte])
 
     def lookup(self, writer: GraphWriter, codes: Codes, bits: int, lut: str) -> str:
-        """lut[codes]."""
-        word = self._word(writer, codes, bits)
-        return writer.node(
-            "Gather", [lut if bits == 8 else writer.node("Gather", [lut, self._table(writer, bits)]), word]
-        )
+        """Write codes; return lut[codes]."""
+        byte = self._byte(writer, codes, bits)
+        if bits < 8:
+            lut = writer.node("Gather", [lut, writer.table(bits, 256, (8 // bits,))])
+        return writer.node("Gather", [lut, byte])
 
-    def _table(self, writer: GraphWriter, bits: int) -> str:
-        per_word, beyond = _LAYOUT[bits]
-        return writer.table(bits, 256 << beyond, per_word)
-
-    def _word(self, writer: GraphWriter, codes: Codes, bits: int) -> str:
-        if bits == 8:
-            return writer.to_int(writer.tensor(codes))
-        per_word, beyond = _LAYOUT[bits]
-        padded = np.zeros(codes.size + self.padding(codes.size, bits), np.uint16)
-        padded[: codes.size] = codes.ravel()
-        shifts = bits * np.arange(per_word, dtype=np.uint16)
-        words = np.bitwise_or.reduce(padded.reshape(-1, per_word) << shifts, axis=1)
-        if not beyond:
-            return writer.to_int(writer.tensor(words.astype(np.uint8)))
-        if codes.size < SMALL:
-            places = beyond * np.arange((8 + beyond) // beyond)
-            digits = (words[:, None] >> places & (1 << beyond) - 1).astype(np.uint8)
-            value = writer.to_int(writer.packed(digits, beyond, digits.shape))
-            return writer.node("MatMul", [value, writer.constant((1 << places).astype(np.int32))])
-        low = writer.to_int(writer.tensor((words & 0xFF).astype(np.uint8)))
-        high = writer.to_int(writer.packed((words >> 8).astype(np.uint8), beyond, [words.size]))
-        return writer.node("Add", [low, writer.node("Mul", [high, writer.constant(np.array(256, np.int32))])])
+    def _byte(self, writer: GraphWriter, codes: Codes, bits: int) -> str:
+        return writer.to_int(writer.tensor(np.asarray(codes) if bits == 8 else pack(codes, bits)))

@@ -6,8 +6,9 @@ onnxruntime fuses each into one DynamicQuantizeMatMul.
 from onnx import TensorProto
 
 from qcompress_exporters.onnx_format.edit import attribute
-from qcompress_exporters.onnx_format.int8.lowering import Layer, LayerReport, Lowering, code_name, pair_saturation
+from qcompress_exporters.onnx_format.int8.lowering import Layer, Lowering, code_name, pair_saturation
 from qcompress_exporters.onnx_format.trace import DOMAIN
+from qcompress_exporters.report import LayerReport
 
 # What the three outputs of a site's DynamicQuantizeLinear are called.
 SCALE, ZERO_POINT = "s{}", "z{}"

@@ -50,26 +50,6 @@ _LOWEST: Final = float(np.finfo(np.float32).min)
 
 
 @dataclass(frozen=True, slots=True)
-class LayerReport:
-    """How one layer is computed.
-
-    Args:
-        weight: qualified name of its weight.
-        compute: `int8`, `dynamic8` or `float`.
-        why: why it stays in float; empty for one that does not.
-        offset: what became of its input's offset: `zero point`; `folded` into the bias, which is exact; `added` to the
-            float activation, which is exact, too; empty where the activation is float.
-        saturation: share of the pairs of its weights that can saturate on CPUs without VNNI; see `pair_saturation`.
-    """
-
-    weight: str
-    compute: str
-    why: str = ""
-    offset: str = ""
-    saturation: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Quantized:
     """A value that is dequantized from codes.
 

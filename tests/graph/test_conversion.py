@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qcompress.data.arrays import as_array
 from qcompress.errors import ConfigError, SourceError
-from qcompress.graph.tensors import TORCH_DTYPES, has_array, numpy_dtype, to_numpy, to_torch
+from qcompress.graph.conversion import TORCH_DTYPES, has_array, numpy_dtype, to_numpy, to_torch
 from qcompress.sources.memory.module import lazy_tensor
 
 NAMES = sorted(TORCH_DTYPES)
@@ -156,5 +156,5 @@ def test_from_a_cuda_device(name):
 
 
 def test_reading_arrays_needs_no_torch():
-    code = "import sys, qcompress.graph.tensors; assert 'torch' not in sys.modules"
+    code = "import sys, qcompress.graph.conversion; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
