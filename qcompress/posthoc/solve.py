@@ -27,7 +27,7 @@ from qcompress.palettes.even_grid import REDUCED_BITS
 from qcompress.palettes.int8_palette import LARGEST, LARGEST_REDUCED
 from qcompress.palettes.vector import palettize_vectors
 from qcompress.plan.resolve import TensorPlan
-from qcompress.posthoc.moments import Moments, has_moments
+from qcompress.posthoc.input_moments import Moments, has_moments
 from qcompress.posthoc.schemes import CodeKind, better, codes_for
 from qcompress.posthoc.walk import Reached, walk
 from qcompress.progress import ON_CPU, Execution
