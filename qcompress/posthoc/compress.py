@@ -93,9 +93,7 @@ def compress(
     elif data is not None:
         inputs = dict(data.example())
     else:
-        raise ConfigError(
-            "compress must have example_inputs=(x,) or calibration data: one batch that the model can be traced with."
-        )
+        raise ConfigError("compress needs example_inputs=(x,) or calibration data: one batch to trace the model with.")
     program = from_module(model, ProgramOptions(inputs=inputs))
     return compress_program(program, plan, settings, calibration=data, deployment=deployment)
 

@@ -14,7 +14,7 @@ from qcompress.graph.tensors import program_tensors
 from qcompress.plan.plan import Plan
 from qcompress.plan.resolve import resolve
 from qcompress.posthoc.compress import compress_program
-from qcompress.posthoc.moments import Moments, has_moments, places
+from qcompress.posthoc.input_moments import Moments, has_moments, places
 from qcompress.posthoc.settings import PosthocSettings
 from qcompress.posthoc.solve import SolveSettings, solve_weights
 from qcompress.posthoc.walk import walk

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qcompress.compressed.source import CompressedSource
-from qcompress.deployment import Compute
+from qcompress.deployment import Compute, Deployment
 from qcompress.errors import ConfigError
 from qcompress.files import write_whole
 from qcompress.plan import combinations
@@ -97,7 +97,7 @@ def _export(wanted: ExportOptions, given: RunOptions, ui: Ui) -> None:
     if isinstance(source, CompressedSource):
         job = _from_folder(source, wanted, given, ui)
     else:
-        job = _from_model(source, wanted, given, ui)
+        job = _from_model(source, wanted, given, target, ui)
     file = given.output or default_file(source, job.resolved, job.compute, format.suffix)
     if not wanted.dry_run:
         outputs.check_file(file)
@@ -155,7 +155,7 @@ def _snapped(small: "CompressedModel", given: RunOptions, ui: Ui) -> "Compressed
     return snap_offsets(small, data, sites)
 
 
-def _from_model(source: Source, wanted: ExportOptions, given: RunOptions, ui: Ui) -> _Job:
+def _from_model(source: Source, wanted: ExportOptions, given: RunOptions, target: Deployment, ui: Ui) -> _Job:
     """Check an export of a float model."""
     wanted.check_for_float_model(calibrated=given.calibration is not None)
     plan = _plan(wanted, given)
@@ -179,6 +179,7 @@ def _from_model(source: Source, wanted: ExportOptions, given: RunOptions, ui: Ui
             settings,
             calibration=_calibration(given, ui),
             source_digest=source.sha256[:11],
+            deployment=target,
             execution=Execution(device=device(given), track=ui.track),
         )
 
