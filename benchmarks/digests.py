@@ -1,8 +1,8 @@
 """Digests of exported files, to show that a change of the code changes no byte of them.
 
-    python benchmarks/digests.py --data DIR --folders DIR --train                    # once: what is trained
-    python benchmarks/digests.py --data DIR --folders DIR --json before.json         # before the change
-    python benchmarks/digests.py --data DIR --folders DIR --against before.json      # after it: exit code 1 if any differs
+    python benchmarks/digests.py --data DIR --folders DIR --train                 # once: what is trained
+    python benchmarks/digests.py --data DIR --folders DIR --json before.json      # before the change
+    python benchmarks/digests.py --data DIR --folders DIR --against before.json   # after it: 1 if any file differs
 
 `--data` holds the nets and images that `_nets.py` names. `--folders` holds what training would not reproduce to the
 bit on another machine: the weights of the digits sample, and models trained with LSQ+ and N2UQ, saved as folders.
@@ -219,19 +219,21 @@ def opened(name: str, args: argparse.Namespace) -> Net:
     if name == "digits":
         net = digits_net(args.folders)
         return Net(net, digits_images()[0].numpy()[:256], "image")
-    file, architecture, weights, images, samples = {
+    file, architecture, weights, images, key, samples = {
         "resnet20": (
-            "resnet_cifar.py", "ResNetCifar", "resnet20_cifar10jpeg_ft.safetensors", "cifar10jpeg_small.npz", 128,
+            "resnet_cifar.py", "ResNetCifar", "resnet20_cifar10jpeg_ft.safetensors",
+            "cifar10jpeg_small.npz", "train_x", 128,
         ),
         "mobilenet": (
-            "mobilenet_v1.py", "MobileNetV1", "mobilenet_v1_075_imagenet.safetensors", "imagenet1k_sample_part0.npz", 16,
+            "mobilenet_v1.py", "MobileNetV1", "mobilenet_v1_075_imagenet.safetensors",
+            "imagenet1k_sample_part0.npz", "x", 16,
         ),
     }[name]  # fmt: skip
     source = module_of(args.data / file)
     net = getattr(source, architecture)()
     net.load_state_dict(load_file(args.data / weights))
     with np.load(args.data / images) as arrays:
-        raw = arrays["train_x" if name == "resnet20" else "x"][:samples]
+        raw = arrays[key][:samples]
     return Net(net.eval(), source.preprocess(raw).contiguous().numpy(), "x")
 
 

@@ -1,7 +1,7 @@
 """Compression without training or labels, beside other tools: bytes, accuracy, KL, time and memory, held to bars.
 
     python benchmarks/posthoc.py --data DIR [--nets digits resnet20 mobilenet] [--bits 4 3 2] [--recipes fast ...]
-                                 [--no-peers] [--json FILE]
+                                 [--peers "SKM groups" ...] [--json FILE]
 
 DIR holds the nets and images of `_nets.py`; `digits` needs none. Recipes: `fast` takes the nearest levels, `no data`
 solves weights on synthesised inputs, the solvers solve them on calibration images without labels, `best` tunes all
@@ -161,12 +161,12 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(CALIBRATION), choices=list(CALIBRATION))
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], choices=range(1, 9))
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # also scikit-learn's, in the processes to come
-    peers = [name for name, peer in PEERS.items() if args.peers and peer.is_installed]
-    absent = [name for name, peer in PEERS.items() if args.peers and not peer.is_installed]
+    peers = [name for name in args.peers if PEERS[name].is_installed]
+    absent = [name for name in args.peers if not PEERS[name].is_installed]
     if absent:
         print(f"left out, not installed: {', '.join(absent)}. {INSTALL}")
     print(
