@@ -7,7 +7,7 @@ DIR holds the nets and images of `_nets.py`; `digits` needs none. Recipes: `fast
 solves weights on synthesised inputs, the solvers solve them on calibration images without labels, `best` tunes all
 layers together where that pays. Peers are those of `_peers.py`; one that is not installed is left out. Files are
 measured through onnxruntime as they were written. Peers that write none for it (`*`) run in torch, and their bytes are
-the least that a file would take.
+the least that a file would take. `--json` replaces the rows of FILE that are measured again, and keeps its others.
 
 Each row is made in a fresh process. CPU seconds are those from the traced net to the file, for onnxruntime's from the
 float file, and without any file where none is written. The peak is the largest resident set of that process until then,
@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ class Row:
         kl: mean Kullback-Leibler divergence of the answers from the float file's, nats.
         cpu_s: see Made.
         peak_mb: see Made.
+        made_with: the tool that compressed and the versions of what ran it.
     """
 
     net: str
@@ -137,6 +139,7 @@ class Row:
     kl: float
     cpu_s: float
     peak_mb: float
+    made_with: str
 
 
 AT_LEAST = {"nbytes": False, "drop": False, "top1": True, "agreement": True}
@@ -179,12 +182,26 @@ def main() -> None:
             for row in measure(Task(name, folder, bits, recipe) for bits, recipe in asked(args, peers)):
                 rows.append(row)
                 show(row)
-    bars = list(bars_of(rows))
-    for bar in bars:
+    for bar in bars_of(rows):
         print(bar)
     if args.json is not None:
-        found = {"rows": [asdict(r) for r in rows], "bars": [{**asdict(b), "verdict": b.verdict} for b in bars]}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        rows = merged(args.json, rows)
+        bars = [{**asdict(bar), "verdict": bar.verdict} for bar in bars_of(rows)]
+        args.json.write_text(json.dumps({"rows": [asdict(row) for row in rows], "bars": bars}, indent=1) + "\n")
+
+
+def merged(path: Path, rows: list[Row]) -> list[Row]:
+    """These rows and those of an earlier file that they do not replace: by net, the widest first."""
+    earlier = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+    found = {(row.net, row.bits, row.recipe): row for row in [*earlier, *rows]}
+    return sorted(found.values(), key=lambda row: (row.net, -row.bits))
+
+
+def made_with(recipe: str) -> str:
+    """`coremltools 9.0, torch 2.13.0`: the tool behind a recipe and what runs it, with their versions."""
+    tool = PEERS[recipe].needs.partition(".")[0] if recipe in PEERS else "qcompress"
+    packages = dict.fromkeys(["scikit-learn" if tool == "sklearn" else tool, "torch", "onnxruntime"])
+    return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
 
 
 def asked(args: argparse.Namespace, peers: list[str]) -> Iterator[tuple[int, str]]:
@@ -219,6 +236,7 @@ def measure(tasks: Iterable[Task]) -> Iterator[Row]:
             *closeness(wanted, made.outputs),
             made.cpu_s,
             made.peak_mb,
+            made_with(task.recipe),
         )
 
 
