@@ -7,7 +7,8 @@ DIR holds the nets and images of `_nets.py`; `digits` needs none. Recipes: `fast
 solves weights on synthesised inputs, the solvers solve them on calibration images without labels, `best` tunes all
 layers together where that pays. Peers are those of `_peers.py`; one that is not installed is left out. Files are
 measured through onnxruntime as they were written. Peers that write none for it (`*`) run in torch, and their bytes are
-the least that a file would take. `--json` replaces the rows of FILE that are measured again, and keeps its others.
+the least that a file would take. `--json` writes each row when it is made: it replaces
+the same row of an earlier FILE, and the file's other rows stay.
 
 Each row is made in a fresh process. CPU seconds are those from the traced net to the file, for onnxruntime's from the
 float file, and without any file where none is written. The peak is the largest resident set of that process until then,
@@ -182,19 +183,19 @@ def main() -> None:
             for row in measure(Task(name, folder, bits, recipe) for bits, recipe in asked(args, peers)):
                 rows.append(row)
                 show(row)
+                if args.json is not None:
+                    write(args.json, row)
     for bar in bars_of(rows):
         print(bar)
-    if args.json is not None:
-        rows = merged(args.json, rows)
-        bars = [{**asdict(bar), "verdict": bar.verdict} for bar in bars_of(rows)]
-        args.json.write_text(json.dumps({"rows": [asdict(row) for row in rows], "bars": bars}, indent=1) + "\n")
 
 
-def merged(path: Path, rows: list[Row]) -> list[Row]:
-    """These rows and those of an earlier file that they do not replace: by net, the widest first."""
-    earlier = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
-    found = {(row.net, row.bits, row.recipe): row for row in [*earlier, *rows]}
-    return sorted(found.values(), key=lambda row: (row.net, -row.bits))
+def write(path: Path, row: Row) -> None:
+    """Write a row to a JSON file, in place of its earlier figures; the file's other rows stay."""
+    earlier = [Row(**found) for found in json.loads(path.read_text())["rows"]] if path.exists() else []
+    rows = list({(r.net, r.bits, r.recipe): r for r in [*earlier, row]}.values())
+    rows.sort(key=lambda r: (r.net, -r.bits))
+    bars = [{**asdict(bar), "verdict": bar.verdict} for bar in bars_of(rows)]
+    path.write_text(json.dumps({"rows": [asdict(r) for r in rows], "bars": bars}, indent=1) + "\n")
 
 
 def made_with(recipe: str) -> str:
