@@ -20,7 +20,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from qcompress.data import Dataset
+from qcompress.data.dataset import Dataset
 
 # Calibrations by name: method and options. The histograms of the last three need every activation of a chunk in memory.
 CALIBRATIONS: dict[str, tuple[CalibrationMethod, dict[str, Any]]] = {

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qcompress.data import Dataset, load_data
-from qcompress.program import FloatProgram
-from qcompress.sources import ProgramOptions, SourceOptions, load_source
+from qcompress.data.dataset import Dataset, load_data
+from qcompress.graph.options import ProgramOptions
+from qcompress.graph.program import FloatProgram
+from qcompress.openers import load_source
 from qcompress.sources.arch import module_of_state_dict
+from qcompress.sources.base import SourceOptions
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "digits"
 

@@ -16,8 +16,8 @@ from onnxruntime.quantization import QuantType
 from torch import nn
 from torch.nn import functional
 
-from qcompress.data import Dataset
-from qcompress.program import FloatProgram
+from qcompress.data.dataset import Dataset
+from qcompress.graph.program import FloatProgram
 
 INSTALL = "pip install --no-deps -r benchmarks/requirements.txt attrs cattrs pyaml pyyaml tqdm"
 

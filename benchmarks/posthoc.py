@@ -36,17 +36,18 @@ from _common import Bar, quiet
 from _nets import DIGITS, NETS, trained_digits
 from _peers import INSTALL, PEERS, Palettized, Subject, folded_module
 
-from qcompress.batchnorm import fold_batchnorm
-from qcompress.data import Dataset
-from qcompress.metrics import compare, load_metric
-from qcompress.plan import Plan
-from qcompress.posthoc.compress import Effort, compress_program
-from qcompress.program import FloatProgram
+from qcompress.data.dataset import Dataset
+from qcompress.graph.batchnorm import fold_batchnorm
+from qcompress.graph.program import FloatProgram
+from qcompress.metrics.metric import compare, load_metric
+from qcompress.plan.plan import Plan
+from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import Effort, PosthocSettings
 from qcompress.solvers import SOLVERS
 from qcompress_exporters import build
-from qcompress_exporters.checks import outputs_of
-from qcompress_exporters.onnx_file import float_file
-from qcompress_exporters.trace import trace
+from qcompress_exporters.onnx_format.file import float_file
+from qcompress_exporters.onnx_format.trace import trace
+from qcompress_exporters.parity.differences import outputs_of
 
 CALIBRATION = {"digits": 256, "resnet20": 512, "mobilenet": 128}
 FLOAT, FLOAT_BITS = "float", 32
@@ -277,7 +278,8 @@ def ours(program: FloatProgram, calibration: Dataset, task: Task) -> bytes:
     recipe = RECIPES[task.recipe]
     given = calibration if recipe.has_data else None
     plan = Plan.from_flags(bits=task.bits)
-    return build(compress_program(program, plan, calibration=given, effort=recipe.effort, solver=recipe.solver)).data
+    settings = PosthocSettings(effort=recipe.effort, solver=recipe.solver)
+    return build(compress_program(program, plan, settings, calibration=given)).data
 
 
 def torch_outputs(small: Palettized, batches: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:

@@ -28,14 +28,15 @@ from _nets import DIGITS, NETS, trained_digits
 from torch import nn
 from torch.nn import functional
 
-from qcompress.data import Dataset, load_data
+from qcompress.data.dataset import Dataset, load_data
 from qcompress.finetune.attach import Prepared, prepare
 from qcompress.finetune.loop import LoopConfig, train
 from qcompress.finetune.methods import Methods
-from qcompress.plan import Plan, Settings
+from qcompress.plan.plan import Plan
+from qcompress.plan.settings import Settings
 from qcompress.regularizers import BinRegularizer, RangeRegularizer
 from qcompress_exporters import build
-from qcompress_exporters.sessions import run, session
+from qcompress_exporters.parity.sessions import run, session
 
 SEED = 0
 _EQUAL_PARTS = 10  # of the test images

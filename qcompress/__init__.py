@@ -10,28 +10,28 @@ if TYPE_CHECKING:
     from qcompress import finetune, quantizers, regularizers
     from qcompress.analysis import analyze
     from qcompress.artifacts import FloatWeight, IntegerWeight, PalettizedWeight
-    from qcompress.compressed import CompressedModel
-    from qcompress.data import Dataset, load_data
+    from qcompress.compressed.model import CompressedModel
+    from qcompress.data.dataset import Dataset, load_data
     from qcompress.errors import QCompressError
     from qcompress.finetune import prepare
-    from qcompress.plan import Plan, load_plan
+    from qcompress.openers import load_source
+    from qcompress.plan.plan import Plan, load_plan
     from qcompress.posthoc.compress import compress
-    from qcompress.sources import load_source
 
 # Every public name and the module that holds it.
 _HOME: Final = {
-    "CompressedModel": "qcompress.compressed",
-    "Dataset": "qcompress.data",
+    "CompressedModel": "qcompress.compressed.model",
+    "Dataset": "qcompress.data.dataset",
     "FloatWeight": "qcompress.artifacts",
     "IntegerWeight": "qcompress.artifacts",
     "PalettizedWeight": "qcompress.artifacts",
-    "Plan": "qcompress.plan",
+    "Plan": "qcompress.plan.plan",
     "QCompressError": "qcompress.errors",
     "analyze": "qcompress.analysis",
     "compress": "qcompress.posthoc.compress",
-    "load_data": "qcompress.data",
-    "load_plan": "qcompress.plan",
-    "load_source": "qcompress.sources",
+    "load_data": "qcompress.data.dataset",
+    "load_plan": "qcompress.plan.plan",
+    "load_source": "qcompress.openers",
     "prepare": "qcompress.finetune",
 }
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 
-import small_models
-from qcompress_exporters import onnx_file, parity
+from qcompress_exporters.onnx_format import file as onnx_file
+from qcompress_exporters.parity import validate as parity
+from tests.helpers import small_models
 
 README = Path(__file__).parents[1] / "README.md"
 _FENCE = re.compile(
@@ -76,7 +77,7 @@ def test_a_block_runs(block, session, monkeypatch):
     folder, namespace = session
     monkeypatch.chdir(folder)
     monkeypatch.setattr("qcompress.posthoc.synthesis._STEPS", 2)  # that commands run is what counts here
-    monkeypatch.setattr("qcompress_cli.validate_command._TIMING_S", 0.1)
+    monkeypatch.setattr("qcompress_cli.commands.validate._TIMING_S", 0.1)
     for module in (onnx_file, parity):
         monkeypatch.setattr(module, "trace", small_models.trace_once)
     if block.language == "python":

@@ -1,19 +1,20 @@
-"""Compressed models as ONNX files, and the proof that they are right."""
+"""Writes compressed models in deployment formats, and proves the files right."""
 
 import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from qcompress_exporters.onnx_file import ExportReport, build, export
-    from qcompress_exporters.parity import ParityReport, validate
+    from qcompress_exporters.deploy import build, export, validate
+    from qcompress_exporters.parity.report import ParityReport
+    from qcompress_exporters.report import ExportReport
 
 # Every public name and the module that holds it.
 _HOME: Final = {
-    "ExportReport": "qcompress_exporters.onnx_file",
-    "ParityReport": "qcompress_exporters.parity",
-    "build": "qcompress_exporters.onnx_file",
-    "export": "qcompress_exporters.onnx_file",
-    "validate": "qcompress_exporters.parity",
+    "ExportReport": "qcompress_exporters.report",
+    "ParityReport": "qcompress_exporters.parity.report",
+    "build": "qcompress_exporters.deploy",
+    "export": "qcompress_exporters.deploy",
+    "validate": "qcompress_exporters.deploy",
 }
 
 __all__ = [

@@ -2,19 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from qcompress.errors import SourceError, did_you_mean
-from qcompress.sources._factory import build_module
-from qcompress.sources.base import LazyArray, ProgramOptions, SourceOptions, SourceTensor
+from qcompress.graph.conversion import to_torch
+from qcompress.graph.options import ProgramOptions
+from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
+from qcompress.user_code import build_module
 
 if TYPE_CHECKING:
     import torch
 
-    from qcompress.program import FloatProgram
+    from qcompress.graph.program import FloatProgram
 
 __all__ = ["load_state", "module_of_state_dict", "program_of_state_dict", "with_kinds_of"]
 
@@ -34,7 +35,7 @@ def program_of_state_dict(
         )
     module = module_of_state_dict(tensors, source, label)
 
-    from qcompress.tracing import from_module
+    from qcompress.graph.tracing import from_module
 
     return from_module(module.eval(), options)
 
@@ -57,7 +58,7 @@ def with_kinds_of(tensors: Iterable[SourceTensor], source: SourceOptions, label:
     if source.arch is None:
         yield from tensors
         return
-    from qcompress.sources.module import kinds_of
+    from qcompress.graph.symbolic import kinds_of
 
     kept = list(tensors)
     kinds = kinds_of(module_of_state_dict(kept, source, label))
@@ -101,23 +102,6 @@ def load_state(module: "torch.nn.Module", arrays: Mapping[str, LazyArray], label
         raise SourceError(f"{label} does not fit {who}: {len(wrong)} shapes differ ({examples}). Check --arch-kwargs.")
     state = {name: to_torch(np.asarray(array)) for name, array in arrays.items()}
     module.load_state_dict(state, strict=False)
-
-
-def to_torch(values: npt.NDArray[Any]) -> "torch.Tensor":
-    """A tensor of its own memory from an array, bfloat16 and float8 included.
-
-    >>> import ml_dtypes
-    >>> to_torch(np.ones(2, ml_dtypes.bfloat16)).dtype
-    torch.bfloat16
-    """
-    import torch
-
-    copied = np.array(values, order="C")
-    if copied.dtype.isbuiltin == 1:  # 2: added by ml_dtypes
-        return torch.from_numpy(copied)
-    raw = torch.from_numpy(copied.reshape(-1).view(np.uint8))
-    dtype: torch.dtype = getattr(torch, copied.dtype.name)
-    return raw.view(dtype).reshape(copied.shape)
 
 
 def _difference(missing: list[str], unexpected: list[str]) -> str:

@@ -3,19 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from qcompress.program import FloatProgram
+from qcompress.graph.options import ProgramOptions
 
-# One fixed list, the same for modules, exported programs and ONNX; `unknown` in a bare state dict.
-KINDS: Final = ("conv", "depthwise", "conv_transpose", "linear", "embedding", "recurrent", "other")
-UNKNOWN: Final = "unknown"
-# The kinds whose weights a plan compresses.
-WEIGHT_KINDS: Final = ("conv", "depthwise", "conv_transpose", "linear", "embedding")
+if TYPE_CHECKING:
+    from qcompress.graph.program import FloatProgram
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +44,7 @@ class SourceTensor:
 
     Args:
         name: qualified name, as in `named_parameters`.
-        kind: one of KINDS, of the layer that uses it as its weight (biases and statistics: `other`), or `unknown`.
+        kind: of the layer that uses it as its weight, one of `kinds.KINDS` (`other`: a bias, say), or `unknown`.
         array: its values, read on demand.
         aliases: further names of the same (tied) tensor.
     """
@@ -57,25 +53,6 @@ class SourceTensor:
     kind: str
     array: LazyArray
     aliases: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProgramOptions:
-    """What it takes, beside the model itself, to get a float program from a source.
-
-    Args:
-        inputs: example inputs by name, in order; a single unnamed one is `x`. The first axis is the batch.
-        dynamic: names of dynamic axes, {(input name, axis): axis name}; None: the first axis of every input, `batch`.
-        input_names: names for the graph's inputs; None: forward's argument names.
-        output_names: names for the graph's outputs; None: `output`, `output_1`, or the keys of a dict.
-        shares: whether the program may keep the model's own tensors: nobody else will change them.
-    """
-
-    inputs: Mapping[str, npt.NDArray[Any]] | None = None
-    dynamic: Mapping[tuple[str, int], str] | None = None
-    input_names: tuple[str, ...] | None = None
-    output_names: tuple[str, ...] | None = None
-    shares: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,13 +15,16 @@ import ml_dtypes
 import numpy as np
 
 from qcompress.errors import SourceError
-from qcompress.sources._files import AbstractFile
-from qcompress.sources._strided import Bytes, Strided, lazy_view
+from qcompress.graph.options import ProgramOptions
+from qcompress.kinds import UNKNOWN
 from qcompress.sources.arch import program_of_state_dict, with_kinds_of
-from qcompress.sources.base import UNKNOWN, ProgramOptions, SourceOptions, SourceTensor
+from qcompress.sources.base import SourceOptions, SourceTensor
+from qcompress.sources.file_source import AbstractFile
+from qcompress.sources.strided import Strided, lazy_view
+from qcompress.zip_archive import Bytes
 
 if TYPE_CHECKING:
-    from qcompress.program import FloatProgram
+    from qcompress.graph.program import FloatProgram
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "F64": np.dtype(np.float64),

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from qcompress_cli.app import cli
-from qcompress_exporters import metadata
+from qcompress_exporters.onnx_format import metadata
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def folder(tmp_path, monkeypatch):
     """Every test runs in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("qcompress.posthoc.synthesis._STEPS", 4)  # inputs that are synthesised need not be good here
-    monkeypatch.setattr("qcompress_cli.validate_command._TIMING_S", 0.1)  # nor times exact
+    monkeypatch.setattr("qcompress_cli.commands.validate._TIMING_S", 0.1)  # nor times exact
     for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path

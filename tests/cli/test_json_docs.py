@@ -75,8 +75,9 @@ def test_gate(qcompress, onnx_file, validated):
 
 @pytest.fixture
 def model(folder, monkeypatch):
-    import small_models
-    from qcompress_exporters import onnx_file, parity
+    from qcompress_exporters.onnx_format import file as onnx_file
+    from qcompress_exporters.parity import validate as parity
+    from tests.helpers import small_models
 
     for module in (onnx_file, parity):
         monkeypatch.setattr(module, "trace", small_models.trace_once)
@@ -130,7 +131,7 @@ def test_export_for_integer_compute(qcompress, model):
 def test_what_may_be_null(qcompress, model):
     import numpy as np
 
-    import small_models
+    from tests.helpers import small_models
 
     assert qcompress("export", model, "--bits", "8", "--save-compressed", "small", "--quiet").exit_code == 0
     result = qcompress("export", "small", "--dry-run", "--json")

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from qcompress.errors import ConfigError
-from qcompress_cli import app, exits, main
+from qcompress_cli import app, main
+from qcompress_cli.terminal import exits
 
 HEAVY = {"torch", "onnx_ir", "onnxscript", "onnxruntime", "scipy", "sklearn"}
 
@@ -47,7 +48,7 @@ def fails_with(monkeypatch, qcompress):
         (PermissionError(errno.EACCES, "Permission denied", "x.onnx"), 2, "error: x.onnx: Permission denied.\n"),
         (ModuleNotFoundError("No module named 'qcompress.x'", name="qcompress.x"), 70, None),
         (ZeroDivisionError("a\nb"), 70, None),
-        (MemoryError("no 9 TiB"), 2, "error: This machine has too little memory for it: no 9 TiB.\n"),
+        (MemoryError("no 9 TiB"), 2, "error: This machine has too little memory for this: no 9 TiB.\n"),
     ],
 )
 def test_every_ending_has_its_exit_code(fails_with, error, code, stderr):
@@ -70,7 +71,7 @@ def test_a_bug_says_how_to_report_it_and_debug_shows_it(fails_with, shell):
     assert first == "error: ZeroDivisionError: a b"
     assert second.startswith("This is a bug in qcompress ")
     assert second.endswith("please report it with the output of the same command with --debug.")
-    code = "import qcompress_cli.gate_command as g; g.load_project = lambda: 1 / 0\n"
+    code = "import qcompress_cli.commands.gate as g; g.load_project = lambda: 1 / 0\n"
     code += "from qcompress_cli.main import main; main()"
     done = shell("gate", "x", "--debug", code=code)
     assert done.returncode == 70
@@ -164,7 +165,7 @@ def test_closed_streams_are_bad_usage_and_no_bug(shell, weights):
     assert shell("inspect", weights, stdout=None, stderr=None, **close(0, 1, 2)).returncode == 2
     without_notes = shell("inspect", weights, stderr=None, **close(0, 2))
     assert without_notes.returncode == 0
-    assert without_notes.stdout.endswith("--arch does.\n")
+    assert without_notes.stdout.endswith("add --arch.\n")
 
 
 @pytest.mark.parametrize("package", ["click", "numpy"])

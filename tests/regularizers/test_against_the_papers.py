@@ -1,12 +1,12 @@
-"""Every penalty against the equations, one element at a time, in float64: value and all gradients."""
+"""Compares value and gradients of every penalty with the equations, one element at a time, in float64."""
 
 import numpy as np
 import pytest
 import torch
 
 import qcompress as qc
-import reference_quantizers as reference
-from gradients import agree
+from tests.helpers import reference_quantizers as reference
+from tests.helpers.gradients import agree
 
 r = qc.regularizers
 
@@ -23,7 +23,7 @@ DIM = pytest.mark.parametrize("dim", [1, 2, 4])
 
 
 def times_g(answer):
-    """A reference of a penalty, with the gradient of a loss by it as one more argument."""
+    """Returns the reference of a penalty with one more argument: the gradient of a loss by the penalty."""
 
     def scaled(*arguments):
         value, gradients = answer(*arguments[:-1])

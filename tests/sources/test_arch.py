@@ -6,8 +6,10 @@ import safetensors.torch
 import torch
 
 from qcompress.errors import SourceError
-from qcompress.sources import ProgramOptions, SourceOptions, load_source
+from qcompress.graph.options import ProgramOptions
+from qcompress.openers import load_source
 from qcompress.sources.arch import module_of_state_dict
+from qcompress.sources.base import SourceOptions
 
 OPTIONS = ProgramOptions(inputs={"x": np.zeros((2, 3), np.float32)})
 NETS = """

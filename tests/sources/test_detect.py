@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qcompress.errors import SourceError
-from qcompress.sources import Opener, load_source
+from qcompress.openers import Opener, load_source
 from qcompress.sources.detect import content_of
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from qcompress.errors import SourceError, UnsafeFileError
-from qcompress.sources import ProgramOptions, SourceOptions, load_source
+from qcompress.graph.options import ProgramOptions
+from qcompress.openers import load_source
+from qcompress.sources.base import SourceOptions
 
 TRAPS = ["system", "exec", "eval", "open", "torch", "mkdir"]
 OPTIONS = ProgramOptions(inputs={"x": np.zeros((2, 3, 8, 8), np.float32)})
@@ -314,7 +316,7 @@ def test_modules_without_end(tmp_path, monkeypatch):
     net = torch.nn.Linear(2, 2)
     for _ in range(40):
         net = torch.nn.Sequential(net, net)
-    monkeypatch.setattr("qcompress.sources._named.MAX_MODULES", 1000)
+    monkeypatch.setattr("qcompress.sources.pickles.chosen.MAX_MODULES", 1000)
     refused(save(net, tmp_path / "model.pt"), r"it claims to hold over 1000 modules", SourceError)
 
 

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from qcompress.errors import SourceError
-from qcompress.sources import ProgramOptions, Source, load_source
-from qcompress.sources._graph_check import is_safe_target
-from qcompress.sources._symbols import is_symbolic_expression
-from qcompress.sources.exported_program import load_exported
+from qcompress.graph.options import ProgramOptions
+from qcompress.openers import load_source
+from qcompress.sources.base import Source
+from qcompress.sources.pt2.archive import load_exported
+from qcompress.sources.pt2.forms import is_safe_target
+from qcompress.sources.pt2.symbols import is_symbolic_expression
 
 OPTIONS = ProgramOptions(inputs={"x": np.zeros((2, 3, 8, 8), np.float32)})
 

@@ -1,0 +1,1 @@
+"""Options, project config and opening the model: what a command reads before it works."""

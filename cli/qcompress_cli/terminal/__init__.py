@@ -1,0 +1,1 @@
+"""Output: console, text, numbers and exit codes."""

@@ -1,1 +1,0 @@
-"""One file per way to write a weight."""

@@ -1,0 +1,61 @@
+"""ONNX as a deployment format: what the table of formats holds."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+if TYPE_CHECKING:
+    from qcompress.compressed.model import CompressedModel
+    from qcompress.deployment import Deployment
+    from qcompress_exporters.formats import BuildOptions
+    from qcompress_exporters.onnx_format.metadata import CompressedFile
+    from qcompress_exporters.onnx_format.targets import Target
+    from qcompress_exporters.report import Built
+
+
+@final
+class OnnxFormat:
+    """ONNX files; see `formats.Format`."""
+
+    name: ClassVar[str] = "onnx"
+    noun: ClassVar[str] = "an ONNX model"
+    suffix: ClassVar[str] = ".onnx"
+    ways: ClassVar[tuple[str, ...]] = ("qdq", "integer")
+    targets: ClassVar[tuple[str, ...]] = ("portable", "onnxruntime==X", "openvino", "web")
+
+    def target(self, text: str | None) -> "Target":
+        """Return the target of a name; see `targets.find`."""
+        from qcompress_exporters.onnx_format import targets
+
+        return targets.DEFAULT if text is None else targets.find(text)
+
+    def build(self, model: "CompressedModel", target: "Deployment", options: "BuildOptions") -> "Built":
+        """Return the ONNX file of a compressed model."""
+        from qcompress_exporters.onnx_format.file import build
+        from qcompress_exporters.onnx_format.targets import find
+
+        return build(model, find(target.name), options)
+
+    def proof(self, data: bytes) -> dict[str, Any] | None:
+        """Return what onnxruntime found when it loaded a new file and decoded all its tensors."""
+        try:
+            import onnxruntime
+        except ImportError:
+            return None
+        import onnx
+
+        from qcompress_exporters.parity.decode import decoded, mismatches
+        from qcompress_exporters.parity.sessions import session
+
+        session(data, "deployed")  # the whole file loads
+        model = onnx.load_from_string(data)
+        values = decoded(model)
+        wrong = mismatches(model, values)
+        if wrong:
+            raise AssertionError(f"onnxruntime {onnxruntime.__version__} decodes {wrong[0]} to values we did not write")
+        return {"onnxruntime": onnxruntime.__version__, "tensors": len(values), "ok": True}
+
+    def read(self, path: Path) -> "CompressedFile | None":
+        """Return an ONNX file; None if it is something else."""
+        from qcompress_exporters.onnx_format.metadata import parsed
+
+        return parsed(path)

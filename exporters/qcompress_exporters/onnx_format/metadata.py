@@ -1,0 +1,288 @@
+"""Reads our ONNX files, what their metadata says, and the measurements beside them. Needs `onnx` and no runtime."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import onnx
+
+from qcompress.artifacts.digest import short_digest
+from qcompress.errors import SourceError
+from qcompress.gate.validation import FORMAT, Validation
+from qcompress.graph.options import ProgramOptions
+
+if TYPE_CHECKING:
+    from qcompress.data.dataset import Dataset
+    from qcompress.graph.program import FloatProgram
+    from qcompress_exporters.formats import Measuring
+    from qcompress_exporters.parity.report import ParityReport
+
+VERSION: Final = "qcompress.version"
+TARGET: Final = "qcompress.target"
+ORIGINAL_BYTES: Final = "qcompress.original_bytes"
+PLAN: Final = "qcompress.plan"
+SOURCE: Final = "qcompress.source"
+SITES: Final = "qcompress.sites"
+GRIDS: Final = "qcompress.grids"
+VALIDATION: Final = "qcompress.validation"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedFile:
+    """An ONNX file, as `gate` and `validate` read it; see `formats.DeployedFile`.
+
+    Args:
+        path: the file.
+        nbytes: its size.
+        model: the protobuf.
+        metadata: its metadata by key.
+    """
+
+    path: Path
+    nbytes: int
+    model: onnx.ModelProto
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether qcompress wrote it."""
+        return VERSION in self.metadata
+
+    @property
+    def whole_nbytes(self) -> int:
+        """Bytes of the file and of those that it keeps weights in: the file alone would pass any limit.
+
+        Raises:
+            SourceError: such a file is missing.
+        """
+        held = [t for t in self.model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        places = {entry.value for tensor in held for entry in tensor.external_data if entry.key == "location"}
+        paths = [self.path.parent / place for place in sorted(places)]
+        for path in paths:
+            if not path.is_file():
+                raise SourceError(f"{self.path} keeps weights in {path}, and there is no such file.")
+        external: int = sum(path.stat().st_size for path in paths)
+        return self.nbytes + external
+
+    @property
+    def original_bytes(self) -> int | None:
+        """Bytes of the stripped float ONNX file of the same graph, as export measured them."""
+        text = self.metadata.get(ORIGINAL_BYTES)
+        if text is None:
+            return None
+        if not text.isdecimal() or int(text) == 0:
+            raise SourceError(
+                f"{self.path}: its metadata {ORIGINAL_BYTES} must be a number of bytes, got {text!r}: export it again."
+            )
+        return int(text)
+
+    @property
+    def compute(self) -> str:
+        """What its layers compute in."""
+        return self.sites[0]
+
+    @property
+    def sites(self) -> tuple[str, list[tuple[str, int]]]:
+        """What its layers compute in, and the sites of its activations; see `sites_text`."""
+        text = self.metadata.get(SITES)
+        return ("float", []) if text is None else sites_from(text)
+
+    @property
+    def options(self) -> ProgramOptions:
+        """Names of its inputs, outputs and dynamic axes: how the original is traced to compare with it."""
+        graph = self.model.graph
+        return ProgramOptions(
+            input_names=tuple(v.name for v in graph.input),
+            output_names=tuple(v.name for v in graph.output),
+            dynamic={
+                (v.name, axis): size.dim_param
+                for v in graph.input
+                for axis, size in enumerate(v.type.tensor_type.shape.dim)
+                if axis and size.dim_param
+            },
+        )
+
+    @property
+    def digest(self) -> str:
+        """Digest of graph and initializers; the same whatever the metadata holds."""
+        return content_digest(self.model)
+
+    def validation(self) -> Validation | None:
+        """Return the measurements of `validate`: those beside the file (FILE.validation.json), else those within it.
+
+        Raises:
+            SourceError: they are unreadable, or were made on another file.
+        """
+        beside = validation_path(self.path)
+        if beside.exists():
+            where, text = str(beside), beside.read_text(encoding="utf-8", errors="replace")
+        elif VALIDATION in self.metadata:
+            where, text = f"{self.path} (metadata)", self.metadata[VALIDATION]
+        else:
+            return None
+        again = f"run `qcompress validate MODEL {self.path}` again"
+        try:
+            measured = json.loads(text)
+            stands_for, version = measured["file"]["digest"], measured["format_version"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise SourceError(f"{where} is not a validation of qcompress: {again}.") from None
+        if version != FORMAT:
+            raise SourceError(f"{where} has format {version}, this version reads {FORMAT}: {again}.")
+        if stands_for != self.digest:
+            raise SourceError(
+                f"{where} was measured on another file (digest {stands_for}, {self.path} has {self.digest}): {again}."
+            )
+        return Validation.from_dict(measured, str(self.path))
+
+    def with_validation(self, document: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        """Return the file's bytes with measurements in its metadata, and the measurements with the new size.
+
+        Args:
+            document: what `validate` measured; `file.nbytes` becomes the size of the file that holds it.
+        """
+        kept = {key: value for key, value in self.metadata.items() if key != VALIDATION}
+        nbytes = 0
+        while True:  # ends: more bytes in the document never make the file smaller, and their digits are few
+            document = {**document, "file": {**document["file"], "nbytes": nbytes}}
+            data = serialize(self.model, {**kept, VALIDATION: json.dumps(document, allow_nan=False)})
+            if len(data) == nbytes:
+                return data, document
+            nbytes = len(data)
+
+    def validate(self, program: "FloatProgram", data: "Dataset", how: "Measuring") -> "ParityReport":
+        """Return the measurements of the file against its original; see `parity.validate`."""
+        from qcompress_exporters.parity.validate import validate
+
+        return validate(program, self, data, how)
+
+
+def serialize(model: onnx.ModelProto, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return a model's bytes with the given metadata in place of its own: same model, same bytes."""
+    del model.metadata_props[:]
+    for key, value in sorted((metadata or {}).items()):
+        model.metadata_props.add(key=key, value=value)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def sites_text(compute: str, sites: Iterable[tuple[str, int]]) -> str:
+    """Return the sites of a file as its metadata holds them: `["int8", "x", "relu", ["fc.weight", 0]]`.
+
+    >>> sites_text("int8", [("x", -1), ("fc.weight", 0)])
+    '["int8","x",["fc.weight",0]]'
+    """
+    entries = [name if index < 0 else [name, index] for name, index in sites]
+    return json.dumps([compute, *entries], separators=(",", ":"))
+
+
+def sites_from(text: str) -> tuple[str, list[tuple[str, int]]]:
+    """Return what `sites_text` was given.
+
+    Raises:
+        SourceError: `sites_text` did not write the text.
+
+    >>> sites_from('["int8","x",["fc.weight",0]]')
+    ('int8', [('x', -1), ('fc.weight', 0)])
+    """
+    try:
+        compute, *entries = json.loads(text)
+        sites = [(e, -1) if isinstance(e, str) else (str(e[0]), int(e[1])) for e in entries]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise SourceError(f"The file's metadata {SITES} is damaged: export it again.") from None
+    return str(compute), sites
+
+
+class GridEntry(NamedTuple):
+    """One site's grid in a file's metadata.
+
+    Args:
+        bits: width of a code.
+        digest: from `digests.grid_digest`.
+        offset: the free offset, which the graph may hold in biases only; 0 without one.
+    """
+
+    bits: int
+    digest: str
+    offset: float = 0.0
+
+
+def grids_text(entries: Iterable[GridEntry]) -> str:
+    """Return the grids of all sites as a file's metadata holds them.
+
+    >>> grids_text([GridEntry(8, "hl831PiDsz5"), GridEntry(4, "J6L4CB6Zs0X", -0.25)])
+    '8hl831PiDsz5 4J6L4CB6Zs0X:-0.25'
+    """
+    return " ".join(f"{e.bits}{e.digest}" + (f":{e.offset!r}" if e.offset else "") for e in entries)
+
+
+def grids_from(text: str) -> list[GridEntry]:
+    """Return what `grids_text` was given.
+
+    Raises:
+        SourceError: `grids_text` did not write the text.
+
+    >>> grids_from("8hl831PiDsz5 4J6L4CB6Zs0X:-0.25")[1]
+    GridEntry(bits=4, digest='J6L4CB6Zs0X', offset=-0.25)
+    """
+    try:
+        parts = [(entry[0], *entry[1:].split(":")) for entry in text.split()]
+        return [GridEntry(int(bits), digest, *(float(offset) for offset in rest)) for bits, digest, *rest in parts]
+    except (ValueError, TypeError):
+        raise SourceError(f"The file's metadata {GRIDS} is damaged: export it again.") from None
+
+
+def entry_of(model: onnx.ModelProto, key: str) -> str | None:
+    """Return one entry of a model's metadata; None if it is missing."""
+    return next((entry.value for entry in model.metadata_props if entry.key == key), None)
+
+
+def parsed(path: Path) -> CompressedFile | None:
+    """Return an ONNX file, ours or not; None if it is something else.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise SourceError(f"{path} cannot be read: {e.strerror}.") from None
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except Exception:  # protobuf's DecodeError has no stable import path
+        return None
+    if not (model.ir_version and model.opset_import and model.HasField("graph")):
+        return None
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    return CompressedFile(path=path, nbytes=len(data), model=model, metadata=entries)
+
+
+def read(path: Path) -> CompressedFile:
+    """Return an ONNX file, ours or not.
+
+    Raises:
+        SourceError: the file cannot be read, or is not an ONNX model.
+    """
+    found = parsed(path)
+    if found is None:
+        raise SourceError(f"{path} is not an ONNX model.")
+    return found
+
+
+def content_digest(model: onnx.ModelProto) -> str:
+    """Return the digest of a model without its metadata: measurements written into a file stay valid."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.metadata_props[:]
+    return short_digest(bare.SerializeToString(deterministic=True))
+
+
+def validation_path(path: Path) -> Path:
+    """Return the file that holds the measurements of a file.
+
+    >>> validation_path(Path("net.w2.onnx")).name
+    'net.w2.onnx.validation.json'
+    """
+    return path.with_name(path.name + ".validation.json")

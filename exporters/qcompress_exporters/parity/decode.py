@@ -1,0 +1,90 @@
+"""What onnxruntime itself decodes from one of our files, and what the file says that should be."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from qcompress.errors import SourceError
+from qcompress_exporters.onnx_format.digests import tensor_digest
+from qcompress_exporters.parity.sessions import run, session
+
+_DIGEST_LENGTH: Final = 11
+_CHUNK: Final = 64  # tensors decoded at a time, so that memory stays bounded
+
+
+def digests(model: onnx.ModelProto) -> dict[str, str]:
+    """The digest of every tensor by qualified name, as export took them before lowering."""
+    graph = model.graph
+    nodes = {n.output[0]: n.doc_string for n in graph.node if len(n.doc_string) == _DIGEST_LENGTH}
+    return nodes | {t.name: t.doc_string for t in graph.initializer if len(t.doc_string) == _DIGEST_LENGTH}
+
+
+def decoded(model: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
+    """Every tensor as onnxruntime decodes it, by qualified name.
+
+    Raises:
+        SourceError: the file does not say which they are, or onnxruntime cannot decode them.
+    """
+    names = set(digests(model))
+    if not names:
+        raise SourceError("The file carries no digests of its tensors: export it again.")
+    values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name in names}
+    computed = sorted(names - set(values))
+    for start in range(0, len(computed), _CHUNK):
+        part = _decoder(model, computed[start : start + _CHUNK])
+        values |= run(session(part.SerializeToString(), "exact"), {})
+    return values
+
+
+def mismatches(model: onnx.ModelProto, values: Mapping[str, npt.NDArray[Any]]) -> list[str]:
+    """The tensors whose decoded value is not what export took the digest of.
+
+    Args:
+        model: one of our files.
+        values: what `decoded` gave for it.
+    """
+    return [name for name, digest in digests(model).items() if tensor_digest(name, values[name]) != digest]
+
+
+def decodes_as_written(data: bytes) -> dict[str, Any] | None:
+    """Check that onnxruntime loads a file of ours and decodes every tensor to what was compressed.
+
+    Args:
+        data: the file.
+
+    Returns:
+        The version of onnxruntime, the number of tensors and `ok`; None where onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    session(data, "deployed")  # the whole file loads
+    model = onnx.load_from_string(data)
+    values = decoded(model)
+    wrong = mismatches(model, values)
+    if wrong:
+        raise AssertionError(f"onnxruntime {onnxruntime.__version__} decodes {wrong[0]} to other values than we wrote")
+    return {"onnxruntime": onnxruntime.__version__, "tensors": len(values), "ok": True}
+
+
+def _decoder(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    """The part of a model that computes the named values, as a model without inputs."""
+    producer = {output: node for node in model.graph.node for output in node.output}
+    wanted, needed = list(names), set()
+    stack = list(wanted)
+    while stack:
+        name = stack.pop()
+        if name and name not in needed:
+            needed.add(name)
+            stack += producer[name].input if name in producer else []
+    part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    part.graph.name = "decode"
+    part.graph.node.extend(n for n in model.graph.node if any(o in needed for o in n.output))
+    part.graph.initializer.extend(t for t in model.graph.initializer if t.name in needed)
+    for name in wanted:
+        part.graph.output.append(onnx.ValueInfoProto(name=name))
+    return part

@@ -1,0 +1,93 @@
+"""What validate measured: the records behind FILE.validation.json."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qcompress.gate.validation import Check, Validation
+from qcompress.metrics.result import MetricResult
+from qcompress_exporters.parity.noise import LayerNoise
+from qcompress_exporters.parity.timing import Timing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputReport:
+    """How one output of the file compares with the original's, as deployed.
+
+    Args:
+        sqnr_db: signal to quantization noise; None: no noise at all.
+        agreement: share of samples with the same largest entry; None where the output is no score per class.
+        constant: whether the file's output hardly varies over the data.
+    """
+
+    sqnr_db: float | None
+    agreement: float | None
+    constant: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityReport:
+    """All that `validate` measured; `as_dict` is FILE.validation.json.
+
+    Args:
+        file: name, digest and bytes of the file.
+        data: name, digest, samples and whether there are labels.
+        checks: the three checks in both sessions.
+        outputs: by name of the output.
+        metric: the user's metric, where there are labels.
+        layers: noise behind each layer, or at each quantized activation, in the graph's order.
+        runtime: how much of the noise at the outputs onnxruntime's own optimisations made, as deployed.
+        timing: latency, load time and memory beside the original's; None where they were not measured.
+        same_ops: whether onnxruntime's optimised graph of the file holds the same operators as the float file's.
+        same_source: whether the file was exported from this very model file; None where that is not known.
+        cpu: features that integer kernels depend on.
+        notes: what a user should be told.
+    """
+
+    file: Mapping[str, Any]
+    data: Mapping[str, Any]
+    checks: tuple[Check, ...]
+    outputs: Mapping[str, OutputReport]
+    metric: MetricResult | None
+    layers: tuple[LayerNoise, ...]
+    runtime: Mapping[str, float]
+    timing: Timing | None
+    same_ops: bool
+    same_source: bool | None
+    cpu: Mapping[str, bool | None]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether all checks passed."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def agreement(self) -> float | None:
+        """Of the first output that has one."""
+        return next((o.agreement for o in self.outputs.values() if o.agreement is not None), None)
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """The worst of all outputs; None: no noise at all."""
+        values = [o.sqnr_db for o in self.outputs.values() if o.sqnr_db is not None]
+        return min(values) if values else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON document that `gate` reads; see `qcompress.gate.validation`."""
+        return Validation(
+            file=self.file,
+            data=self.data,
+            checks=self.checks,
+            outputs={name: asdict(output) for name, output in self.outputs.items()},
+            agreement=self.agreement,
+            sqnr_db=self.sqnr_db,
+            metric=self.metric,
+            layers=tuple(asdict(layer) for layer in self.layers),
+            runtime=self.runtime,
+            timing=None if self.timing is None else asdict(self.timing),
+            same_ops=self.same_ops,
+            same_source=self.same_source,
+            cpu=self.cpu,
+            notes=self.notes,
+        ).as_dict()

@@ -1,0 +1,1 @@
+"""The compressed model, and the folder that it is saved in."""

@@ -1,0 +1,76 @@
+"""A folder that `CompressedModel.save` wrote, as a Source: its tensors dequantized, its float program."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from qcompress.artifacts import FloatWeight
+from qcompress.artifacts.base import FLOAT_DTYPES
+from qcompress.graph.options import ProgramOptions
+from qcompress.kinds import UNKNOWN
+from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
+
+# qcompress.compressed is imported where it is used: it imports the plan, and that the sources.
+
+if TYPE_CHECKING:
+    from qcompress.compressed.model import CompressedModel
+    from qcompress.graph.program import FloatProgram
+
+
+@final
+class CompressedSource:
+    """See the module.
+
+    Args:
+        path: the folder.
+        options: not used; nothing in the folder needs them.
+    """
+
+    def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
+        self.path = path
+
+    @property
+    def label(self) -> str:
+        """The path as given."""
+        return str(self.path)
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes of the files that hold weights."""
+        from qcompress.compressed.folder import PROGRAM, WEIGHTS
+
+        return sum((self.path / name).stat().st_size for name in (WEIGHTS, PROGRAM) if (self.path / name).exists())
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the weights file."""
+        from qcompress.compressed.folder import WEIGHTS
+
+        return hashlib.sha256((self.path / WEIGHTS).read_bytes()).hexdigest()
+
+    def tensors(self) -> Iterator[SourceTensor]:
+        """Every tensor, dequantized."""
+        from qcompress.compressed.folder import read_artifacts
+
+        for name, artifact in read_artifacts(self.path)[1].items():
+            dtype = artifact.values.dtype if isinstance(artifact, FloatWeight) else np.dtype(np.float32)
+            widened = "float32" if dtype in FLOAT_DTYPES else dtype.name  # as it is dequantized
+            yield SourceTensor(name, UNKNOWN, LazyArray(artifact.shape, widened, artifact.dequantize))
+
+    def program(self, options: ProgramOptions) -> "FloatProgram":
+        """The float program, as saved."""
+        return self._model.program
+
+    def model(self) -> "CompressedModel":
+        """The compressed model itself."""
+        return self._model
+
+    @cached_property
+    def _model(self) -> "CompressedModel":
+        from qcompress.compressed.model import CompressedModel
+
+        return CompressedModel.load(self.path)

@@ -1,0 +1,167 @@
+"""What stands after `--data` and `--calibration`: a file, a folder or a factory, read into arrays.
+
+Messages leave out the flag and what was given, which `qcompress.data.load_data` puts before them.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompress.data.arrays import Arrays, check_layout, check_lengths
+from qcompress.data.npy import MAGIC, ZIP_MAGIC, Npz, map_npy
+from qcompress.data.samples import find_function, short_name, stack_samples
+from qcompress.errors import DataError, did_you_mean
+from qcompress.user_code import one_line
+
+FORMS: Final = "FILE.npz, FILE.npz:x_key,y_key, FILE.npy, a folder of .npy files, or module:factory"
+
+# Inputs by name, labels, notes.
+Found = tuple[Arrays, npt.NDArray[Any] | None, tuple[str, ...]]
+
+
+def read_spec(spec: str, what: str) -> tuple[str, Found]:
+    """What `spec` names, and a name for it without the machine's path.
+
+    Raises:
+        ConfigError: a factory cannot be found.
+        DataError: there is no such file, or it cannot be read as asked.
+    """
+    place, keys = _split(spec)
+    if place is None:
+        return short_name(spec), _from_factory(spec, what)
+    try:
+        return place.resolve().name, _from_path(place, keys)
+    except OSError as e:
+        raise DataError(f"it cannot be read: {e.strerror or e}.") from None
+
+
+def _split(spec: str) -> tuple[Path | None, str | None]:
+    """Path and keys; no path for `module:factory`.
+
+    >>> _split("pkg.data:test"), _split("data.py:test")
+    ((None, None), (None, None))
+    """
+    if os.path.exists(spec):
+        return Path(spec), None
+    place, colon, rest = spec.rpartition(":")
+    is_file = place.lower().endswith((".npz", ".npy")) or os.path.isfile(place)
+    if colon and is_file and not place.endswith(".py"):
+        if not os.path.exists(place):
+            raise _no_such_file(place)
+        return Path(place), rest
+    is_module = all(word.isidentifier() for word in place.split(".")) or place.endswith(".py")
+    if colon and rest.isidentifier() and is_module:
+        return None, None
+    raise _no_such_file(spec)
+
+
+def _no_such_file(text: str) -> DataError:
+    folder = Path(text).parent
+    try:
+        beside = os.listdir(folder) if text else []
+    except (OSError, ValueError):
+        beside = []
+    return DataError(f"there is no such file. It takes {FORMS}.{did_you_mean(Path(text).name, beside)}")
+
+
+def _from_path(path: Path, keys: str | None) -> Found:
+    if path.is_dir():
+        values, notes = _from_folder(path)
+        return {"x": values}, None, notes
+    if not path.is_file():
+        raise DataError("it is no regular file: save the data in one.")
+    with path.open("rb") as f:
+        magic = f.read(len(MAGIC))
+    if magic.startswith(ZIP_MAGIC):
+        return _from_npz(Npz(path), keys)
+    if magic != MAGIC:
+        came = f"starts with {magic!r}" if magic else "is empty"
+        raise DataError(f"it is neither .npz nor .npy, it {came}: save arrays with numpy.savez or numpy.save.")
+    if keys is not None:
+        raise DataError(f"a .npy holds one array without a name: leave {':' + keys!r} out.")
+    return {"x": map_npy(path, "x")}, None, ()
+
+
+def _from_npz(npz: Npz, keys: str | None) -> Found:
+    names, labels, notes = _all_keys(npz) if keys is None else (*_parse_keys(keys), ())
+    used = [*names.values(), *([] if labels is None else [labels])]
+    headers = {key: npz.header(key) for key in used}
+    for key, header in headers.items():
+        check_layout(key, header.dtype, header.shape)
+    check_lengths({key: header.shape[0] for key, header in headers.items()}, _key_hint(npz.keys))
+    arrays = npz.read(used)
+    return {name: arrays[key] for name, key in names.items()}, None if labels is None else arrays[labels], notes
+
+
+def _all_keys(npz: Npz) -> tuple[dict[str, str], str | None, tuple[str, ...]]:
+    """Every array but `y` is an input of its own name; text can be none, and is left out unless it is x."""
+    keys = npz.keys
+    if not {"x", "y"} & set(keys) and _pairs(keys):
+        raise DataError(f"it must hold x, or one array per input, got {', '.join(keys)}.{_key_hint(keys)}")
+    text = [key for key in keys if key not in ("x", "y") and npz.header(key).dtype.kind in "US"]
+    inputs = {key: key for key in keys if key != "y" and key not in text}
+    if not inputs:
+        raise DataError(f"it must hold x, or one array of numbers per input, got {', '.join(keys)} alone.")
+    notes = (f"{', '.join(text)}: text, left out",) if text else ()
+    return inputs, "y" if "y" in keys else None, notes
+
+
+def _parse_keys(text: str) -> tuple[dict[str, str], str | None]:
+    """Keys by input name, and the key of the labels.
+
+    >>> _parse_keys("test_x,test_y"), _parse_keys("ids=a,mask=b,y=c")
+    (({'x': 'test_x'}, 'test_y'), ({'ids': 'a', 'mask': 'b'}, 'c'))
+    """
+    words = [word.strip() for word in text.split(",")]
+    named = [word.partition("=") for word in words]
+    if all(words) and not any(equals for _, equals, _ in named) and len(words) <= 2:
+        return {"x": words[0]}, words[1] if len(words) == 2 else None
+    pairs = {name.strip(): key.strip() for name, _, key in named}
+    if not all(name.strip() and equals and key.strip() for name, equals, key in named) or len(pairs) < len(words):
+        raise DataError(f"the keys must read x_key, x_key,y_key, or name=key,…,y=key, got {text!r}.")
+    labels = pairs.pop("y", None)
+    if not pairs:
+        raise DataError(f"the keys must name at least one input beside the labels, got {text!r}.")
+    return pairs, labels
+
+
+def _pairs(keys: list[str]) -> list[str]:
+    return [f"{key},{key[:-1]}y" for key in keys if key.endswith("_x") and f"{key[:-1]}y" in keys]
+
+
+def _key_hint(keys: list[str]) -> str:
+    """How to name keys, with the pairs that are there.
+
+    >>> _key_hint(["train_x", "train_y", "test_x", "test_y"])
+    ' Name the arrays: FILE.npz:train_x,train_y or FILE.npz:test_x,test_y.'
+    """
+    pairs = [f"FILE.npz:{pair}" for pair in _pairs(keys)[:3]] or ["FILE.npz:x_key,y_key"]
+    return f" Name the arrays: {' or '.join(pairs)}."
+
+
+def _from_folder(folder: Path) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".npy" and p.is_file())
+    others = sum(1 for p in folder.iterdir() if not p.name.startswith(".")) - len(files)
+    if not files:
+        raise DataError(f"the folder must hold .npy files, there are none among its {others} entries.")
+    parts = [map_npy(p, p.name) for p in files]
+    for path, part in zip(files, parts, strict=True):
+        if (part.shape[1:], part.dtype) != (parts[0].shape[1:], parts[0].dtype):
+            raise DataError(
+                f"its files must agree in dtype and in all axes but the first: {files[0].name} is {parts[0].dtype} "
+                f"{list(parts[0].shape)}, {path.name} is {part.dtype} {list(part.shape)}."
+            )
+    notes = (f"entries of the folder that are no .npy, left out: {others}",) if others > 0 else ()
+    return parts[0] if len(parts) == 1 else np.concatenate(parts), notes
+
+
+def _from_factory(spec: str, what: str) -> Found:
+    _, factory = find_function(spec, what)
+    try:
+        samples = factory()
+    except (Exception, SystemExit) as e:
+        raise DataError(f"calling it without arguments failed with {one_line(e)}.") from e
+    return (*stack_samples(samples), ())

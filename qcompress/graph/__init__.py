@@ -1,0 +1,1 @@
+"""The float program: tracing it, its operators, layers and activation sites."""

@@ -1,0 +1,428 @@
+"""Tracing of a model into a float program: once, with a batch of 2; then pruning, and names of inputs and outputs."""
+
+import copy
+import inspect
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputSpec, OutputKind, TensorArgument
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from qcompress.errors import ConfigError, DataError, SourceError, did_you_mean
+from qcompress.graph.conversion import to_torch
+from qcompress.graph.in_place import out_of_place, without_mutations
+from qcompress.graph.nodes import arguments, row_of
+from qcompress.graph.options import ProgramOptions
+from qcompress.graph.program import (
+    STATE_KINDS,
+    Arrays,
+    FloatProgram,
+    copy_graph,
+    identity,
+    rebuild,
+    sizes,
+    state_nodes,
+    tensor_of,
+    user_inputs,
+    value_of,
+)
+from qcompress.graph.quiet import quiet_torch
+from qcompress.graph.value_names import input_names, key_name, output_names
+
+TRACE_BATCH: Final = 2  # torch.export specializes a batch of 1
+_COUNTER: Final = "num_batches_tracked"  # of BatchNorm; a graph in eval mode does not read it
+_TRAINING: Final = ("training", "train")  # arguments that switch operators to training mode
+
+
+def from_module(module: torch.nn.Module, options: ProgramOptions) -> FloatProgram:
+    """Trace a module.
+
+    Args:
+        module: any module that torch.export can trace; not modified (its training flags are restored).
+        options: example inputs (required), names, dynamic axes.
+
+    Raises:
+        ConfigError: there are no example inputs.
+        SourceError: torch.export cannot trace the model; the message names the line of the user's code.
+    """
+    if not options.inputs:
+        raise ConfigError(
+            "Tracing the model needs an example input: pass --input-shape 1,3,32,32 (the first number is the batch), "
+            "or data (--data, --calibration)."
+        )
+    training = [m for m in module.modules() if m.training]
+    notes: tuple[str, ...] = ()
+    if module.training:
+        notes += ("The model was in training mode; it is exported in eval mode.",)
+    inputs = options.inputs
+    odd = sorted({str(t.dtype).removeprefix("torch.") for t in module.state_dict().values() if _is_odd_float(t.dtype)})
+    if odd:
+        notes += (f"The model holds {', '.join(odd)}; it is exported in float32.",)
+        module = copy.deepcopy(module).float()
+        inputs = {n: v.astype(np.float32) if v.dtype.kind == "f" else v for n, v in inputs.items()}
+    module.eval()
+    try:
+        args, kwargs = _arguments(module, inputs)
+        return _trace(module, args, kwargs, options, notes)
+    finally:
+        for m in training:
+            m.training = True
+
+
+def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatProgram:
+    """Make an exported program a float program; a fixed batch becomes dynamic, by tracing the program again.
+
+    Raises:
+        SourceError: the program has inputs that are not tensors.
+    """
+    exported, notes = _in_eval_mode(exported)
+    nodes = user_inputs(exported)
+    given = options.input_names  # a wrong number of names is refused below, where the model's own are known
+    names = given if given is not None and len(given) == len(nodes) else input_names(exported)
+    dynamic = {
+        (n, axis) for n, node in zip(names, nodes, strict=True) for axis, s in enumerate(sizes(node)) if s is None
+    }
+    if any(axis == 0 for _, axis in dynamic) and set(options.dynamic or {}) <= dynamic:
+        return _canonical(exported, options, notes, one_batch=False)
+    flat = [_example(node, options, i) for i, node in enumerate(nodes)]
+    args, kwargs = pytree.tree_unflatten(flat, exported.call_spec.in_spec)
+    kept = {(name, axis): f"{name}_{axis}" for name, axis in dynamic} | dict(options.dynamic or {})
+    again = replace(options, input_names=names, dynamic=kept)
+    try:
+        return _trace(exported.module(check_guards=False), args, kwargs, again, notes)
+    except SourceError:
+        stays = "The program's inputs stay fixed: it cannot be traced otherwise."
+        return _canonical(exported, options, (*notes, stays), one_batch=False)
+
+
+def input_names_of(program: FloatProgram) -> tuple[str, ...]:
+    """Return the model's own names for its inputs, which example inputs may use whatever the program calls them."""
+    return input_names(program.exported)
+
+
+def _trace(
+    module: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: ProgramOptions,
+    notes: tuple[str, ...],
+) -> FloatProgram:
+    """Trace with a batch of 2 and dynamic axes, or with the example as it is if the model allows no dynamic batch."""
+    names = list(inspect.signature(module.forward).parameters)[: len(args)]
+    names += [f"argument_{i}" for i in range(len(names), len(args))]
+    arguments = dict(zip(names, args, strict=True)) | dict(kwargs)
+    batch = next((len(t) for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor) and t.ndim), 0)
+    dims = _dynamic_axes(arguments, batch, options)
+    two_args, two_kwargs = pytree.tree_map(lambda value: _batch_of_two(value, batch), (tuple(args), dict(kwargs)))
+    try:
+        shapes = dims if two_kwargs else tuple(dims.values())
+        exported = _export(module, two_args, two_kwargs, shapes)
+    except Exception:
+        exported = _fixed(module, tuple(args), dict(kwargs), batch)
+    return _canonical(exported, options, notes, one_batch=True)
+
+
+def _fixed(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> ExportedProgram:
+    """Trace with the example as it is, or else with its first sample: a model may take a batch of 1 only."""
+    try:
+        return _export(module, args, kwargs, None)
+    except Exception as e:
+        error = SourceError(_export_failure(e))
+        if batch < TRACE_BATCH:
+            raise error from e
+    try:
+        first_args, first_kwargs = pytree.tree_map(lambda value: _first(value, batch), (args, kwargs))
+        return _export(module, first_args, first_kwargs, None)
+    except Exception as e:
+        raise error from e
+
+
+def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    with quiet_torch(), torch.no_grad():  # our own error reports a failure
+        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+
+
+def _dynamic_axes(arguments: dict[str, Any], batch: int, options: ProgramOptions) -> dict[str, Any]:
+    """Return the dynamic axes of each tensor of each argument: the batch, and those that the user named."""
+    leaves, spec = pytree.tree_flatten_with_path(arguments)
+    names = [key_name(path[1:]) or key_name(path[:1]) for path, _ in leaves]
+    if options.input_names and len(options.input_names) == len(names):
+        names = list(options.input_names)
+    dims = []
+    for name, (_, tensor) in zip(names, leaves, strict=True):
+        rank = tensor.ndim if isinstance(tensor, torch.Tensor) else 0
+        wanted = {axis for given, axis in options.dynamic or {} if given == name}
+        wanted |= {0} if rank and len(tensor) == batch else set()
+        dims.append({axis: torch.export.Dim.AUTO for axis in sorted(wanted) if axis < rank})
+    axes: dict[str, Any] = pytree.tree_unflatten(dims, spec)
+    return axes
+
+
+def _batch_of_two(value: Any, batch: int) -> Any:
+    """Return a tensor whose first axis is the batch with a batch of 2; any other value as it is."""
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != batch:
+        return value
+    return value[:TRACE_BATCH] if batch >= TRACE_BATCH else torch.cat([value] * TRACE_BATCH)[:TRACE_BATCH]
+
+
+def _first(value: Any, batch: int) -> Any:
+    """Return the first sample of a tensor whose first axis is the batch; any other value as it is."""
+    has_batch = isinstance(value, torch.Tensor) and value.ndim and len(value) == batch
+    return value[:1] if has_batch else value
+
+
+def _is_odd_float(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype != torch.float32
+
+
+def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Bind arrays to forward's arguments: by name, or one array to one argument, or several to one dict."""
+    tensors = {name: to_torch(value) for name, value in inputs.items()}
+    parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    names = [p.name for p in parameters]
+    required = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return list(tensors.values()), {}
+    if len(tensors) == 1 and not set(tensors) & set(names):
+        return list(tensors.values()), {}
+    if len(required) == 1 and not set(tensors) & set(names):
+        return [tensors], {}
+    unknown = sorted(set(tensors) - set(names))
+    lacking = [n for n in required if n not in tensors]
+    if lacking or unknown:
+        faults = [f"{n} is missing." for n in lacking]
+        faults += [f"{n} is not an argument.{did_you_mean(n, names)}" for n in unknown]
+        raise DataError(
+            f"The model's forward takes {', '.join(names)}; the example inputs are {', '.join(tensors)}: "
+            + " ".join(faults)
+        )
+    positional: list[Any] = []
+    for name in names:  # positional as far as there is no gap: torch.export then keeps forward's order
+        if name not in tensors:
+            break
+        positional.append(tensors[name])
+    rest = {n: tensors[n] for n in names[len(positional) :] if n in tensors}
+    return positional, rest
+
+
+def _canonical(
+    exported: ExportedProgram, options: ProgramOptions, notes: tuple[str, ...], *, one_batch: bool
+) -> FloatProgram:
+    """Drop what the graph does not use and all in-place operators, and name tied tensors, inputs and outputs.
+
+    Args:
+        exported: as torch.export returned it.
+        options: the user's names.
+        notes: notes so far.
+        one_batch: whether every dynamic first axis is the batch; if not, those of another symbol get their own names.
+    """
+    for node in user_inputs(exported):
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            raise SourceError(
+                f"The model's input {node.name} must be a tensor, got {type(node.meta.get('val')).__name__}: "
+                "wrap the model in a module whose forward takes tensors only."
+            )
+    notes = (
+        *notes,
+        *(
+            f"The model changes its buffer {n} as it runs; the file keeps its present value."
+            for n in _mutated(exported)
+        ),
+    )
+    _check_outputs(exported)
+    exported = _prune(out_of_place(_prune(without_mutations(exported))))
+    exported = exported if options.shares else _with_own_tensors(exported)
+    state = _checked_state(exported)
+    inputs = _check_names(options.input_names, input_names(exported), "--input-names", "inputs")
+    clash = sorted(state & set(inputs))
+    if clash:
+        raise SourceError(f"{clash[0]} names both an input and a tensor of the model: rename one of them in the model.")
+    taken = state | set(inputs)
+    names = tuple(f"{n}_output" if n in taken else n for n in output_names(exported))
+    outputs = _check_names(options.output_names, names, "--output-names", "outputs")
+    if doubled := sorted(set(outputs) & taken):
+        raise ConfigError(
+            f"--output-names: {doubled[0]} names an input or a tensor of the model already: name another."
+        )
+    nodes = dict(zip(inputs, user_inputs(exported), strict=True))
+    _check_dynamic(options, {name: value_of(node).ndim for name, node in nodes.items()})
+    dynamic: dict[tuple[str, int], str] = {}
+    batch: str | None = None
+    for name, node in nodes.items():
+        for axis, size in enumerate(sizes(node)):
+            if size is None:
+                symbol = str(value_of(node).shape[axis])
+                batch = batch or (symbol if axis == 0 else None)
+                default = "batch" if axis == 0 and (one_batch or symbol == batch) else f"{name}_{axis}"
+                dynamic[name, axis] = (options.dynamic or {}).get((name, axis), default)
+    if not any(axis == 0 for _, axis in dynamic):
+        shapes = ", ".join(f"{n} {list(value_of(node).shape)}" for n, node in nodes.items())
+        notes = (*notes, f"The model takes one batch size only: it is exported with fixed inputs ({shapes}).")
+    stuck = [f"{name}:{axis}" for name, axis in options.dynamic or {} if axis and (name, axis) not in dynamic]
+    if stuck:
+        notes = (*notes, f"The model allows no other size of {', '.join(stuck)}: it stays fixed despite --dynamic.")
+    return FloatProgram(exported, inputs, outputs, dynamic, notes)
+
+
+def _check_outputs(exported: ExportedProgram) -> None:
+    """Refuse outputs that a file cannot return: values that are not tensors, and the model's own tensors."""
+    own = {node.name: name for node, name in state_nodes(exported).items()}
+    specs = [s for s in exported.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
+    for name, spec in zip(output_names(exported), specs, strict=True):
+        if not isinstance(spec.arg, TensorArgument):
+            value = getattr(spec.arg, "value", None)
+            raise SourceError(
+                f"The model's output {name} must be a tensor, got {value!r}: wrap the model in a module whose forward "
+                "returns tensors only."
+            )
+        if spec.arg.name in own:
+            raise SourceError(
+                f"The model's output {name} must be computed from its inputs, but it is the model's own tensor "
+                f"{own[spec.arg.name]}: wrap the model in a module whose forward leaves it out."
+            )
+
+
+def _mutated(exported: ExportedProgram) -> list[str]:
+    """Return the buffers that the program writes to."""
+    state = state_nodes(exported)
+    written = set(exported.graph_signature.buffers_to_mutate.values())
+    for node in exported.graph.nodes:
+        if node.args and node.args[0] in state and getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            written.add(state[node.args[0]])
+    return sorted(name for name in written if not name.endswith(_COUNTER))
+
+
+def _checked_state(exported: ExportedProgram) -> set[str]:
+    """Return the names of the program's tensors; refuses dtypes that cannot be exported."""
+    state = {name: tensor_of(exported, spec) for spec in exported.graph_signature.input_specs if (name := spec.target)}
+    for name, value in state.items():
+        if _is_odd_float(value.dtype) and (value.dtype != torch.float64 or value.ndim > 1):
+            raise SourceError(
+                f"{name} must be float32, got {str(value.dtype).removeprefix('torch.')}: export the program of "
+                "model.float(), with float32 inputs."
+            )
+    return set(state)
+
+
+def _with_own_tensors(exported: ExportedProgram) -> ExportedProgram:
+    """Return the program with copies of its tensors, tied ones still tied: no one else's training reaches it."""
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        same = identity(value)
+        if same not in copies:
+            copy_of = value.detach().clone()
+            copies[same] = torch.nn.Parameter(copy_of, False) if isinstance(value, torch.nn.Parameter) else copy_of
+        return copies[same]
+
+    state = {name: own(value) for name, value in exported.state_dict.items()}
+    constants = {name: own(value) for name, value in exported.constants.items()}
+    return rebuild(exported, state=state, constants=constants)
+
+
+def _check_dynamic(options: ProgramOptions, ranks: Mapping[str, int]) -> None:
+    for name, axis in options.dynamic or {}:
+        if name not in ranks:
+            raise ConfigError(f"--dynamic: the model has no input {name!r}; it has {', '.join(ranks)}.")
+        if axis >= ranks[name]:
+            raise ConfigError(f"--dynamic: input {name} has {ranks[name]} axes, so it has no axis {axis}.")
+
+
+def _check_names(given: tuple[str, ...] | None, default: tuple[str, ...], flag: str, what: str) -> tuple[str, ...]:
+    if given is None:
+        return default
+    if len(given) != len(default) or len(set(given)) != len(given):
+        raise ConfigError(
+            f"{flag} must be {len(default)} different names (the {what}: {', '.join(default)}), got {','.join(given)}."
+        )
+    return given
+
+
+def _example(node: Node, options: ProgramOptions, index: int) -> torch.Tensor:
+    """Return an input for tracing an exported program again: the user's, or zeros of the shape of the first trace."""
+    given = dict(options.inputs or {})
+    named = given.get(node.name, list(given.values())[index] if index < len(given) else None)
+    if named is not None:
+        return to_torch(named)
+    value = value_of(node)
+    return torch.zeros([TRACE_BATCH if s is None else s for s in sizes(node)], dtype=value.dtype)
+
+
+def _in_eval_mode(exported: ExportedProgram) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """Switch a program that was exported in training mode to eval mode: its BatchNorms and dropouts."""
+    trained = [n for n in exported.graph.nodes if n.op == "call_function" and _training_argument(n) is not None]
+    if not trained:
+        return exported, ()
+    module = copy_graph(exported)
+    for node in module.graph.nodes:
+        position = _training_argument(node) if node.op == "call_function" else None
+        if position is not None:
+            node.update_arg(position, False)
+    module.graph.lint()
+    module.recompile()
+    return rebuild(exported, module=module), ("The program was exported in training mode; it is used in eval mode.",)
+
+
+def _training_argument(node: Node) -> int | None:
+    """Return the position of an argument `training=True`; None if the node has none."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return None
+    if row_of(node).normalizes and arguments(node).get("running_mean") is None:
+        return None  # nothing is stored, so it always takes the statistics of the batch
+    for position, argument in enumerate(schema.arguments):
+        if argument.name in _TRAINING and position < len(node.args) and node.args[position] is True:
+            return position
+    return None
+
+
+def _prune(exported: ExportedProgram) -> ExportedProgram:
+    """Drop unused nodes and state, and let tied tensors enter once, under their first name."""
+    module = copy_graph(exported)
+    # A dropout counts as impure, since it draws random numbers; outside of training it draws none.
+    module.graph.eliminate_dead_code(lambda node: node.is_impure() and not row_of(node).drops)
+    by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
+    first_name: dict[tuple[Any, ...], str] = {}
+    for name, value in exported.state_dict.items():
+        first_name.setdefault(identity(value), name)
+    kept: dict[tuple[Any, ...], Node] = {}
+    specs: list[InputSpec] = []
+    for spec in exported.graph_signature.input_specs:
+        node = by_name[spec.arg.name]
+        if spec.kind not in STATE_KINDS:
+            specs.append(spec)
+            continue
+        same = identity(tensor_of(exported, spec))
+        if same in kept:
+            node.replace_all_uses_with(kept[same])
+        if not node.users:
+            module.graph.erase_node(node)
+            continue
+        kept.setdefault(same, node)
+        specs.append(replace(spec, target=first_name.get(same, spec.target)))
+    module.recompile()
+    return rebuild(exported, module=module, specs=specs)
+
+
+def _export_failure(error: Exception) -> str:
+    """Return one message for a failure of torch.export: the first line of its reason, and the user's line."""
+    package = str(Path(torch.__file__).parent)
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith((package, "<")) and "qcompress" not in Path(f.filename).parts
+    ]
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    return f"torch.export cannot trace the model{where}: {reason} Change that line so that it can be traced."

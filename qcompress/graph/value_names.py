@@ -1,0 +1,47 @@
+"""Names of the inputs and outputs of a program."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+
+def input_names(exported: ExportedProgram, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """Return the names of the inputs: forward's argument names, or a dict's own keys if they are unique."""
+    plain = names or tuple(str(n) for n in exported.graph_signature.user_inputs)
+    spec = exported.call_spec.in_spec
+    if spec is None or spec.num_leaves != len(plain):
+        return plain
+    paths = _paths(pytree.tree_unflatten(list(range(len(plain))), spec))
+    keys = [key_name(path[2:]) for path in paths]  # path: (args | kwargs) -> argument -> keys
+    counts = Counter([k for k in keys if k] + [n for k, n in zip(keys, plain, strict=True) if not k])
+    return tuple(k if k and counts[k] == 1 else n for k, n in zip(keys, plain, strict=True))
+
+
+def output_names(exported: ExportedProgram) -> tuple[str, ...]:
+    """Return the names of the outputs: the keys of a dict, else `output`, `output_1`, ..."""
+    count = len(exported.graph_signature.user_outputs)
+    spec = exported.call_spec.out_spec
+    names: list[str] = []
+    for path in _paths(pytree.tree_unflatten(list(range(count)), spec)):
+        base = key_name(path) or "output"
+        taken = sum(n == base or n.startswith(f"{base}_") for n in names)
+        names.append(base if base not in names else f"{base}_{taken}")
+    return tuple(names)
+
+
+def _paths(tree: Any) -> list[Sequence[Any]]:
+    """Return the path to each leaf; an empty one if a library's container does not tell its keys."""
+    tree = dict(tree) if isinstance(tree, Mapping) else tree  # such as a ModelOutput of transformers
+    try:
+        return [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    except ValueError:
+        return [() for _ in pytree.tree_leaves(tree)]
+
+
+def key_name(path: Sequence[Any]) -> str:
+    """Return the string keys of a pytree path, joined."""
+    keys = [getattr(k, "key", getattr(k, "name", None)) for k in path]
+    return "_".join(k for k in keys if isinstance(k, str))

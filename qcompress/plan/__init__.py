@@ -1,0 +1,1 @@
+"""The plan: which settings each weight gets."""

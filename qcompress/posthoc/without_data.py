@@ -1,0 +1,112 @@
+"""Compress a weight by itself, without data: each value goes to the nearest of the levels that its plan allows."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight
+from qcompress.palettes.even_grid import round_to_nearest
+from qcompress.palettes.int8_palette import palettize_int8
+from qcompress.palettes.scalar import palettize
+from qcompress.palettes.vector import palettize_vectors
+from qcompress.plan.resolve import TensorPlan
+from qcompress.posthoc.schemes import CodeKind, better, codes_for
+
+_AS_GOOD: Final = 10 ** (0.5 / 10)  # factor of squared error that a single scale per tensor may cost: 0.5 dB
+_UNCLIPPED: Final = 8  # bits from which clipping gains nothing
+_PARAMETRIZED: Final = ".parametrizations."
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """What the compression of a weight depends on, in addition to its plan.
+
+    Args:
+        axis: the axis that counts output channels.
+        integer: whether its layer computes in integers.
+        one_scale: whether the kernel is faster with one scale per tensor than with one per output channel.
+        reduce_range: whether 8-bit codes keep to 7 bits.
+    """
+
+    axis: int
+    integer: bool
+    one_scale: bool
+    reduce_range: bool
+
+
+def compress_weight(values: npt.NDArray[Any], tensor: TensorPlan | None, how: How) -> Artifact:
+    """Return one tensor compressed by its plan, or left in float if that takes fewer bytes.
+
+    Args:
+        values: the tensor.
+        tensor: its plan; None: it is no tensor of the plan's.
+        how: the rest.
+    """
+    if tensor is None or tensor.settings is None:
+        reason = None if tensor is None else tensor.reason
+        if tensor is not None and _PARAMETRIZED in tensor.name:
+            reason = "part of a parametrization; torch.nn.utils.parametrize.remove_parametrizations makes it a weight"
+        return FloatWeight(values=values, reason=reason or "not a weight")
+    made = [_MAKERS[codes](values, tensor, how) for codes in codes_for(tensor, integer=how.integer)]
+    found = made[0] if len(made) == 1 else better((a, _error(a, values)) for a in made)
+    if how.integer and found.nbytes >= values.nbytes and tensor.bits > 1:  # too small for a table
+        found = _uniform(values, tensor, how)
+    if found.nbytes >= values.nbytes:
+        reason = f"too small: {found.nbytes} bytes at {tensor.bits} bits, {values.nbytes} in float"
+        return FloatWeight(values=values, reason=reason)
+    return _narrowed(found) if isinstance(found, PalettizedWeight) else found
+
+
+def _palette(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
+    return palettize(values, tensor.bits, tensor.rows_per_lut, how.axis, lut_dtype=tensor.lut_dtype or "float32")
+
+
+def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
+    def made(*, per_channel: bool) -> PalettizedWeight:
+        return palettize_int8(
+            values, tensor.bits, tensor.rows_per_lut, how.axis,
+            reduce_range=how.reduce_range, per_channel=per_channel,
+        )  # fmt: skip
+
+    by_channel = made(per_channel=True)
+    if how.integer and not how.one_scale:
+        return by_channel
+    whole = made(per_channel=False)
+    if not how.integer:
+        return better((a, _error(a, values)) for a in (whole, by_channel))
+    return whole if _error(whole, values) <= _AS_GOOD * _error(by_channel, values) else by_channel
+
+
+def _vectors(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
+    return palettize_vectors(values, tensor.bits, tensor.vector_dim, how.axis, lut_dtype=tensor.lut_dtype or "float32")
+
+
+def _uniform(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
+    return round_to_nearest(
+        values, tensor.bits, how.axis, reduce_range=how.reduce_range, clip=tensor.bits < _UNCLIPPED,
+        block_size=tensor.block_size,
+    )  # fmt: skip
+
+
+def _error(artifact: Artifact, values: npt.NDArray[Any]) -> float:
+    return float(np.square(artifact.dequantize().astype(np.float64) - values).sum())
+
+
+_MAKERS: Final[Mapping[CodeKind, Callable[[npt.NDArray[Any], TensorPlan, How], Artifact]]] = {
+    "palette": _palette,
+    "int8 palette": _palette_int8,
+    "vectors": _vectors,
+    "uniform": _uniform,
+}
+
+
+def _narrowed(weight: PalettizedWeight) -> PalettizedWeight:
+    """Return the same weight at the fewest bits that hold its codes: it may have few distinct values."""
+    entries = weight.lut.shape[1]
+    bits = max(1, (entries - 1).bit_length())
+    if bits == weight.bits:
+        return weight
+    return replace(weight, bits=bits)

@@ -1,0 +1,1 @@
+"""Sources of objects in memory."""

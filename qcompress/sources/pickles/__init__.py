@@ -1,0 +1,1 @@
+"""Sources of files that torch.save wrote, read without running anything."""

@@ -1,0 +1,190 @@
+"""Which classes a pickled module may be made of: torch.nn's own, and those that the user names."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from qcompress.errors import SourceError, UnsafeFileError
+from qcompress.sources.pickles.machine import Unpickled
+from qcompress.sources.pickles.standins import Name
+from qcompress.user_code import find_object
+
+# Names beside classes that torch.nn modules carry as attributes; each computes on tensors and does nothing else.
+_HARMLESS: Final = frozenset(
+    {
+        "torch.nn.functional.relu",
+        "torch.nn.functional.gelu",
+        "torch.nn.functional.silu",
+        "torch.nn.functional.tanh",
+        "torch.nn.functional.sigmoid",
+        "torch._C._nn.gelu",
+    }
+)
+# What torch's restricted unpickler knows by itself, as far as a module's pickle needs it.
+_KNOWN_TO_TORCH: Final = frozenset(
+    {
+        "collections.OrderedDict",
+        "collections.Counter",
+        "builtins.set",
+        "builtins.dict",
+        "builtins.list",
+        "builtins.bytearray",
+        "_codecs.encode",
+        "torch.Size",
+        "torch.Tensor",
+        "torch.device",
+        "torch.nn.parameter.Parameter",
+        "torch.nn.parameter.Buffer",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch._tensor._rebuild_from_type_v2",
+    }
+)
+WAYS_OUT: Final = (
+    "save a .pt2 (torch.export.save), or a state dict and name its architecture with --arch, or allow the class with "
+    "--allow-class {example}. Only if you trust whoever made the file: --trust-pickle."
+)
+
+
+def module_class(name: Name) -> type | None:
+    """The torch.nn class of that name, or None; looked up among what torch has imported, never imported.
+
+    A name that torch.nn merely re-exports (`torch.nn.modules.module.functools`) is none of its classes.
+
+    >>> import torch
+    >>> module_class(Name("torch.nn.modules.conv", "Conv2d")) is torch.nn.Conv2d
+    True
+    >>> module_class(Name("torch.nn.modules.module", "functools")) is None
+    True
+    """
+    import torch
+
+    if not name.module.startswith("torch.nn.modules.") or not name.name.isidentifier():
+        return None
+    found = vars(sys.modules.get(name.module, object)).get(name.name)
+    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+        return None
+    return found if (found.__module__, found.__name__) == (name.module, name.name) else None
+
+
+def allow_list(pickled: Unpickled, allow_classes: Sequence[str], label: str) -> list[Any]:
+    """The classes and functions that torch's restricted unpickler must know, beyond its own, to read a pickled module.
+
+    Args:
+        pickled: the contents of the pickle.
+        allow_classes: `pkg.mod:Cls` as the user wrote them; only these are imported.
+        label: the file's name in messages.
+
+    Raises:
+        UnsafeFileError: the pickle names other classes, or calls an allowed one with arguments of its own choice.
+        SourceError: an allowed class cannot be found.
+    """
+    granted = {spec: _granted(spec) for spec in allow_classes}
+    allowed: list[Any] = []
+    refused: list[Name] = []
+    for name in pickled.names:
+        if (own := module_class(name)) is not None:
+            allowed.append(own)
+        elif str(name) in _HARMLESS:
+            allowed.append((_harmless(name), str(name)))
+        elif (match := _match(name, granted)) is not None:
+            allowed.append((match, str(name)))
+        elif not _torch_knows(name):
+            refused.append(name)
+    if refused:
+        raise refusal(refused, label)
+    for made in pickled.stand_ins:
+        if _match(made.made_by, granted) is None and not _ARGUMENTS.get(str(made.made_by), _none)(made.args):
+            raise UnsafeFileError(
+                f"{label} is refused: its pickle calls {made.made_by} with {_shown(made.args)}, which torch.save does "
+                "not write and which could take any amount of memory. Nothing of it was run."
+            )
+    return allowed
+
+
+def _none(args: tuple[Any, ...]) -> bool:
+    return not args
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    return all(isinstance(arg, str | int | None) for arg in args)
+
+
+def _one_container(args: tuple[Any, ...]) -> bool:
+    return len(args) == 1 and isinstance(args[0], tuple | list | dict)
+
+
+# Arguments that these calls may have; any other call, those of torch.nn's classes for example, must have none.
+_ARGUMENTS: Final[Mapping[str, Callable[[tuple[Any, ...]], bool]]] = {
+    "torch.Size": _one_container,
+    "torch.device": _plain,
+    "_codecs.encode": _plain,
+    "collections.Counter": _one_container,
+}
+
+
+def _shown(args: tuple[Any, ...]) -> str:
+    """Arguments in few words; those of a hostile file may be endless."""
+    shown = [repr(arg)[:40] if isinstance(arg, str | int | float | None) else type(arg).__name__ for arg in args[:3]]
+    return f"the arguments {', '.join(shown)}{', …' if len(args) > 3 else ''}"
+
+
+def calls(names: Iterable[Name]) -> list[Name]:
+    """The names that are neither torch's own data nor torch.nn's classes by their spelling; needs no torch.
+
+    >>> [str(n) for n in calls([Name("torch._utils", "_rebuild_tensor_v2"), Name("posix", "system")])]
+    ['posix.system']
+    """
+    return [
+        n
+        for n in names
+        if str(n) not in _KNOWN_TO_TORCH
+        and not n.module.startswith("torch.nn.modules.")
+        and not (n.module in ("torch", "torch.storage") and n.name.endswith("Storage"))
+    ]
+
+
+def refusal(names: Sequence[Name], label: str) -> UnsafeFileError:
+    """The error that lists foreign names and the ways out."""
+    listed = ", ".join(str(n) for n in names[:10]) + (", …" if len(names) > 10 else "")
+    first = names[0]
+    module = "your_module" if first.module == "__main__" else first.module
+    return UnsafeFileError(
+        f"{label} is a pickle that needs code which is not part of torch.nn: {listed}. Nothing of it was run. "
+        "Ways out: " + WAYS_OUT.format(example=f"{module}:{first.name}")
+    )
+
+
+def _granted(spec: str) -> type:
+    found = find_object(spec, "--allow-class")
+    if not isinstance(found, type):
+        raise SourceError(f"--allow-class {spec}: a class is needed, it is of type {type(found).__name__}.")
+    return found
+
+
+def _match(name: Name, granted: dict[str, type]) -> type | None:
+    for spec, found in granted.items():
+        place, _, attribute = spec.rpartition(":")
+        # a script's own classes are saved as of __main__, whatever module they are imported from later
+        if name.name == attribute and name.module in (place, found.__module__, "__main__"):
+            return found
+    return None
+
+
+def _torch_knows(name: Name) -> bool:
+    if str(name) in _KNOWN_TO_TORCH:
+        return True
+    return name.module in ("torch", "torch.storage") and (name.name.endswith("Storage") or name.name in _dtypes())
+
+
+def _dtypes() -> frozenset[str]:
+    import torch
+
+    return frozenset(n for n, v in vars(torch).items() if isinstance(v, torch.dtype))
+
+
+def _harmless(name: Name) -> Any:
+    return vars(sys.modules[name.module])[name.name]

@@ -1,0 +1,1 @@
+"""Sources of files that torch.export.save wrote, checked before torch reads them."""

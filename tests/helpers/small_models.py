@@ -1,0 +1,113 @@
+"""One small trained-looking model and what it writes, made once per run: tracing takes seconds."""
+
+import functools
+import io
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from qcompress.compressed.model import CompressedModel
+from qcompress.graph.options import ProgramOptions
+from qcompress.graph.program import FloatProgram
+from qcompress.graph.tracing import from_exported
+from qcompress.plan.plan import Plan
+from qcompress.plan.settings import Settings
+from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import PosthocSettings
+from qcompress_exporters import build
+from qcompress_exporters.onnx_format.trace import Trace, trace
+from qcompress_exporters.report import Built
+from tests.helpers import quick_torch
+from tests.helpers.nets import randomized
+
+quick_torch.look_up_once()
+
+LAYERS = ("stem", "left", "right", "head")
+
+
+class Net(nn.Module):
+    """Two convolutions of the same shape, BatchNorm, a linear head."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.left = nn.Conv2d(8, 8, 3)
+        self.right = nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn(self.stem(x)).relu()
+        return self.head((self.left(x).relu() + self.right(x)).mean((2, 3)))
+
+
+def net(seed: int = 0) -> nn.Module:
+    """In eval mode, the same for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return randomized(Net(), seed)
+
+
+def images(samples: int = 60, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Inputs of `Net`."""
+    return np.random.default_rng(seed).standard_normal((samples, 3, 8, 8)).astype(np.float32)
+
+
+@functools.cache
+def exported(seed: int = 0) -> torch.export.ExportedProgram:
+    """`net(seed)` with a dynamic batch."""
+    batch = ({0: torch.export.Dim("batch")},)
+    return torch.export.export(net(seed), (torch.from_numpy(images(2)),), dynamic_shapes=batch)
+
+
+@functools.cache
+def pt2(seed: int = 0) -> bytes:
+    """The same as a file."""
+    buffer = io.BytesIO()
+    torch.export.save(exported(seed), buffer)
+    return buffer.getvalue()
+
+
+@functools.cache
+def npz() -> bytes:
+    """`x`, and as `y` what `net()` says of most of it."""
+    x = images()
+    with torch.no_grad():
+        y = net()(torch.from_numpy(x)).numpy().argmax(1)
+    y[::7] = 0
+    buffer = io.BytesIO()
+    np.savez(buffer, x=x, y=y)
+    return buffer.getvalue()
+
+
+@functools.cache
+def program(seed: int = 0) -> FloatProgram:
+    """`net(seed)` as a float program."""
+    return from_exported(exported(seed), ProgramOptions())
+
+
+@functools.cache
+def compressed(seed: int = 0) -> CompressedModel:
+    """4 bits and one palette; `left` and `right`, which are alike: 2 bits, four palettes of four entries."""
+    plan = Plan(default=Settings(bits=4), name={"[lr]*t.weight": Settings(bits=2, rows_per_lut=2)})
+    return compress_program(program(seed), plan, PosthocSettings(effort="fast"), source_digest="0123456789a")
+
+
+@functools.cache
+def built(seed: int = 0) -> Built:
+    """The ONNX file of `compressed(seed)`, in memory."""
+    return build(compressed(seed))
+
+
+def trace_once(program: FloatProgram) -> Trace:
+    """`trace`, remembered: weights are open in it, so that only the graph counts."""
+    shapes = {name: tuple(value.shape) for name, value in program.state().items()}
+    key = repr((str(program.exported.graph), shapes, program.input_names, program.output_names, program.dynamic))
+    if key not in _TRACES:
+        _TRACES[key] = trace(program)
+    return _TRACES[key]
+
+
+_TRACES: dict[str, Trace] = {}
