@@ -1,12 +1,11 @@
 """Our files in OpenVINO and MNN: how far their outputs are from onnxruntime's, held to a bar, and what that costs.
 
     make runtimes DATA=DIR                                  # sets up both runtimes, each in a venv of its own
-    python benchmarks/runtimes.py --data DIR [--bits 8 7 6 5 4 3 2 1] [--target TARGET] [--native TARGET]
+    python benchmarks/runtimes.py --data DIR [--bits 8 7 6 5 4 3 2 1] [--target TARGET]
                                   [--runtimes DIR] [--samples 64] [--json FILE]
 
 `--data` holds the nets and images of `_nets.py`. Files are written for `--target` (default: the library's) with
-`--effort fast`. `--native` is the target whose file sizes stand beside. `--runtimes` holds a venv per runtime
-(`build/runtimes`); only those that are there are run.
+`--effort fast`. `--runtimes` holds a venv per runtime (`build/runtimes`); only those that are there are run.
 
 A difference is the largest one of any output of any image, over the outputs' spread: the root mean square over all
 outputs of their standard deviation over the images. The first row is the float file: what the runtime itself costs,
@@ -28,11 +27,12 @@ import onnxruntime
 from _common import Bar
 from _nets import NETS
 
-from qcompress.plan import Plan
+from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build
-from qcompress_exporters.onnx_file import float_file
-from qcompress_exporters.trace import trace
+from qcompress_exporters.onnx_format.file import float_file
+from qcompress_exporters.onnx_format.trace import trace
 
 HERE = Path(__file__).resolve().parent
 # Each runtime's script; it runs in the venv of the same name.
@@ -40,7 +40,11 @@ RUNTIMES = {"openvino": "_run_openvino.py", "mnn": "_run_mnn.py"}
 NET = "resnet20"
 FLOAT = "float"
 MOST_DIFFERENCE = 1e-4  # of the outputs' spread
-MOST_MORE = 1000  # bytes more than for the native target
+MOST_MORE = 1000  # bytes more than BEFORE
+# Bytes of the files when the default target was onnxruntime==1.24, by bits.
+BEFORE = {
+    8: 297_435, 7: 259_523, 6: 216_758, 5: 180_664, 4: 145_290, 3: 111_604, 2: 75_949, 1: 43_547,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,15 @@ class Row:
 
     Args:
         name: of the file: `float`, or `w4` and so on.
-        nbytes: its size for `--target`.
-        native_nbytes: its size for `--native`.
+        nbytes: its size.
+        more: bytes more than BEFORE; 0 for the float file.
         opset: its opset.
         differences: by runtime, over the spread; a text where the runtime refuses the file.
     """
 
     name: str
     nbytes: int
-    native_nbytes: int
+    more: int
     opset: int
     differences: dict[str, float | str]
 
@@ -68,7 +72,6 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 7, 6, 5, 4, 3, 2, 1], choices=range(1, 9))
     parser.add_argument("--target", help="default: the library's own")
-    parser.add_argument("--native", default="onnxruntime==1.24")
     parser.add_argument("--runtimes", type=Path, default=Path("build/runtimes"))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--json", type=Path)
@@ -78,7 +81,7 @@ def main() -> int:
         parser.error(f"{args.runtimes} holds none of the venvs {', '.join(RUNTIMES)}: run `make runtimes DATA=DIR`.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files, native = exported(args)
+        files = exported(args)
         inputs = next(iter(NETS[NET].test_data(args.data).batches(args.samples))).inputs
         wanted = written(folder, files, inputs)
         versions = {runtime: run(runtime, python, folder) for runtime, python in pythons.items()}
@@ -86,7 +89,7 @@ def main() -> int:
             Row(
                 file,
                 len(data),
-                native.get(file, len(data)),
+                0 if file == FLOAT else len(data) - BEFORE[int(file[1:])],
                 onnx.load_from_string(data).opset_import[0].version,
                 {runtime: difference(wanted[file], folder / f"{file}.{runtime}.npz") for runtime in pythons},
             )
@@ -98,7 +101,6 @@ def main() -> int:
     if args.json is not None:
         found = {
             "target": args.target or "default",
-            "native": args.native,
             "versions": {"onnxruntime": onnxruntime.__version__, **versions},
             "rows": [asdict(r) for r in rows],
         }
@@ -106,16 +108,16 @@ def main() -> int:
     return int(any(bar.verdict == "FAIL" for bar in bars))
 
 
-def exported(args: argparse.Namespace) -> tuple[dict[str, bytes], dict[str, int]]:
-    """The float file and ours by name, and the sizes of ours for the native target."""
-    program, native, files = NETS[NET].program(args.data), dict[str, int](), dict[str, bytes]()
+def exported(args: argparse.Namespace) -> dict[str, bytes]:
+    """The float file and ours, by name."""
+    program, files = NETS[NET].program(args.data), dict[str, bytes]()
     target = {} if args.target is None else {"target": args.target}
     for bits in args.bits:
-        small = compress_program(program, Plan.from_flags(bits=bits), effort="fast")
-        files.setdefault(FLOAT, float_file(trace(small.program), small.program.state()))
+        small = compress_program(program, Plan.from_flags(bits=bits), PosthocSettings(effort="fast"))
+        if not files:
+            files[FLOAT] = float_file(trace(small.program), small.program.state())
         files[f"w{bits}"] = build(small, **target).data
-        native[f"w{bits}"] = build(small, target=args.native).report.size.file
-    return files, native
+    return files
 
 
 def written(folder: Path, files: dict[str, bytes], inputs: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -163,13 +165,12 @@ def show(rows: list[Row], versions: dict[str, str], args: argparse.Namespace) ->
     print(f"{'file':6} {'opset':>5} {'bytes':>11} {'more':>7} " + " ".join(f"{name:>10}" for name in versions))
     for row in rows:
         texts = [f"{d:10.1e}" if isinstance(d, float) else f"{'refused':>10}" for d in row.differences.values()]
-        more = f"{row.nbytes - row.native_nbytes:+,}"
-        print(f"{row.name:6} {row.opset:5} {row.nbytes:11,} {more:>7} " + " ".join(texts))
+        print(f"{row.name:6} {row.opset:5} {row.nbytes:11,} {row.more:>+7,} " + " ".join(texts))
     for row in rows:
         for runtime, found in row.differences.items():
             if isinstance(found, str):
                 print(f"{runtime} refuses {row.name}: {found}")
-    print(f"bytes more than for {args.native}; differences from onnxruntime over the outputs' spread")
+    print("more: bytes more than for onnxruntime==1.24 before; differences from onnxruntime over the outputs' spread")
 
 
 def bars_of(rows: list[Row]) -> list[Bar]:
@@ -179,7 +180,7 @@ def bars_of(rows: list[Row]) -> list[Bar]:
         for runtime, found in row.differences.items():
             value = found if isinstance(found, float) else float("inf")
             bars.append(Bar(f"{row.name} in {runtime}, difference over the spread", value, MOST_DIFFERENCE))
-        bars.append(Bar(f"{row.name}, bytes more", row.nbytes - row.native_nbytes, MOST_MORE))
+        bars.append(Bar(f"{row.name}, bytes more", row.more, MOST_MORE))
     return bars
 
 
