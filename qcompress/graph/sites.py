@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 from torch.fx import Node
 
+from qcompress.deployment import DEFAULT
 from qcompress.errors import ConfigError
 from qcompress.graph.layers import LAYER_KINDS, Layer, data_input, layers, named_uses
 from qcompress.graph.nodes import moves, row_of
@@ -44,7 +45,10 @@ class Site:
 
 
 def activation_sites(
-    program: FloatProgram, activation_bits: Mapping[str, int], placement: Placement = "deploy"
+    program: FloatProgram,
+    activation_bits: Mapping[str, int],
+    placement: Placement = "deploy",
+    fused: frozenset[str] = DEFAULT.fused,
 ) -> tuple[Site, ...]:
     """Return the values of a program that are quantized, in the order in which the graph computes them.
 
@@ -52,9 +56,9 @@ def activation_sites(
         program: with BatchNorm folded.
         activation_bits: bits of each layer's input, by the qualified name of its weight; all other layers take float
             activations.
-        placement: `deploy`: everything that onnxruntime fuses: inputs of layers, outputs of convolutions, and, at 8
-            bits, operands and outputs of the sums, products, poolings and concatenations in between. `paper`: inputs
-            of layers only.
+        placement: `deploy`: everything that the target fuses: inputs of layers, outputs of convolutions, and, at 8
+            bits, operands and outputs of the operators in between that `fused` names. `paper`: inputs of layers only.
+        fused: see `Deployment.fused`.
 
     Returns:
         Sites. A value that only layers of one width take has that width; any other has 8 bits. Operands of sums keep 8,
@@ -66,7 +70,7 @@ def activation_sites(
     """
     if placement not in PLACEMENTS:
         raise ConfigError(f"placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}.")
-    return _Finder(program, activation_bits, placement).sites()
+    return _Finder(program, activation_bits, placement, fused).sites()
 
 
 def layer_input_sites(program: FloatProgram, weights: Iterable[str]) -> tuple[Site, ...]:
@@ -78,10 +82,13 @@ def layer_input_sites(program: FloatProgram, weights: Iterable[str]) -> tuple[Si
 class _Finder:
     """The state of one search; see `activation_sites`."""
 
-    def __init__(self, program: FloatProgram, activation_bits: Mapping[str, int], placement: Placement) -> None:
+    def __init__(
+        self, program: FloatProgram, activation_bits: Mapping[str, int], placement: Placement, fused: frozenset[str]
+    ) -> None:
         self.exported = program.exported
         self.bits = activation_bits
         self.paper = placement == "paper"
+        self.fused = fused
         self.state = state_nodes(program.exported)
         self.names = dict(zip((s.name for s in user_inputs(program.exported)), program.input_names, strict=True))
         self.uses = {use.node: name for name, use in named_uses(program).items()}
@@ -136,19 +143,22 @@ class _Finder:
 
     def _give(self, node: Node) -> None:
         """Note that an operator's output is quantized, behind the clamps that a quantizer absorbs."""
-        while len(node.users) == 1 and row_of(user := next(iter(node.users))).clamps and user.args[0] is node:
+        while "clamps" in self.fused and len(node.users) == 1:
+            user = next(iter(node.users))
+            if not row_of(user).clamps or user.args[0] is not node:
+                break
             node = user
         self._take(node)
 
     def _operands(self, node: Node) -> list[Node]:
-        """Return an operator's activations if onnxruntime computes it in integers and one of them is quantized."""
+        """Return an operator's activations if the target computes it on codes and one of them is quantized."""
         row = row_of(node)
         candidates: Sequence[Any] = ()
-        if row.sums and not node.kwargs:
+        if row.sums and "sums" in self.fused and not node.kwargs:
             candidates = node.args
-        elif row.pools or (row.averages and _is_spatial(node)):
+        elif (row.pools and "pools" in self.fused) or (row.averages and "averages" in self.fused and _is_spatial(node)):
             candidates = node.args[:1]
-        elif row.joins:
+        elif row.joins and "joins" in self.fused:
             candidates = node.args[0]  # type: ignore[assignment]
         operands = [a for a in candidates if isinstance(a, Node)]
         if len(operands) < len(candidates) or not all(is_float_activation(a) and a not in self.state for a in operands):

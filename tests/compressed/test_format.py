@@ -185,7 +185,8 @@ def test_the_report_lists_the_activation_grids() -> None:
             "offset": float(-np.float32(1 / 3) / 4), "bits": 2, "signed": False,
         },
         {
-            "kind": "thresholds", "site": ["scaled.weight", 0], "scale": float(np.float32(1 / 3)), "zero_point": 0, "offset": 0.0, "bits": 2,
+            "kind": "thresholds", "site": ["scaled.weight", 0], "scale": float(np.float32(1 / 3)), "zero_point": 0,
+            "offset": 0.0, "bits": 2,
             "thresholds": np.sort(np.sin([1, 2, 3])).astype(np.float32).tolist(),
         },
     ]  # fmt: skip
