@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops.map import map as map_over
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
+from torch.nn import functional
 
 from qcompress.errors import SourceError
 from qcompress.graph.options import ProgramOptions
@@ -91,6 +95,74 @@ def test_rich_graphs_pass_the_checks(tmp_path):
     expected, got = net(ids, pair), again(ids, pair, mask=None)
     torch.testing.assert_close(got["pooled"], expected["pooled"], rtol=0, atol=0)
     torch.testing.assert_close(got["rest"], expected["rest"], rtol=0, atol=0)
+
+
+class ControlFlow(nn.Module):
+    """Graphs inside graphs: a branch, a loop, a scan and a map."""
+
+    def forward(self, x):
+        y = torch.cond(x.sum() > 0, lambda t: t.sin(), lambda t: t.cos(), (x,))
+        _, z = while_loop(lambda i, v: i < 3, lambda i, v: (i + 1, v * 2), (torch.tensor(0), x))
+        last, steps = scan(lambda c, v: (c + v, (c * v).clone()), torch.zeros(4), x)
+        return y, z, last, steps, map_over(lambda v: v.sin(), x)
+
+
+class Symbols(nn.Module):
+    """Sizes that are computed, from the batch and from the data."""
+
+    def forward(self, x):
+        found = x.nonzero()
+        torch._check(found.shape[0] > 1)
+        half = x.reshape(x.shape[0] * 2, -1).repeat(1, x.shape[0] // 2 + 1)
+        return half + max(x.shape[0], 3) + x.shape[0] ** 0.5, found.sum() + found.shape[0], x * (x.shape[0] / 3)
+
+
+class Values(nn.Module):
+    """Arguments of every type: texts, infinities, complex numbers, dtypes, lists of tensors, some of them absent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bag = nn.Linear(4, 4), nn.EmbeddingBag(10, 4)
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("fixed", torch.ones(4), persistent=False)
+        self.constant = torch.arange(4.0)
+
+    def forward(self, x):
+        self.count += 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = self.fc(x)
+        a, b = x.split([1, 3], 1)
+        texts = (
+            torch.einsum("bi,bj->bij", x, x),
+            functional.pad(x[:, None], (1, 1), mode="reflect"),
+            torch.div(x, 3, rounding_mode="floor"),
+        )
+        odd = x.masked_fill(x > 0, float("-inf")), torch.full_like(x, float("nan")).nan_to_num(), x * (1 + 2j)
+        types = x.to(torch.float16), x.to(torch.float8_e4m3fn).float(), torch.arange(3, dtype=torch.int16, device="cpu")
+        picked = x[:, [0, 2]], x[None, :, torch.tensor([1])], self.bag((x.abs() * 3).long() % 10)
+        return (
+            low,
+            a,
+            b,
+            texts,
+            odd,
+            types,
+            picked,
+            self.fixed + self.constant + torch.tensor([1.0, 2, 3, 4]) + self.count,
+        )
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of itself while it exports
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("make", [ControlFlow, Symbols, Values])
+def test_no_legal_graph_is_refused(tmp_path, make, dynamic):
+    torch.manual_seed(0)
+    x = torch.randn(4, 4)
+    shapes = ({0: torch.export.Dim.AUTO},) if dynamic else None
+    exported = torch.export.export(make().eval(), (x,), dynamic_shapes=shapes)
+    torch.export.save(exported, tmp_path / "m.pt2")
+    again = load_exported(tmp_path / "m.pt2").module()
+    torch.testing.assert_close(again(x), exported.module()(x), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns of itself while it exports
