@@ -21,8 +21,8 @@ from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight, SiteGri
 from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.compressed.model import LayerGain
 from qcompress.graph.conversion import to_numpy, to_torch
+from qcompress.graph.marks import rounding
 from qcompress.graph.program import Arrays, FloatProgram
-from qcompress.graph.sites import rounding
 from qcompress.palettes.even_grid import REDUCED_BITS
 from qcompress.palettes.int8_palette import LARGEST, LARGEST_REDUCED
 from qcompress.palettes.vector import palettize_vectors

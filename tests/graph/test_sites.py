@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 from qcompress.errors import ConfigError
-from qcompress.graph.sites import OUTPUT, activation_sites, mark
+from qcompress.graph.marks import mark
+from qcompress.graph.sites import OUTPUT, activation_sites
 from tests.helpers.nets import image, traced
 
 

@@ -9,7 +9,7 @@ from qcompress.artifacts import FloatWeight
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
 from qcompress.graph.layers import weight_layers
-from qcompress.graph.sites import MarkedRunner, mark
+from qcompress.graph.marks import MarkedRunner, mark
 from qcompress.graph.tensors import program_tensors
 from qcompress.plan.plan import Plan
 from qcompress.plan.resolve import resolve

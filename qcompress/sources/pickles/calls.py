@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qcompress.errors import SourceError, UnsafeFileError
 from qcompress.graph.conversion import TORCH_DTYPES
-from qcompress.sources.pickles.standins import Name, StandIn, StorageRef, TensorRef
+from qcompress.sources.pickles.standins import Name, StandIn, StorageRef, TensorRef, shown
 from qcompress.sources.strided import MAX_AXES, Strided
 
 if TYPE_CHECKING:
     from qcompress.sources.pickles.machine import Machine
 
 Args = tuple[Any, ...]
+_PLAIN: Final = frozenset({str, int, float, bool, bytes, type(None), Name, StandIn})
 _ENCODE: Final = "_codecs.encode"  # how Python wrote bytes before protocol 3
 _LARGEST: Final = 1 << 63  # sizes are 64-bit integers; larger ones could not even be printed
 
@@ -26,13 +27,9 @@ def safe_key(key: Any) -> Any:
     >>> safe_key("w"), safe_key(("w", 3)), safe_key((("w",),))[:9]
     ('w', ('w', 3), '<tuple at')
     """
-    if _is_plain(key) or (isinstance(key, tuple) and all(map(_is_plain, key))):
+    if type(key) in _PLAIN or (type(key) is tuple and all(type(k) in _PLAIN for k in key)):
         return key
     return f"<{type(key).__name__} at {id(key)}>"
-
-
-def _is_plain(key: Any) -> bool:
-    return isinstance(key, str | int | float | bytes | Name | StandIn | None)
 
 
 def _pairs(machine: "Machine", args: Args) -> Iterable[tuple[Any, Any]]:
@@ -79,7 +76,7 @@ def _reference(
     if max(len(shape), len(stride)) > MAX_AXES:
         raise SourceError(f"{machine.label} is damaged: a tensor in it has over {MAX_AXES} axes.")
     if not all(type(n) is int and -_LARGEST <= n < _LARGEST for n in (offset, *shape, *stride)):
-        raise SourceError(f"{machine.label} is damaged: a size of a tensor in it is no 64-bit integer.")
+        raise SourceError(f"{machine.label} is damaged: a size of a tensor in it is not a 64-bit integer.")
     name = dtype or storage.dtype
     if name not in TORCH_DTYPES:
         raise SourceError(f"{machine.label}: a tensor of dtype {name[:40]} is not readable.")
@@ -99,8 +96,8 @@ def _subclass(machine: "Machine", args: Args) -> Any:
 def _bytearray(machine: "Machine", args: Args) -> StandIn:
     if args and not (isinstance(args[0], bytes) or (isinstance(args[0], StandIn) and str(args[0].made_by) == _ENCODE)):
         raise UnsafeFileError(
-            f"{machine.label} is refused: its pickle asks for a bytearray of {str(args[0])[:40]} bytes that are not in "
-            "the file. Nothing of it was run."
+            f"{machine.label} is refused: its pickle asks for a bytearray made of {shown(args[0])}, which is not what "
+            "torch.save writes and could be of any size. Nothing of it was run."
         )
     return StandIn(Name("builtins", "bytearray"), args)
 
