@@ -39,7 +39,7 @@ build/runtimes/%/.set-up: benchmarks/requirements-%.txt
 	@touch $@
 
 runtimes: data-is-given $(SET_UP) $(RUNTIMES)
-	$(BIN)/python benchmarks/runtimes.py --data $(DATA)
+	$(BIN)/python benchmarks/runtimes.py --data $(DATA) --json benchmarks/results/runtimes.json
 
 data-is-given:
 	@test -d "$(DATA)" || { echo "DATA must be the folder of the nets and images: make runtimes DATA=DIR"; exit 2; }
