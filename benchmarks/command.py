@@ -94,9 +94,10 @@ def alone(step: str, name: str, folder: Path, bits: int) -> float:
         return time.process_time() - start
     from qcompress.plan.plan import Plan
     from qcompress.posthoc.compress import compress_program
+    from qcompress.posthoc.settings import PosthocSettings
 
     program, start = net.program(folder), time.process_time()
-    compress_program(program, Plan.from_flags(bits=bits), effort="fast")
+    compress_program(program, Plan.from_flags(bits=bits), PosthocSettings(effort="fast"))
     return time.process_time() - start
 
 

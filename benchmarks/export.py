@@ -25,6 +25,7 @@ from qcompress.graph.program import FloatProgram
 from qcompress.metrics.metric import load_metric
 from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build, validate
 from qcompress_exporters.onnx_format.file import float_file
 from qcompress_exporters.onnx_format.trace import trace
@@ -58,7 +59,7 @@ def measure(net: Net, args: argparse.Namespace) -> list[dict[str, Any]]:
 def row(program: FloatProgram, bits: int, data: Dataset, rounds: int) -> dict[str, Any]:
     """Export at one width and measure the file."""
     start = time.process_time()
-    small = compress_program(program, Plan.from_flags(bits=bits), effort="fast")
+    small = compress_program(program, Plan.from_flags(bits=bits), PosthocSettings(effort="fast"))
     compress_s = time.process_time() - start
     built = build(small)
     size = built.report.size

@@ -28,6 +28,7 @@ from _nets import NETS, Net
 
 from qcompress.compressed.model import CompressedModel
 from qcompress.data.dataset import Dataset
+from qcompress.deployment import Compute
 from qcompress.errors import QCompressError
 from qcompress.graph.batchnorm import fold_batchnorm
 from qcompress.graph.options import ProgramOptions
@@ -37,6 +38,7 @@ from qcompress.graph.tracing import from_module
 from qcompress.metrics.metric import MetricResult, compare, load_metric
 from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build, validate
 from qcompress_exporters.onnx_format.file import float_file, sites_of
 from qcompress_exporters.onnx_format.trace import trace
@@ -219,10 +221,19 @@ def float_of(program: FloatProgram) -> bytes:
     return float_file(trace(folded), folded.state())
 
 
-def add_ours(group: Group, label: str, program: FloatProgram, plan: Plan, parity: Dataset, **how: Any) -> None:
+def add_ours(
+    group: Group,
+    label: str,
+    program: FloatProgram,
+    plan: Plan,
+    parity: Dataset,
+    *,
+    calibration: Dataset | None = None,
+    compute: Compute | None = None,
+) -> None:
     """Compress once and write all formats; what cannot be is told at the end, not fatal."""
     try:
-        small = compress_program(program, plan, **how)
+        small = compress_program(program, plan, PosthocSettings(compute=compute), calibration=calibration)
     except QCompressError as e:
         group.refused[label] = str(e)
         return

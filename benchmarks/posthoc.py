@@ -39,7 +39,8 @@ from qcompress.graph.batchnorm import fold_batchnorm
 from qcompress.graph.program import FloatProgram
 from qcompress.metrics.metric import compare, load_metric
 from qcompress.plan.plan import Plan
-from qcompress.posthoc.compress import Effort, compress_program
+from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import Effort, PosthocSettings
 from qcompress.solvers import SOLVERS
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format.file import float_file
@@ -258,7 +259,8 @@ def ours(program: FloatProgram, calibration: Dataset, task: Task) -> bytes:
     recipe = RECIPES[task.recipe]
     given = calibration if recipe.has_data else None
     plan = Plan.from_flags(bits=task.bits)
-    return build(compress_program(program, plan, calibration=given, effort=recipe.effort, solver=recipe.solver)).data
+    settings = PosthocSettings(effort=recipe.effort, solver=recipe.solver)
+    return build(compress_program(program, plan, settings, calibration=given)).data
 
 
 def torch_outputs(small: Palettized, batches: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:

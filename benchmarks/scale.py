@@ -70,6 +70,7 @@ def measure(step: str, bits: int) -> dict[str, Any]:
     from qcompress.graph.tracing import from_module
     from qcompress.plan.plan import Plan
     from qcompress.posthoc.compress import compress, compress_program
+    from qcompress.posthoc.settings import PosthocSettings
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -86,7 +87,7 @@ def measure(step: str, bits: int) -> dict[str, Any]:
             compress(model, Plan.from_flags(bits=bits), example_inputs={"input_ids": ids}, effort="fast")
         else:  # as the command does it, which has the model for itself
             program = from_module(model, ProgramOptions(inputs={"input_ids": ids.numpy()}, shares=True))
-            small = compress_program(program, Plan.from_flags(bits=bits), effort="fast")
+            small = compress_program(program, Plan.from_flags(bits=bits), PosthocSettings(effort="fast"))
             qcompress_exporters.export(small, path)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"cpu_s": time.process_time() - start, "peak": peak - before, "fp32": fp32}

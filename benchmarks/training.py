@@ -32,7 +32,8 @@ from qcompress.data.dataset import Dataset, load_data
 from qcompress.finetune.attach import Prepared, prepare
 from qcompress.finetune.loop import LoopConfig, train
 from qcompress.finetune.methods import Methods
-from qcompress.plan.plan import Plan, Settings
+from qcompress.plan.plan import Plan
+from qcompress.plan.settings import Settings
 from qcompress.regularizers import BinRegularizer, RangeRegularizer
 from qcompress_exporters import build
 from qcompress_exporters.parity.sessions import run, session

@@ -3,9 +3,16 @@
 Instances live with the formats that write for such a place; the core sees this protocol and nothing else of them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Final, Literal, Protocol, final, runtime_checkable
+
+import numpy as np
+
+from qcompress.artifacts import PalettizedWeight
+from qcompress.artifacts.granularity import lut_groups
+from qcompress.artifacts.packing import packed_nbytes
 
 # What layers compute in: floats; int8 with the model's activation grids; int8 with activation scales found at run time.
 Compute = Literal["float", "int8", "dynamic8"]
@@ -64,7 +71,10 @@ class Deployment(Protocol):
 
     @property
     def largest_bias(self) -> int:
-        """Largest bias of an integer layer, in steps of the scales of its input and its weight."""
+        """Largest bias that an integer layer is left with, in steps of the scales of its input and its weight.
+
+        It leaves room for what the export folds into biases: free offsets of the layers' inputs.
+        """
 
     @property
     def largest_pair(self) -> int:
@@ -81,3 +91,50 @@ class Deployment(Protocol):
             axis: the axis that counts output channels.
             choice: how the weight is compressed.
         """
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generic:
+    """What all places have in common: compression takes it where no deployment is given.
+
+    Integer kernels everywhere multiply 8-bit codes, add the products in 32 bits, and add an int32 bias.
+
+    >>> DEFAULT.integer_kinds("int8"), DEFAULT.cost((8, 4), 0, Choice(artifact="palette", bits=2)).nbytes
+    (('conv', 'depthwise', 'linear'), 24)
+    """
+
+    name: str = "generic"
+    fused: frozenset[str] = frozenset({"clamps", "moves", "pads", "sums", "pools", "averages", "joins"})
+    largest_bias: int = 1 << 30  # half of what int32 holds
+    largest_pair: int = (1 << 15) - 1  # CPUs without VNNI add pairs of products in 16 bits
+
+    def integer_kinds(self, compute: Compute) -> tuple[str, ...]:
+        """Return the kinds of layers that compute in integers."""
+        kinds: Mapping[Compute, tuple[str, ...]] = {
+            "float": (),
+            "int8": ("conv", "depthwise", "linear"),
+            "dynamic8": ("linear",),
+        }
+        return kinds[compute]
+
+    def reads(self, bits: int) -> tuple[str, ...]:
+        """Return no encoding: that depends on the file's format."""
+        return ()
+
+    def cost(self, shape: tuple[int, ...], axis: int, choice: Choice) -> Cost:
+        """Return the bytes of packed codes, tables and scales, without any container."""
+        count, channels = math.prod(shape), shape[axis] if shape else 1
+        codes = -(-count // choice.vector_dim)
+        scales = channels if choice.scales else 0
+        if choice.block_size is not None:
+            scales = channels * -(-count // max(1, channels) // choice.block_size)
+        table = 0
+        if choice.artifact == PalettizedWeight.kind:
+            groups = lut_groups(channels, choice.rows_per_lut)
+            entries = min(1 << choice.bits, -(-codes // groups))
+            table = groups * entries * choice.vector_dim * np.dtype(choice.lut_dtype).itemsize
+        return Cost(nbytes=packed_nbytes(codes, choice.bits) + table + 4 * scales)
+
+
+DEFAULT: Final = Generic()

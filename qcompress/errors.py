@@ -1,7 +1,7 @@
 """One tree of exceptions: catchable as ours and, where it fits, as Python's.
 
-Every message says who, what was required, what came, and what to do about it. The command line prints the message
-alone and exits with `exit_code`; no traceback of these ever reaches a user.
+Every message says what was required, what came, and what to do about it. The command line prints only the message and
+exits with `exit_code`; it never shows a traceback of these errors.
 """
 
 import difflib
@@ -10,46 +10,46 @@ from typing import Final
 
 
 class QCompressError(Exception):
-    """Base of everything that qcompress raises on purpose."""
+    """Base of all errors that qcompress raises on purpose."""
 
     exit_code = 2
 
 
 class ConfigError(QCompressError, ValueError):
-    """A parameter, flag, plan or config file is wrong."""
+    """An argument, option, plan or config file is invalid."""
 
 
 class SourceError(QCompressError, ValueError):
-    """A model file cannot be read, or not for what was asked of it."""
+    """A model cannot be read, or cannot be used for the request."""
 
 
 class UnsafeFileError(SourceError):
-    """Reading the file as asked would run code that it carries."""
+    """Reading a file as requested would run code from it."""
 
 
 class DataError(QCompressError, ValueError):
-    """A data file (calibration, labels) does not fit the model or itself."""
+    """Calibration or test data does not fit the model, or contradicts itself."""
 
 
 class DivergenceError(QCompressError, ArithmeticError):
-    """Training went where no number is."""
+    """Training produced NaN or Inf."""
 
     exit_code = 1
 
 
 class OutputError(QCompressError, OSError):
-    """A file cannot be written where it was asked for."""
+    """A file cannot be written to the given path."""
 
 
 class DependencyError(QCompressError, ImportError):
-    """A package that this command needs is not installed."""
+    """A required package is not installed."""
 
 
 _EXTRA_OF: Final = {"onnxruntime": "validate"}
 
 
 def missing(package: str, what: str) -> DependencyError:
-    """The error for a package that is not installed, with the pip line that installs it.
+    """Return the error for a package that is not installed, with the pip line that installs it.
 
     >>> str(missing("onnxruntime", "validate"))
     "validate needs the package onnxruntime, which is not installed: pip install 'qcompress[validate]'"
@@ -61,7 +61,7 @@ def missing(package: str, what: str) -> DependencyError:
 
 
 def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:
-    """A trailing sentence that names the nearest legal words, or nothing.
+    """Return a trailing sentence that names the most similar known words, or an empty string.
 
     >>> did_you_mean("layer1.weigth", ["layer1.weight", "fc.bias"])
     ' Did you mean layer1.weight?'

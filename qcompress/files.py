@@ -1,4 +1,4 @@
-"""Files are written whole or not at all: beside, fsync, rename. An interrupted command leaves the old file."""
+"""Write files whole or not at all: to a temporary file, fsync, rename. An interrupted command leaves the old file."""
 
 import contextlib
 import os
@@ -10,16 +10,16 @@ from qcompress.errors import OutputError
 
 
 def check_writable(path: Path, *, force: bool = False, inputs: Iterable[Path] = (), flag: str | None = "-o") -> None:
-    """Refuse an output path before any work is done for it.
+    """Refuse an output path that cannot be written, before any work is done.
 
     Args:
-        path: where something shall be written.
+        path: the output path.
         force: whether an existing file may be replaced.
-        inputs: files that are never replaced, `force` or not; links to them included.
-        flag: the flag that names another path; None: there is none.
+        inputs: files that are never replaced, even with `force`, nor are links to them.
+        flag: the option that sets the path, for messages; None: there is no such option.
 
     Raises:
-        OutputError: the folder is missing or read-only, the file exists, is no regular file, or is one of the inputs.
+        OutputError: the folder is missing or read-only, or the file exists, is not a regular file, or is an input.
     """
     by = f" with {flag}" if flag else ""
     for given in inputs:
@@ -34,7 +34,7 @@ def check_writable(path: Path, *, force: bool = False, inputs: Iterable[Path] = 
     folder = path.parent
     if not folder.is_dir():
         raise OutputError(f"{path} cannot be written: the folder {folder} does not exist. Create it first.")
-    if not folder.stat().st_mode & 0o222:  # root could write there all the same; nobody meant it to
+    if not folder.stat().st_mode & 0o222:  # root could write there, but nobody wants that
         raise OutputError(f"{path} cannot be written: the folder {folder} is read-only. Name another place{by}.")
     try:
         handle, probe = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
@@ -48,7 +48,7 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
-        OutputError: it cannot be written; what was there before is still there.
+        OutputError: it cannot be written. An old file stays as it was.
     """
     temporary: str | None = None
     try:
@@ -76,7 +76,7 @@ def _umask() -> int:
 
 
 def sync(path: Path) -> None:
-    """Let what was written to a file or folder reach the disk, where the system can be asked for it."""
+    """Flush a file or folder to the disk, if the system supports it."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -1,1 +1,1 @@
-"""The command line: click and rich, no arithmetic."""
+"""The command line: options, reports and exit codes; it holds no arithmetic."""

@@ -1,7 +1,4 @@
-"""The command `qcompress`: finds the subcommand, runs it, and turns every ending into an exit code.
-
-The codes are in `exits`.
-"""
+"""The command `qcompress`: finds the subcommand, runs it, and turns every outcome into an exit code of `exits`."""
 
 import contextlib
 import importlib
@@ -18,25 +15,25 @@ from qcompress.errors import QCompressError, did_you_mean, missing
 from qcompress_cli.terminal.exits import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, OUR_BUG
 from qcompress_cli.terminal.text import printable
 
-# Every command: the module that holds it as `command`, and what `qcompress --help` says of it. A module is imported
-# when its command runs, so that help, version and the gate start at once.
+# Every command: the module that holds it as `command`, and its line in `qcompress --help`. A module is imported when
+# its command runs, so that help, version and the gate start at once.
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
-    "analyze": ("qcompress_cli.commands.analyze", "What is in a model, and what each width would cost."),
-    "inspect": ("qcompress_cli.commands.inspect", "The names, kinds and shapes that a plan can use."),
+    "analyze": ("qcompress_cli.commands.analyze", "Show what is in a model, and its bytes at each width."),
+    "inspect": ("qcompress_cli.commands.inspect", "List names, kinds and shapes of all tensors."),
     "export": ("qcompress_cli.commands.export", "Compress a model and write it as ONNX."),
-    "validate": ("qcompress_cli.commands.validate", "Measure a compressed file against its original."),
-    "gate": ("qcompress_cli.commands.gate", "Fail when a file outgrew its budget or stopped agreeing."),
+    "validate": ("qcompress_cli.commands.validate", "Compare a compressed file with its original."),
+    "gate": ("qcompress_cli.commands.gate", "Fail when a file breaks a limit on size or accuracy."),
 }
 
-# Packages outside the light base; a command that lacks one says which pip line installs it.
+# Packages outside the base installation; the error for a missing one names the pip command.
 _OPTIONAL: Final = ("torch", "onnxruntime", "onnx_ir", "onnxscript", "scipy", "sklearn")
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are asked for."""
+    """A group that imports a command when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands in the order of the table, which is the order of work."""
+        """Return the commands in the order of the table, which is the order of use."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -50,7 +47,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Name the nearest command where there is no such one."""
+        """Find a command; the error for an unknown one names the nearest."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
             hint = did_you_mean(name, COMMANDS) or f" Commands: {', '.join(COMMANDS)}."
@@ -63,20 +60,20 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, short) for name, (_, short) in COMMANDS.items()])
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
-        """Run and exit; click's test runner comes in here too."""
+        """Run and exit; this is where click's test runner enters too."""
         sys.exit(run(sys.argv[1:] if args is None else args))
 
 
 @click.group("qcompress", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=lambda c, p, v: _version(c, v))
 def cli() -> None:
-    """Make the weights of a trained model 1 to 8 bits wide, write an ONNX file that is really that small and that
+    """Compress the weights of a trained model to 1 to 8 bits, write an ONNX file that is really that small and that
     stock onnxruntime runs, and prove it.
     """
 
 
 def run(args: Sequence[str]) -> int:
-    """Run the command line and return its exit code; nothing is raised."""
+    """Run the command line and return its exit code; this never raises."""
     if not args:
         click.echo(cli.get_help(click.Context(cli, info_name="qcompress")), err=True)
         return BAD_INPUT
@@ -111,7 +108,7 @@ def _explain(error: Exception, args: Sequence[str]) -> int:
             _say(str(missing(package, f"qcompress {args[0]}")))
             return BAD_INPUT
     if isinstance(error, MemoryError):
-        _say(f"This machine has too little memory for it: {error or 'nothing is left'}.")
+        _say(f"This machine has too little memory for this: {error or 'out of memory'}.")
         return BAD_INPUT
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
@@ -119,7 +116,7 @@ def _explain(error: Exception, args: Sequence[str]) -> int:
         return BAD_INPUT
     what = " ".join(f"{type(error).__name__}: {error}".split())
     how = "" if "--debug" in args else " with the output of the same command with --debug"
-    _say(f"{what}\nThis is a bug in qcompress {_installed()}: please report it{how}.")
+    _say(f"{what}\nThis is a bug in qcompress {_installed()}; please report it{how}.")
     return OUR_BUG
 
 
@@ -133,7 +130,7 @@ def _where_help_is(error: click.ClickException) -> str:
 
 
 def _reader_gone() -> int:
-    """Nobody reads stdout any more: end without a word, also at the interpreter's own last flush."""
+    """End silently when nobody reads stdout any more, also at the last flush of the interpreter."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return BROKEN_PIPE

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
     from qcompress.data.dataset import Dataset
     from qcompress.deployment import Deployment
+    from qcompress.gate.validation import Validation
     from qcompress.graph.options import ProgramOptions
     from qcompress.graph.program import FloatProgram
     from qcompress.metrics.metric import Metric
@@ -100,7 +101,7 @@ class DeployedFile(Protocol):
     def options(self) -> "ProgramOptions":
         """Names of its inputs, outputs and dynamic axes: how the original is traced to compare with it."""
 
-    def validation(self) -> dict[str, Any] | None:
+    def validation(self) -> "Validation | None":
         """Return the stored measurements of `validate`; None if there are none."""
 
     def validate(self, program: "FloatProgram", data: "Dataset", how: Measuring) -> "ParityReport":

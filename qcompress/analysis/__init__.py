@@ -1,4 +1,4 @@
-"""What is in a model: statistics of every tensor, and the bytes that it would take at each width. numpy only.
+"""Analysis of a model: statistics of every tensor, and the bytes that it would take at each width. numpy only.
 
 `qcompress.analyze` is the function `analyze` of this package.
 """

@@ -1,7 +1,7 @@
-"""Statistics of one tensor, over its finite values, in chunks: memory stays bounded whatever the tensor's size.
+"""Statistics of one tensor over its finite values, in chunks: memory stays bounded whatever the tensor's size.
 
-Moments are exact to rounding also where the mean is large against the spread: values are scaled by a power of two
-(exact; keeps fourth powers from over- and underflowing), shifted by the smallest one, and centred on the mean of those.
+Moments are exact to rounding even if the mean is large against the standard deviation: values are scaled by a power of
+two (exact; fourth powers then neither overflow nor underflow), shifted by the smallest one, and centred on their mean.
 """
 
 import math
@@ -15,18 +15,18 @@ import numpy.typing as npt
 Doubles = npt.NDArray[np.float64]
 
 _CHUNK: Final = 1 << 17
-# Where one of ten values differs, it lies at exactly 3σ; rounding must not put it beyond.
+# One value of ten that differs from the others lies at exactly 3σ; rounding must not put it beyond.
 _TIE: Final = 1 + 1e-12
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorStatistics:
-    """Statistics of a tensor's finite values; None where there is none to give.
+    """Statistics of a tensor's finite values; None for those that it does not have.
 
     Args:
         count: number of elements.
-        non_finite: how many of them are NaN or infinite; the rest of the numbers leaves them out.
+        non_finite: how many of them are NaN or infinite; all other statistics leave them out.
         min: smallest value.
         max: largest value.
         mean: mean.
@@ -48,7 +48,7 @@ class TensorStatistics:
 
     @property
     def range(self) -> float | None:
-        """Largest minus smallest value; None also where that is beyond float64."""
+        """Return the largest minus the smallest value; None also if that overflows float64."""
         if self.min is None or self.max is None:
             return None
         width = self.max - self.min
@@ -56,9 +56,9 @@ class TensorStatistics:
 
 
 def statistics(values: npt.NDArray[Any]) -> TensorStatistics:
-    """Statistics of a tensor of any real dtype, bfloat16 and float8 included; booleans count as 0 and 1.
+    """Return the statistics of a tensor of any real dtype, bfloat16 and float8 included; booleans count as 0 and 1.
 
-    Complex values have no order and get only their counts. `values` is not modified.
+    Complex values have no order, so they are only counted. `values` is not modified.
 
     >>> s = statistics(np.array([0, 0, 0, 4], np.float32))
     >>> s.mean, s.std, s.range, round(s.kurtosis, 3), s.beyond_3_sigma
@@ -121,7 +121,7 @@ def _moments(values: npt.NDArray[Any], finite: int, low: float, high: float) -> 
 
 
 def _chunks(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    """The elements in memory order, a bounded number at a time; a view where the layout allows one."""
+    """Yield the elements in memory order, a bounded number at a time; as views if the layout allows it."""
     if values.flags.c_contiguous or values.flags.f_contiguous:
         flat: Any = values.ravel(order="K")
     else:

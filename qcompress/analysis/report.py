@@ -1,4 +1,4 @@
-"""What `analyze` found, as frozen values and as the JSON that docs/json.md describes."""
+"""The results of `analyze`, as frozen values and as the JSON that docs/json.md describes."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -6,7 +6,7 @@ from typing import Any, Final, final
 
 from qcompress.analysis.moments import TensorStatistics
 
-# The widths, in bits, that a report gives bytes for.
+# The widths, in bits, for which a report gives bytes.
 WIDTHS: Final = (2, 3, 4, 8)
 
 FORMAT_VERSION: Final = 1
@@ -15,16 +15,16 @@ FORMAT_VERSION: Final = 1
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorReport:
-    """One tensor.
+    """The report on one tensor.
 
     Args:
         name: qualified name.
-        kind: kind of the layer whose weight it is, as the source tells it.
+        kind: kind of the layer whose weight it is, according to the source.
         shape: its shape.
         dtype: numpy name of its dtype.
         nbytes: bytes that it takes now.
-        nbytes_at: bytes at each of WIDTHS: packed codes and one float32 table, or `nbytes` where that is not fewer.
-        stays: why it stays as it is at every width, or None for a weight that is compressed.
+        nbytes_at: bytes at each of WIDTHS: packed codes and one float32 table, or `nbytes` if that is not fewer.
+        stays: why it stays as it is at every width; None for a weight that is compressed.
         aliases: further names of the same tensor.
         statistics: over its finite values.
     """
@@ -51,7 +51,7 @@ class Totals:
         count: elements.
         non_finite: NaN and infinite elements.
         nbytes: bytes now.
-        nbytes_at: bytes at each of WIDTHS, what stays included.
+        nbytes_at: bytes at each of WIDTHS, tensors that stay as they are included.
     """
 
     tensors: int
@@ -63,7 +63,7 @@ class Totals:
 
 
 def totals_of(tensors: Iterable[TensorReport]) -> Totals:
-    """Sums over some tensors."""
+    """Return the sums over some tensors."""
     tensors = tuple(tensors)
     return Totals(
         tensors=len(tensors),
@@ -78,12 +78,12 @@ def totals_of(tensors: Iterable[TensorReport]) -> Totals:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnalysisReport:
-    """A model.
+    """The report on a model.
 
     Args:
-        model: what a user calls it.
+        model: the user's name for it: a path or a class.
         original_bytes: bytes of its file, or of its tensors.
-        sha256: of its file, or of its tensors.
+        sha256: digest of its file, or of its tensors.
         tensors: every tensor once, in the source's order.
     """
 
@@ -94,11 +94,11 @@ class AnalysisReport:
 
     @property
     def totals(self) -> Totals:
-        """Sums over all tensors."""
+        """Return the sums over all tensors."""
         return totals_of(self.tensors)
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON form; its keys are in docs/json.md."""
+        """Return the JSON form; docs/json.md lists its keys."""
         return {
             "format_version": FORMAT_VERSION,
             "model": self.model,

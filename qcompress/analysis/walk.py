@@ -1,4 +1,4 @@
-"""A model's tensors one after the other: no more than one of them is in memory at a time."""
+"""Analysis of a model's tensors one after the other, so that only one of them is in memory at a time."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -11,19 +11,23 @@ from qcompress.analysis.moments import statistics
 from qcompress.analysis.report import WIDTHS, AnalysisReport, TensorReport
 from qcompress.artifacts.size import nbytes_at
 from qcompress.errors import SourceError
-from qcompress.sources.base import UNKNOWN, WEIGHT_KINDS, LazyArray, Source, SourceTensor
+from qcompress.kinds import UNKNOWN, WEIGHT_KINDS
+from qcompress.sources.base import LazyArray, Source, SourceTensor
 
 _FLOATS: Final = ("float64", "float32", "float16", "bfloat16")
 
 
 def analyze(model: Any) -> AnalysisReport:
-    """What is in a model, and what each width would cost. Nothing of the model is run or changed.
+    """Report what is in a model, and the bytes that it would take at each width.
+
+    Nothing in a file is run, and no model is changed. The forward of a module in memory is run on symbols without
+    values, which tells which of its tensors are weights.
 
     Args:
         model: a path, a Source, a torch module, or a state dict (of torch tensors or numpy arrays).
 
     Raises:
-        SourceError: no tensor in it, or none of these.
+        SourceError: it holds no tensor, or is something else.
 
     >>> report = analyze({"fc.weight": np.zeros((16, 64), np.float32), "fc.bias": np.ones(16, np.float32)})
     >>> report.totals.nbytes, report.totals.nbytes_at[2]
@@ -36,12 +40,12 @@ def analyze(model: Any) -> AnalysisReport:
 
 
 def walk(source: Source) -> Iterator[TensorReport]:
-    """A report for each tensor of a source, in its order."""
+    """Yield a report on each tensor of a source, in its order."""
     return (_report(tensor) for tensor in source.tensors())
 
 
 def report_of(source: Source, tensors: Iterable[TensorReport]) -> AnalysisReport:
-    """The report of a source from those of its tensors.
+    """Return the report on a source, given those on its tensors.
 
     Raises:
         SourceError: there is no tensor.
@@ -56,7 +60,7 @@ def _report(tensor: SourceTensor) -> TensorReport:
     array = tensor.array
     count = math.prod(array.shape)
     stays = _stays(tensor.kind, array)
-    # A 4-bit float fills a byte in numpy, half of one in most files; what numpy holds is what we can measure.
+    # A 4-bit float fills a byte in numpy and half of one in most files; bytes are those in numpy.
     nbytes = count * np.dtype(array.dtype).itemsize
     at = {bits: nbytes if stays else nbytes_at(count, bits, nbytes) for bits in WIDTHS}
     if stays is None and min(at.values()) == nbytes:
@@ -75,9 +79,9 @@ def _report(tensor: SourceTensor) -> TensorReport:
 
 
 def _stays(kind: str, array: LazyArray) -> str | None:
-    """Why a tensor is left as it is at every width; None for a weight."""
+    """Return why a tensor is left as it is at every width; None for a weight."""
     if array.dtype not in _FLOATS:
         return f"{array.dtype} is not compressed"
-    if kind == UNKNOWN:  # a bare state dict does not tell; biases and normalization statistics have one axis
+    if kind == UNKNOWN:  # in a bare state dict; there, biases and statistics are told by their single axis
         return None if len(array.shape) >= 2 else "not a weight"
     return None if kind in WEIGHT_KINDS else "not a weight"

@@ -1,4 +1,4 @@
-"""Even grids of activations."""
+"""Even activation grids."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,14 +18,14 @@ from qcompress.artifacts.site_grid import float32, multiple, require_scalar, req
 class ActivationGrid:
     """The grid that one activation is quantized to: x_hat = codes * scale + offset, codes in [n, p].
 
-    What is stored and computed with is unsigned: u = code - n, uint8 in [0, levels].
+    Stored codes, which files compute with, are unsigned: u = code - n, uint8 in [0, levels].
 
     Args:
-        site: (qualified name of the consumer, argument index), or (name of a value, -1): what gives that value.
+        site: (qualified name of the consumer, argument index), or (name of a value, -1) for the value's producer.
         scale: float32 0-d, finite, > 0.
-        offset: float32 0-d, finite; the beta of LSQ+.
+        offset: float32 0-d, finite; β of LSQ+.
         bits: width of a code, 1 to 8.
-        signed: whether codes are signed: which [n, p] of `IntegerRange` they have.
+        signed: whether codes are signed; decides [n, p], see `IntegerRange`.
 
     Raises:
         ConfigError: a field has the wrong dtype, shape or range.
@@ -54,7 +54,7 @@ class ActivationGrid:
 
     @classmethod
     def from_zero_point(cls, site: tuple[str, int], scale: float | Floats, zero_point: int, bits: int) -> Self:
-        """The unsigned grid x_hat = (u - zero_point) * scale.
+        """Return the unsigned grid x_hat = (u - zero_point) * scale.
 
         Args:
             site: as in the class.
@@ -74,7 +74,7 @@ class ActivationGrid:
 
     @property
     def zero_point(self) -> int | None:
-        """The z in [0, 255] with which x_hat = (u - z) * scale is exactly this grid; None: there is none.
+        """The z in [0, 255] with which x_hat = (u - z) * scale is exactly this grid; None if there is no such z.
 
         >>> one, half = np.float32(1), np.float32(0.5)
         >>> ActivationGrid(site=("x", -1), scale=one, offset=-one, bits=8, signed=True).zero_point
@@ -147,7 +147,7 @@ class ActivationGrid:
         return replace(self, offset=offset)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON holds them; every float32 is a Python float of the same value."""
+        """Return the fields as JSON values; every float32 is a Python float of the same value."""
         return {
             "kind": self.kind,
             "site": list(self.site),

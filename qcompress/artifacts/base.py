@@ -1,7 +1,7 @@
 """What every artifact of a weight answers, and the helpers that all of them share.
 
-An artifact is frozen and holds numpy arrays only. Nobody asks for its class: what exporters, reports and parity need to
-know of it, it answers itself.
+An artifact is frozen and holds numpy arrays only. It answers all questions of exporters, reports and parity, so that no
+caller asks for its class.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class Integers(NamedTuple):
     Args:
         codes: int8 in the weight's shape.
         scale: float32, 0-d, or [O] along `axis`.
-        axis: the axis of which each index has its own scale; None: the scale is 0-d.
+        axis: the axis whose indices have a scale each; None: the scale is 0-d.
     """
 
     codes: Int8s
@@ -38,7 +38,7 @@ class Integers(NamedTuple):
 
 @runtime_checkable
 class Artifact(Protocol):
-    """A frozen weight: what the exporters, the size report and parity ask of it."""
+    """A frozen weight, with all that exporters, the size report and parity need."""
 
     kind: ClassVar[str]
 
@@ -92,7 +92,7 @@ class Artifact(Protocol):
         """Return the artifact with float32 values as float16 where that loses nothing that counts and saves bytes."""
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
-        """Return the stored form: arrays by suffix (codes unpacked), and the rest as JSON holds it."""
+        """Return the stored form: arrays by suffix (codes unpacked), and the other fields as JSON values."""
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], fields: Mapping[str, Any]) -> Self:
@@ -110,7 +110,7 @@ def bits_per_weight(artifact: Artifact) -> float:
 
 
 def broadcast_scale(scale: Floats, shape: tuple[int, ...], axis: int | None) -> Floats:
-    """Return a scale, 0-d or one for each index of `axis`, shaped to broadcast against a weight.
+    """Return a scale, 0-d or one per index of `axis`, shaped to broadcast against a weight.
 
     >>> broadcast_scale(np.zeros(3, np.float32), (2, 3), 1).shape, broadcast_scale(np.float32(2), (2, 3), 1).shape
     ((1, 3), ())

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 def digest(values: npt.NDArray[Any]) -> str:
-    """A short digest of a decoded tensor: 11 characters, 66 bits of SHA-256 over dtype, shape and bytes.
+    """Return a short digest of a decoded tensor: 11 characters, 66 bits of SHA-256 over dtype, shape and bytes.
 
     >>> digest(np.zeros(3, np.float32)), digest(np.zeros(4, np.float32))
     ('hl831PiDsz5', 'J6L4CB6Zs0X')
@@ -20,7 +20,7 @@ def digest(values: npt.NDArray[Any]) -> str:
 
 
 def short_digest(*parts: bytes | memoryview) -> str:
-    """11 characters (66 bits) of the SHA-256 over `parts`, URL-safe.
+    """Return 11 characters (66 bits) of the SHA-256 over `parts`, URL-safe.
 
     >>> short_digest(b"abc") == short_digest(b"a", b"bc")
     True

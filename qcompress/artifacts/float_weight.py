@@ -17,17 +17,17 @@ from qcompress.artifacts.base import (
 
 _HALF_MAX: Final = float(np.finfo(np.float16).max)
 _HALF_STEP: Final = float(np.finfo(np.float16).eps)
-_HALF_MIN_SIZE: Final = 32  # below, the Cast costs what the narrower type saves
+_HALF_MIN_SIZE: Final = 32  # elements; in smaller tensors, the Cast takes what the narrower type saves
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloatWeight:
-    """A tensor left as it is, and why.
+    """A tensor that is left in float, and the reason.
 
     Args:
-        values: the tensor; float32, float16 or bfloat16 are written as such, other dtypes (buffers) unchanged.
-        reason: what a user is told, "by plan" for one.
+        values: the tensor, of any dtype; integer and bool buffers are left as they are.
+        reason: for the user, such as "by plan".
     """
 
     kind: ClassVar[str] = "float"
@@ -60,7 +60,7 @@ class FloatWeight:
         return self.values.nbytes
 
     def dequantize(self) -> npt.NDArray[Any]:
-        """The value that the graph computes with: 16-bit floats widened to float32, anything else as it is."""
+        """Return the value that the graph computes with: 16-bit floats widened to float32, anything else unchanged."""
         if self.values.dtype in FLOAT_DTYPES:
             return np.array(self.values, np.float32, order="C")
         return self.values
@@ -85,15 +85,15 @@ class FloatWeight:
         if self.values.size < _HALF_MIN_SIZE or largest > _HALF_MAX:
             return self
         halved = self.values.astype(np.float16)
-        if float(np.abs(halved - self.values).max()) > _HALF_STEP * largest:  # too small for float16 to tell apart
+        if float(np.abs(halved - self.values).max()) > _HALF_STEP * largest:  # too small for float16
             return self
         return replace(self, values=halved)
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
-        """Stored form: the values under no suffix."""
+        """Return the stored form: the values, with an empty suffix."""
         return {"": self.values}, {"reason": self.reason}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], fields: Mapping[str, Any]) -> Self:
-        """The exact inverse of `to_arrays`."""
+        """Return the artifact of a stored form; the exact inverse of `to_arrays`."""
         return cls(values=arrays[""], reason=fields["reason"])

@@ -1,6 +1,6 @@
-"""The only view of a weight as rows, LUT groups, blocks and vectors: whoever needs one calls this, so all agree.
+"""The only view of a weight as rows, LUT groups, blocks and vectors.
 
-`rows`, `vectors` and their inverses take arrays and tensors alike; gradients pass through those of tensors.
+`rows`, `vectors` and their inverses take arrays and tensors; gradients pass through them.
 
 Shape suffixes: O = output channels, R = elements of one output channel, G = LUT groups, V = vectors, D = vector_dim,
 N = blocks of one row, B = block_size.
@@ -22,7 +22,7 @@ Values = TypeVar("Values", npt.NDArray[Any], "Tensor")
 
 
 def output_axis(kind: str) -> int:
-    """The axis of a weight that counts output channels: 1 for transposed convolutions, else 0.
+    """Return the axis of a weight that counts output channels: 1 for transposed convolutions, else 0.
 
     >>> output_axis("conv_transpose"), output_axis("linear")
     (1, 0)
@@ -31,7 +31,7 @@ def output_axis(kind: str) -> int:
 
 
 def rows(weight: Values, axis: int = 0) -> Values:
-    """The weight as [O, R]: one row per output channel.
+    """Return the weight as [O, R]: one row per output channel.
 
     >>> rows(np.zeros((2, 3, 4)), axis=1).shape
     (3, 8)
@@ -43,7 +43,7 @@ def rows(weight: Values, axis: int = 0) -> Values:
 
 
 def from_rows(rows_OR: Values, shape: tuple[int, ...], axis: int = 0) -> Values:
-    """The exact inverse of `rows`.
+    """Return a weight from its rows; the exact inverse of `rows`.
 
     >>> w = np.arange(24).reshape(2, 3, 4)
     >>> bool((from_rows(rows(w, 1), w.shape, 1) == w).all())
@@ -57,7 +57,7 @@ def from_rows(rows_OR: Values, shape: tuple[int, ...], axis: int = 0) -> Values:
 
 
 def lut_groups(channels: int, rows_per_lut: int | None) -> int:
-    """How many LUTs a weight of `channels` output channels has; the last group may be shorter.
+    """Return the number of LUTs of a weight with `channels` output channels; the last group may be shorter.
 
     >>> lut_groups(10, None), lut_groups(10, 4), lut_groups(10, 64)
     (1, 3, 1)
@@ -70,7 +70,7 @@ def lut_groups(channels: int, rows_per_lut: int | None) -> int:
 
 
 def group_of_row(channels: int, rows_per_lut: int | None) -> npt.NDArray[np.int64]:
-    """[O]: the LUT group that each output channel belongs to.
+    """Return [O]: the LUT group of each output channel.
 
     >>> group_of_row(5, 2).tolist()
     [0, 0, 1, 1, 2]
@@ -82,11 +82,11 @@ def group_of_row(channels: int, rows_per_lut: int | None) -> npt.NDArray[np.int6
 
 
 def input_axis(ndim: int, axis: int) -> int:
-    """The axis of a matrix that counts inputs, or of an embedding its dimensions: the one that blocks run along.
+    """Return the axis that blocks run along: it counts a matrix's inputs, or an embedding's dimensions.
 
     Args:
-        ndim: of the weight, at least 2.
-        axis: the one that counts output channels.
+        ndim: number of the weight's axes, at least 2.
+        axis: the axis that counts output channels.
 
     >>> input_axis(2, axis=0), input_axis(2, axis=1)
     (1, 0)
@@ -95,9 +95,9 @@ def input_axis(ndim: int, axis: int) -> int:
 
 
 def blocks(rows_OR: npt.NDArray[np.generic], block_size: int) -> npt.NDArray[np.generic]:
-    """Rows as [O, N, B]: consecutive elements each, the last block of a row filled up with zeros.
+    """Return rows as blocks [O, N, B] of consecutive elements; the last block of a row is filled with zeros.
 
-    B is block_size, or the length of a row where that is less.
+    B is block_size, or the length of a row if that is less.
 
     >>> blocks(np.array([[1, 2, 3]]), 2).tolist()
     [[[1, 2], [3, 0]]]
@@ -109,9 +109,9 @@ def blocks(rows_OR: npt.NDArray[np.generic], block_size: int) -> npt.NDArray[np.
 
 
 def vectors(weight: Values, d: int, axis: int | None = None) -> Values:
-    """The weight as [V, D]: d consecutive row-major elements each, or along `axis` where one is given.
+    """Return the weight as [V, D]: vectors of d consecutive row-major elements, or, if given, of elements along `axis`.
 
-    The tail is padded with the last element.
+    The tail is filled with the last element.
 
     >>> vectors(np.arange(5), 2).tolist()
     [[0, 1], [2, 3], [4, 4]]
@@ -126,7 +126,7 @@ def vectors(weight: Values, d: int, axis: int | None = None) -> Values:
 
 
 def from_vectors(vectors_VD: Values, shape: tuple[int, ...], axis: int | None = None) -> Values:
-    """The exact inverse of `vectors`: padding dropped, shape restored.
+    """Return a weight from its vectors; the exact inverse of `vectors`.
 
     >>> from_vectors(vectors(np.arange(5), 2), (5,)).tolist()
     [0, 1, 2, 3, 4]

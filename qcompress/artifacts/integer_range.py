@@ -1,4 +1,4 @@
-"""Integer grids: which codes a width has, and the size in bytes of what describes them."""
+"""The range of codes of a width."""
 
 from dataclasses import dataclass
 

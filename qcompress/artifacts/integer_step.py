@@ -1,4 +1,4 @@
-"""Steps of integers: the float32 of which values are small multiples, and scales that are large enough."""
+"""Scales of integers: the step of which values are small multiples, and scales of at least a given size."""
 
 from typing import Final
 
@@ -6,18 +6,18 @@ import numpy as np
 
 from qcompress.artifacts.base import Floats
 
-_LARGEST: Final = 127  # both signs of it are int8
+_LARGEST: Final = 127  # int8 with either sign
 
 
 def common_step(values: Floats) -> np.float32 | None:
-    """The largest float32 of which every value is a multiple by at most 127, as float32 multiplies; None: none."""
+    """Return the largest float32 of which every value is a multiple by at most 127 (float32 products), or None."""
     magnitudes = np.unique(np.abs(values[values != 0]))
     if not len(magnitudes):
         return np.float32(1)
     if not np.isfinite(magnitudes[-1]):
         return None
-    # The smallest value is j steps for some j. It and the largest are rounded products: the step that gives both is
-    # within an ulp of the quotient.
+    # The smallest value is j steps for some j. It and the largest value are rounded products, so the step that gives
+    # both is within an ulp of the quotient.
     smallest, largest = float(magnitudes[0]), float(magnitudes[-1])
     j = np.arange(1, _LARGEST + 1)
     most = np.rint(largest * j / smallest)

@@ -1,4 +1,4 @@
-"""A weight on an even grid: integers times a scale.
+"""Weights on even grids: integers times a scale.
 
 Shape suffixes: O = output channels, K = elements of one output channel.
 """
@@ -28,11 +28,11 @@ from qcompress.artifacts.packing import check_bits, packed_nbytes
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntegerWeight:
-    """Codes on a uniform grid: (codes - zero_point) * scale.
+    """A weight on an even grid: (codes - zero_point) * scale.
 
     Args:
         codes: int8 (signed) or uint8, in the weight's shape.
-        scale: float32, 0-d, [O] along `axis`, or [ceil(size / block_size)] blocks in place of `axis`.
+        scale: float32, 0-d, [O] along `axis`, or the weight's shape with ceil(size / block_size) blocks along `axis`.
         zero_point: same dtype as codes, same shape as scale; None: 0.
         bits: width of a code, 1 to 8.
         axis: axis of the scales; None: one scale.
@@ -63,7 +63,7 @@ class IntegerWeight:
         if self.zero_point is not None:
             require(
                 self.zero_point.dtype == self.codes.dtype,
-                f"IntegerWeight.zero_point must be {self.codes.dtype} as its codes are",
+                f"IntegerWeight.zero_point must be {self.codes.dtype} like its codes",
                 self.zero_point.dtype,
             )
             require(
@@ -109,13 +109,13 @@ class IntegerWeight:
         return packed_nbytes(self.codes.size, self.bits) + self.scale.nbytes + zero
 
     def dequantize(self) -> Floats:
-        """The float32 weight: (codes - zero_point) * scale."""
+        """Return the float32 weight: (codes - zero_point) * scale."""
         codes = self.codes.astype(np.int32)
         if self.zero_point is not None:
-            codes = codes - self._spread(self.zero_point.astype(np.int32))
-        return np.array(codes.astype(np.float32) * self._spread(self.scale), np.float32, order="C")
+            codes = codes - self._broadcast(self.zero_point.astype(np.int32))
+        return np.array(codes.astype(np.float32) * self._broadcast(self.scale), np.float32, order="C")
 
-    def _spread(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def _broadcast(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if self.axis is None:
             return values
         if self.block_size is None:
@@ -170,7 +170,7 @@ class IntegerWeight:
         return self
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
-        """Stored form: codes (as uint8 from the lowest code up), scale and zero point by suffix."""
+        """Return the stored form: codes (as uint8, counted from the lowest), scale and zero point by suffix."""
         low = IntegerRange(self.bits, self.signed).n
         arrays: Arrays = {"codes": (self.codes.astype(np.int16) - low).astype(np.uint8), "scale": self.scale}
         if self.zero_point is not None:
@@ -180,7 +180,7 @@ class IntegerWeight:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], fields: Mapping[str, Any]) -> Self:
-        """The exact inverse of `to_arrays`."""
+        """Return the artifact of a stored form; the exact inverse of `to_arrays`."""
         low = IntegerRange(fields["bits"], fields["signed"]).n
         codes: npt.NDArray[Any] = arrays["codes"].astype(np.int16) + low
         return cls(

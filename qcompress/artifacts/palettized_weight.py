@@ -1,4 +1,4 @@
-"""A weight as codes into tables of values.
+"""Weights as codes into tables of values.
 
 Shape suffixes: O = output channels, R = elements of one output channel, G = LUT groups, K = LUT entries,
 D = vector_dim.
@@ -27,22 +27,22 @@ from qcompress.artifacts.base import (
 from qcompress.artifacts.integer_step import common_step, raised_scale
 from qcompress.artifacts.packing import check_bits, packed_nbytes
 
-_CHUNK: Final = 1 << 18  # values that are looked up at once
+_CHUNK: Final = 1 << 18  # values that are looked up together
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PalettizedWeight:
-    """Codes into a table of values, one table per group of output channels.
+    """A weight as codes into tables of values, one table per group of output channels.
 
     Args:
-        codes: uint8 in the weight's shape, or [ceil(N / vector_dim)] where an entry is a vector.
+        codes: uint8 in the weight's shape, or [ceil(N / vector_dim)] if entries are vectors.
         lut: float32, float16 or int8 [G, K], or [G, K, D] for vectors; int8 needs a scale.
         bits: width of a code, 1 to 8; K <= 2**bits.
         axis: the weight's axis that counts output channels.
         rows_per_lut: output channels that share a table; None: all of them (G = 1).
-        scale: float32 that multiplies the entries, 0-d or [O] for each output channel its own; None: nothing.
-        weight_shape: the weight's shape; needed for vectors only.
+        scale: float32 that multiplies the entries, 0-d, or [O] with one per output channel; None: 1.
+        weight_shape: the weight's shape; used with vectors only.
 
     >>> lut_GK = np.array([[-1.0, 2.0]], np.float32)
     >>> w = PalettizedWeight(codes=np.array([[0, 1], [1, 1]], np.uint8), lut=lut_GK, bits=1)
@@ -126,24 +126,24 @@ class PalettizedWeight:
         return packed_nbytes(self.codes.size, self.bits) + self.lut.nbytes + scale
 
     def dequantize(self) -> Floats:
-        """The float32 weight: lut[group of the output channel, code] * scale."""
+        """Return the float32 weight: lut[group of the output channel, code] * scale."""
         values = self.looked_up(self.lut.astype(np.float32))
         if self.scale is not None:
             values *= broadcast_scale(self.scale, self.shape, self.axis)
         return np.ascontiguousarray(values).reshape(self.shape)
 
     def looked_up(self, lut: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """What the codes point to in a table, in the weight's shape.
+        """Return the entries of a table that the codes point to, in the weight's shape.
 
         Args:
-            lut: [G, K] or [G, K, D], any dtype, in the shape of the weight's own.
+            lut: any dtype, in the shape of the weight's own table.
         """
         if self.vector_dim > 1:
             return granularity.from_vectors(lut[0][self.codes], self.shape)
         codes_OR = granularity.rows(self.codes, self.axis)
         group_O = granularity.group_of_row(self._channels, self.rows_per_lut)
         found_OR = np.empty(codes_OR.shape, lut.dtype)
-        step = max(1, _CHUNK // max(1, codes_OR.shape[1]))  # what numpy looks up by becomes int64 first
+        step = max(1, _CHUNK // max(1, codes_OR.shape[1]))  # numpy converts indices to int64 first
         for start in range(0, len(codes_OR), step):
             piece = slice(start, start + step)
             found_OR[piece] = lut[group_O[piece, None], codes_OR[piece]]
@@ -221,7 +221,7 @@ class PalettizedWeight:
         return self
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
-        """Stored form: codes, lut and scale by suffix."""
+        """Return the stored form: codes, lut and scale by suffix."""
         arrays: Arrays = {"codes": self.codes, "lut": self.lut}
         if self.scale is not None:
             arrays["scale"] = self.scale
@@ -234,7 +234,7 @@ class PalettizedWeight:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], fields: Mapping[str, Any]) -> Self:
-        """The exact inverse of `to_arrays`."""
+        """Return the artifact of a stored form; the exact inverse of `to_arrays`."""
         shape = fields["weight_shape"]
         return cls(
             codes=arrays["codes"],

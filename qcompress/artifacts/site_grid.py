@@ -1,4 +1,4 @@
-"""What every grid of activations answers."""
+"""The protocol of activation grids, and helpers that they share."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
@@ -35,7 +35,7 @@ class SiteGrid(Protocol):
 
     @property
     def offset(self) -> Floats:
-        """What is added to scaled codes, float32 0-d."""
+        """The value that is added to scaled codes, float32 0-d."""
 
     @property
     def zero_point(self) -> int | None:
@@ -67,7 +67,7 @@ class SiteGrid(Protocol):
         """Return the grid with its offset moved to the nearest one that has a zero point."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON holds them, its kind included."""
+        """Return the fields as JSON values, including the kind."""
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:

@@ -1,6 +1,6 @@
-"""Bytes: how they are read and written, what a compressed weight takes ideally, and what a file came to.
+"""Sizes in bytes: parsing and formatting, the ideal size of a compressed weight, and the sizes of a file.
 
-kB, MB, GB are powers of 1000 and KiB, MiB, GiB powers of 1024, everywhere.
+kB, MB and GB are powers of 1000; KiB, MiB and GiB are powers of 1024.
 """
 
 import re
@@ -26,16 +26,16 @@ _FLOAT32_NBYTES: Final = 4
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes from a size as people write it; a fraction of a byte is dropped.
+    """Return the bytes of a size as people write it; a fraction of a byte is dropped.
 
-    Upper and lower case are the same where only bytes can be meant. Refused, because a limit must not be off by a
-    factor: `Mb` (bits by convention) and `150k` (1000 or 1024?).
+    Case does not matter where only bytes can be meant. `Mb` (bits by convention) and `150k` (1000 or 1024?) are
+    refused, because they could make a limit wrong by a factor.
 
     Args:
         text: `150kB`, `1.5 MiB`, `1000`, or a whole number of bytes.
 
     Raises:
-        ConfigError: not a size, negative, or a unit that can be read in two ways.
+        ConfigError: the text is not a size, or negative, or its unit is ambiguous.
 
     >>> parse_size("150kB"), parse_size("1.5 MiB"), parse_size("1000"), parse_size(12)
     (150000, 1572864, 1000, 12)
@@ -50,18 +50,18 @@ def parse_size(text: str | int) -> int:
     number, unit = match.groups()
     if unit.lower() in ("k", "m", "g"):
         raise ConfigError(
-            f"The unit of {text!r} can mean 1000 or 1024: write {number}{_standard(unit + 'b')} "
+            f"The unit of {text!r} can mean 1000 or 1024; write {number}{_standard(unit + 'b')} "
             f"or {number}{_standard(unit + 'ib')}."
         )
     if unit.lower() not in _UNITS and unit:
         raise ConfigError(f"A size must be in B, kB, MB, GB, KiB, MiB or GiB, got {text!r}.")
     if unit.endswith("b") and not unit.islower():
-        raise ConfigError(f"The unit of {text!r} reads as bits: write {number}{_standard(unit)} for bytes.")
+        raise ConfigError(f"The unit of {text!r} reads as bits; write {number}{_standard(unit)} for bytes.")
     return int(Decimal(number) * _UNITS[unit.lower() or "b"])
 
 
 def format_size(nbytes: int) -> str:
-    """A size for people, in powers of 1000.
+    """Return a size as text, in powers of 1000.
 
     >>> format_size(999), format_size(150_000), format_size(2_649_000)
     ('999 B', '150.0 kB', '2.65 MB')
@@ -78,9 +78,9 @@ def format_size(nbytes: int) -> str:
 
 
 def palettized_nbytes(count: int, bits: int, *, groups: int = 1, vector_dim: int = 1, scales: int = 0) -> int:
-    """Bytes of packed codes, float32 tables and float32 scales.
+    """Return the bytes of packed codes, float32 tables and float32 scales.
 
-    A table has min(2**bits, codes that it serves) entries: more could not be used.
+    A table has min(2**bits, number of its codes) entries, since more could not be used.
 
     Args:
         count: number of weights.
@@ -99,7 +99,7 @@ def palettized_nbytes(count: int, bits: int, *, groups: int = 1, vector_dim: int
 
 
 def nbytes_at(count: int, bits: int, float_nbytes: int) -> int:
-    """Bytes of a weight at a width with one table for the whole tensor, or its float bytes where that is not fewer.
+    """Return the bytes of a weight with one table for the whole tensor, or its float bytes if those are not more.
 
     >>> nbytes_at(2304, 2, 9216), nbytes_at(10, 8, 40)
     (592, 40)
@@ -113,21 +113,21 @@ class _Stored(Protocol):
 
 
 def ideal_nbytes(artifacts: Iterable[_Stored]) -> int:
-    """What artifacts take without any container: codes, tables, scales and float leftovers, biases among them."""
+    """Return the bytes of artifacts without any container: codes, tables, scales, biases and other float leftovers."""
     return sum(artifact.nbytes for artifact in artifacts)
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeReport:
-    """What a compressed file came to, in bytes.
+    """The sizes of a compressed file, in bytes.
 
     Args:
         ideal: codes, tables, scales and float leftovers, without any container.
         payload: all initializers of the file.
         file: the file.
         original: the stripped float file of the same graph.
-        count: number of weights, float leftovers included.
+        count: number of weights, including float leftovers.
 
     >>> report = SizeReport(ideal=700, payload=720, file=1000, original=8000, count=1920)
     >>> report.ratio, report.bits_per_weight, report.overhead
@@ -147,17 +147,17 @@ class SizeReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Payload in bits, tables and scales included, per weight."""
+        """Bits of payload per weight, including tables and scales."""
         return 8 * self.payload / max(1, self.count)
 
     @property
     def overhead(self) -> int:
-        """Bytes of the file beyond the ideal."""
+        """Bytes that the file takes in addition to the ideal."""
         return self.file - self.ideal
 
 
 def _standard(unit: str) -> str:
-    """A unit in its standard spelling.
+    """Return a unit in its standard spelling.
 
     >>> _standard("Kb"), _standard("mIb")
     ('kB', 'MiB')

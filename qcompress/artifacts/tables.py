@@ -1,4 +1,4 @@
-"""The tables of artifacts and grids, by the name of their kind: a new one is a file beside this one and a line here."""
+"""The tables of artifacts and of activation grids by kind. A new one is a file beside this one and a line here."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -23,8 +23,8 @@ def grid_from_dict(fields: Mapping[str, Any], grids: Mapping[str, type[SiteGrid]
     """Return the grid of stored fields; the exact inverse of any grid's `as_dict`.
 
     Args:
-        fields: the stored fields. Folders of format 4 and older name no kind: theirs is told by its fields.
-        grids: the kinds that are known.
+        fields: the stored fields. In folders of format 4 and older they name no kind, and it is read off the fields.
+        grids: the known kinds.
 
     Raises:
         ConfigError: the kind is unknown, or a field is missing or has the wrong type or range.

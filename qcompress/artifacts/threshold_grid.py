@@ -1,4 +1,4 @@
-"""Grids of activations with learned thresholds."""
+"""Activation grids with learned thresholds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from qcompress.artifacts.site_grid import float32, require_scalar, require_site
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThresholdGrid:
-    """The grid of an activation with learned thresholds: x_hat = codes * scale, codes counting thresholds up to x.
+    """An activation grid with learned thresholds: x_hat = codes * scale; a code counts the thresholds up to x.
 
     Args:
         site: as in `ActivationGrid`.
-        thresholds: float32 [2**bits - 1] on x itself, finite, none below the one before it.
-        scale: float32 0-d, finite, > 0: what neighbouring output levels differ by.
+        thresholds: float32 [2**bits - 1], finite, ascending; compared with x itself.
+        scale: float32 0-d, finite, > 0; the difference of neighbouring output values.
         bits: width of a code, 1 to 8.
 
     Raises:
@@ -62,17 +62,17 @@ class ThresholdGrid:
 
     @property
     def zero_point(self) -> int:
-        """The code that stands for 0.0: layers take the codes of an even, unsigned grid."""
+        """The code of 0.0: to the layers, the codes are those of an even, unsigned grid."""
         return 0
 
     @property
     def offset(self) -> Floats:
-        """What is added to scaled codes: nothing."""
+        """The value that is added to scaled codes: 0."""
         return np.zeros((), np.float32)
 
     @property
     def stored_zero_point(self) -> int:
-        """The code that stands for 0.0."""
+        """The code of 0.0."""
         return 0
 
     @property
@@ -112,7 +112,7 @@ class ThresholdGrid:
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON holds them; every float32 is a Python float of the same value."""
+        """Return the fields as JSON values; every float32 is a Python float of the same value."""
         return {
             "kind": self.kind,
             "site": list(self.site),

@@ -149,10 +149,11 @@ def read_program(folder: Path, header: Mapping[str, Any], artifacts: Mapping[str
     Raises:
         SourceError: the program is damaged, or does not belong to the artifacts.
     """
+    from qcompress.graph.in_place import out_of_place
     from qcompress.graph.program import FloatProgram
     from qcompress.sources.pt2.archive import load_exported
 
-    exported = load_exported(folder / PROGRAM)
+    exported = out_of_place(load_exported(folder / PROGRAM))
     signature = exported.graph_signature
     if (len(header["input_names"]), len(header["output_names"])) != (
         len(signature.user_inputs),

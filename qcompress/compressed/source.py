@@ -11,7 +11,8 @@ import numpy as np
 from qcompress.artifacts import FloatWeight
 from qcompress.artifacts.base import FLOAT_DTYPES
 from qcompress.graph.options import ProgramOptions
-from qcompress.sources.base import UNKNOWN, LazyArray, SourceOptions, SourceTensor
+from qcompress.kinds import UNKNOWN
+from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
 
 # qcompress.compressed is imported where it is used: it imports the plan, and that the sources.
 

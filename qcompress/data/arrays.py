@@ -2,21 +2,27 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompress.errors import DataError
+from qcompress.graph.conversion import TORCH_DTYPES, to_numpy
 from qcompress.user_code import one_line
+
+if TYPE_CHECKING:
+    import torch
 
 Arrays = dict[str, npt.NDArray[Any]]
 
+# bfloat16 and float8: numpy cannot compute with them, and float32 holds each of their values exactly.
+_WIDENED: Final = frozenset(dtype for dtype in TORCH_DTYPES.values() if dtype.isbuiltin != 1)
 _BLOCK: Final = 1 << 22  # elements that are looked at together
 
 
 def as_array(value: object) -> npt.NDArray[Any]:
-    """A numpy array from an array, a torch tensor (never imported here), a number or a list.
+    """An array of samples from an array, a torch tensor, a number or a list; bfloat16 and float8 become float32.
 
     Raises:
         DataError: it has no regular shape, or is nothing of that kind.
@@ -25,10 +31,8 @@ def as_array(value: object) -> npt.NDArray[Any]:
     array([1., 2.])
     """
     try:
-        if hasattr(value, "detach"):
-            tensor: Any = value.detach().cpu()
-            return np.asarray((tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy())
-        return np.asarray(value)
+        array = to_numpy(cast("torch.Tensor", value)) if hasattr(value, "detach") else np.asarray(value)
+        return array.astype(np.float32) if array.dtype in _WIDENED else array
     except Exception as e:
         raise DataError(f"an array or a tensor is needed, got {type(value).__name__}: {one_line(e)}.") from None
 

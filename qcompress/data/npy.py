@@ -1,46 +1,51 @@
-"""Arrays from .npy and .npz files that nobody vouches for: every header is checked against the bytes that are there.
+"""Arrays from .npy and .npz files of untrusted origin: every header is checked against the bytes that are there.
 
-Numpy's own reader allocates what a header claims before it looks; here nothing is allocated, and nothing unpickled,
-until the claim fits the file. Messages leave out the file's name, which the caller puts before them.
+numpy's own reader allocates what a header claims before it looks at the file. Here numpy parses the header only, from a
+bounded piece of the file; memory is allocated, and elements are read, once the claim fits. Nothing is unpickled.
+Messages leave out the file's name, which the caller puts before them.
 """
 
-import ast
 import contextlib
+import io
 import math
-import struct
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, final
 
 import numpy as np
+import numpy.lib.format
 import numpy.typing as npt
 
 from qcompress.data.arrays import check_layout
 from qcompress.errors import DataError, did_you_mean
+from qcompress.zip_archive import MAX_RATIO, ZipArchive
 
 MAGIC: Final = b"\x93NUMPY"
 ZIP_MAGIC: Final = (b"PK\x03\x04", b"PK\x05\x06")
-MAX_HEADER: Final = 10_000  # as numpy's own limit
-MAX_MEMBERS: Final = 10_000
-# Packed arrays may be large or compress well; both at once is a bomb.
-MAX_RATIO: Final = 200
+MAX_HEADER: Final = 10_000  # numpy's own limit
+MAX_ARRAYS: Final = 10_000
+# Arrays that compress very well, masks for example, may unpack to this many bytes, or to MAX_RATIO times the file.
 FREE_BYTES: Final = 1 << 30
 _CHUNK: Final = 1 << 24
+# Version 3.0 differs from 2.0 in the encoding of the names of record fields only, and no records are read.
+_PARSERS: Final = {
+    (1, 0): numpy.lib.format.read_array_header_1_0,
+    (2, 0): numpy.lib.format.read_array_header_2_0,
+    (3, 0): numpy.lib.format.read_array_header_2_0,
+}
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a .npy header says.
+    """The contents of a .npy header.
 
     Args:
-        dtype: the elements.
-        shape: the axes.
-        fortran: whether the first axis is the fastest one.
+        dtype: of the elements.
+        shape: lengths of the axes.
+        fortran: whether the elements are in column-major order.
         offset: bytes before the elements.
     """
 
@@ -56,14 +61,14 @@ class Header:
 
 
 def map_npy(path: Path, name: str) -> npt.NDArray[Any]:
-    """The array of a .npy file, mapped: its elements are read when they are used.
+    """Map the array of a .npy file: its elements are read when they are used.
 
     Args:
         path: the file.
-        name: what messages call the array.
+        name: the array's name in messages.
 
     Raises:
-        DataError: the file is damaged, truncated, or holds no batch of numbers.
+        DataError: the file is damaged or truncated, or holds no batch of numbers.
     """
     with _damage(name), path.open("rb") as f:
         header = _read_header(f, name)
@@ -82,64 +87,55 @@ class Npz:
         path: the file; it starts like a zip.
 
     Raises:
-        DataError: the archive is damaged or not one that numpy writes.
+        DataError: the archive is refused, or holds no arrays.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        with _damage("the archive"), zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-        if len(infos) > MAX_MEMBERS:
-            raise DataError(f"the archive is refused: {len(infos)} members, at most {MAX_MEMBERS} are read.")
-        arrays = [info for info in infos if info.filename.endswith(".npy")]
-        self._infos = {info.filename.removesuffix(".npy"): info for info in arrays}
-        if len(self._infos) < len(arrays):
-            raise DataError("the archive is refused: two of its arrays have the same name. Save it again.")
-        if not arrays:
-            found = f"{len(infos)} members, none of them a .npy" if infos else "nothing"
+        free_nbytes = max(FREE_BYTES, MAX_RATIO * path.stat().st_size)
+        self._archive = ZipArchive(path, label="the archive", error=DataError, free_nbytes=free_nbytes)
+        members = self._archive.names
+        self._members = {name.removesuffix(".npy"): name for name in members if name.endswith(".npy")}
+        if not self._members:
+            found = f"{len(members)} members, but no .npy among them" if members else "nothing"
             raise DataError(f"the archive must hold arrays, as numpy.savez writes them, got {found}.")
+        if len(self._members) > MAX_ARRAYS:
+            raise DataError(
+                f"the archive is refused: it has {len(self._members)} arrays, but at most {MAX_ARRAYS} are read."
+            )
 
     @property
     def keys(self) -> list[str]:
         """Names of the arrays, in the file's order."""
-        return list(self._infos)
+        return list(self._members)
 
     def header(self, key: str) -> Header:
-        """What one array is, without reading it.
+        """The header of one array, whose elements are not read.
 
         Raises:
             DataError: there is no such array, or it is damaged.
         """
-        if key not in self._infos:
+        if key not in self._members:
             there = ", ".join(self.keys[:20])
             raise DataError(f"there is no array {key!r}; it holds {there}.{did_you_mean(key, self.keys)}")
-        info = self._infos[key]
-        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise DataError(f"array {key!r} is encrypted or packed in an unusual way: save it with numpy.savez.")
-        with _damage(key), zipfile.ZipFile(self._path) as archive, archive.open(info) as f:
+        member = self._members[key]
+        with _damage(key), self._archive.open(member) as f:
             header = _read_header(f, key)
-        _check_nbytes(header, info.file_size, key)
+        _check_nbytes(header, self._archive.nbytes(member), key)
         return header
 
     def read(self, keys: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
-        """The named arrays, each read once.
+        """Read the named arrays, each of them once.
 
         Raises:
-            DataError: one is missing, damaged, no batch of numbers, or all together unpack to far too much.
+            DataError: one is missing or damaged, or is no batch of numbers.
         """
         headers = {key: self.header(key) for key in dict.fromkeys(keys)}
         for key, header in headers.items():
             check_layout(key, header.dtype, header.shape)
-        total, limit = sum(h.nbytes for h in headers.values()), self._path.stat().st_size * MAX_RATIO
-        if total > max(limit, FREE_BYTES):
-            raise DataError(
-                f"the archive is refused: its arrays would unpack to {total} bytes, more than {MAX_RATIO} times the "
-                "file. If that is meant, save it unpacked with numpy.savez."
-            )
         return {key: self._read(key, header) for key, header in headers.items()}
 
     def _read(self, key: str, header: Header) -> npt.NDArray[Any]:
-        with _damage(key), zipfile.ZipFile(self._path) as archive, archive.open(self._infos[key]) as f:
+        with _damage(key), self._archive.open(self._members[key]) as f:
             f.read(header.offset)
             flat = np.empty(math.prod(header.shape), header.dtype)
             space = flat.view(np.uint8).data
@@ -154,34 +150,29 @@ class Npz:
 
 
 def _read_header(f: IO[bytes], name: str) -> Header:
-    magic = f.read(8)
-    if len(magic) < 8 or not magic.startswith(MAGIC) or magic[6] not in (1, 2, 3):
-        raise DataError(f"array {name!r} is not in numpy's .npy format: save it again with numpy.save or numpy.savez.")
-    width = 2 if magic[6] == 1 else 4
-    length = int.from_bytes(f.read(width), "little")
-    text = f.read(min(length, MAX_HEADER))
+    """Parse the header at the start of a stream, which is left at an unspecified position."""
+    start = io.BytesIO(f.read(MAX_HEADER + 12))  # 12: magic, version, length
     try:
-        if len(text) < length:
-            raise ValueError
+        parse = _PARSERS[numpy.lib.format.read_magic(start)]
+    except (ValueError, KeyError):
+        raise DataError(
+            f"array {name!r} is not in numpy's .npy format: save it again with numpy.save or numpy.savez."
+        ) from None
+    try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd escapes, dtype names of old
-            words = ast.literal_eval(text.decode("utf-8" if magic[6] == 3 else "latin-1").strip())
-            if set(words) != {"descr", "fortran_order", "shape"}:
-                raise ValueError
-            descr, fortran, shape = words["descr"], words["fortran_order"], words["shape"]
-            dtype = np.dtype(descr) if isinstance(descr, str) else np.dtype("V1")  # records are refused, not parsed
-        if not isinstance(fortran, bool) or not isinstance(shape, tuple) or len(shape) > 32:
-            raise ValueError
-        if not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        raise DataError(f"array {name!r} is damaged: its header cannot be read. Save it again.") from None
-    return Header(dtype, shape, fortran, 8 + width + length)
+            warnings.simplefilter("ignore")  # about Python 2, odd escapes and old names of dtypes
+            shape, fortran, dtype = parse(start, max_header_size=MAX_HEADER)
+        is_shape = len(shape) <= 32 and all(type(n) is int and n >= 0 for n in shape)
+    except Exception:  # a hostile header makes numpy, ast and tokenize fail in many ways
+        is_shape = False
+    if not is_shape:
+        raise DataError(f"array {name!r} is damaged: its header cannot be read. Save it again.")
+    return Header(dtype, shape, fortran, start.tell())
 
 
 def _check_nbytes(header: Header, nbytes: int, name: str) -> None:
-    if header.dtype.kind == "O" or header.dtype.kind == "V":
-        return  # refused by what they are, whatever their size
+    if header.dtype.kind in "OV":
+        return  # refused because of their dtype, whatever their size
     if header.offset + header.nbytes != nbytes:
         raise DataError(
             f"array {name!r} is truncated or damaged: its header, {header.dtype} of shape {list(header.shape)}, "
@@ -195,16 +186,15 @@ def _native(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 @contextlib.contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """Whatever a damaged file makes zipfile, zlib or numpy raise, as one message."""
-    what = name if name.startswith("the ") else f"array {name!r}"
+    """Turn what numpy and the system raise over a damaged file into one message."""
     try:
         yield
     except DataError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError, RuntimeError, ValueError) as e:
+    except (EOFError, ValueError) as e:
         reason = " ".join(str(e).split())[:200] or type(e).__name__
-        raise DataError(f"{what} is truncated or damaged ({reason}). Copy or save the file again.") from None
+        raise DataError(f"array {name!r} is truncated or damaged ({reason}). Copy or save the file again.") from None
     except MemoryError:
-        raise DataError(f"{what} does not fit into memory: save fewer samples.") from None
+        raise DataError(f"array {name!r} does not fit into memory: save fewer samples.") from None
     except OSError as e:
-        raise DataError(f"{what} cannot be read: {e.strerror or e}.") from None
+        raise DataError(f"array {name!r} cannot be read: {e.strerror or e}.") from None

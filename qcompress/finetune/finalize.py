@@ -1,22 +1,23 @@
-"""From what was trained to a compressed model: codes kept, BatchNorm folded into scales and biases."""
+"""Turns a trained model into a compressed model: codes stay, BatchNorm is folded into scales and biases."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, final
+from dataclasses import dataclass
+from typing import Final, Literal, final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from qcompress.artifacts import Artifact, FloatWeight, SiteGrid
 from qcompress.compressed.model import CompressedModel
+from qcompress.deployment import DEFAULT, Deployment
 from qcompress.errors import ConfigError
 from qcompress.graph.batchnorm import fold_with_factors
+from qcompress.graph.conversion import to_numpy
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import Site
-from qcompress.plan.plan import ResolvedPlan
-from qcompress.posthoc.biases import fitting, in_steps
+from qcompress.plan.resolve import ResolvedPlan
+from qcompress.posthoc.biases import fit_biases
 
 BatchNorm = Literal["train", "freeze", "fold"]
 
@@ -26,15 +27,16 @@ _NOT_A_WEIGHT: Final = "not a weight"
 @final
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What stays the same while a model trains.
+    """The data of a prepared model that training does not change.
 
     Args:
-        program: what runs; BatchNorm folded where it trains so.
-        folded: the float model as it was, BatchNorm folded.
+        program: the program that runs in training; BatchNorm is folded if `batchnorm` is "fold".
+        folded: the program of the float model before training, BatchNorm folded.
         resolved: the plan.
-        sites: where activations are quantized, as `folded` has them.
-        batchnorm: how it trains.
-        arguments: names of what forward takes.
+        sites: the activations that are quantized, by their names in `folded`.
+        batchnorm: how BatchNorm trains.
+        arguments: names of forward's parameters.
+        deployment: the place where the model is to run.
     """
 
     program: FloatProgram
@@ -43,30 +45,38 @@ class Parts:
     sites: tuple[Site, ...]
     batchnorm: BatchNorm
     arguments: tuple[str, ...]
+    deployment: Deployment = DEFAULT
 
     def __deepcopy__(self, memo: object) -> "Parts":
-        """Nothing of it changes."""
+        """Returns itself: it is immutable."""
         return self
 
 
 def compressed(
-    parts: Parts, tensors: Mapping[str, torch.Tensor], weights: Mapping[str, Artifact], grids: Sequence[SiteGrid]
+    parts: Parts,
+    tensors: Mapping[str, torch.Tensor],
+    weights: Mapping[str, Artifact],
+    grids: Sequence[SiteGrid],
+    notes: tuple[str, ...] = (),
 ) -> CompressedModel:
-    """The compressed model.
+    """Returns the compressed model.
 
     Args:
-        parts: what stayed the same.
-        tensors: trained tensors of the program by qualified name, weights as they are quantized.
-        weights: what is stored of those that are quantized.
-        grids: of the sites.
+        parts: the data that training did not change.
+        tensors: trained tensors of the program by qualified name; quantized weights as the forward uses them.
+        weights: artifacts of the quantized weights, by qualified name.
+        grids: one for each site.
+        notes: what the user should know about the quantizers.
 
     Raises:
         ConfigError: a trained tensor is not finite.
     """
-    arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+    arrays = {name: to_numpy(value) for name, value in tensors.items()}
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ConfigError(f"{name} must be finite, and training made it NaN or Inf: take the last good state.")
+            raise ConfigError(
+                f"{name} must be finite, but training made it NaN or Inf; go back to the last good state."
+            )
     trained, factors = fold_with_factors(parts.program.with_state(arrays))
     layers = weight_layers(parts.folded)
     reasons = {t.name: t.reason for t in parts.resolved.tensors}
@@ -74,24 +84,23 @@ def compressed(
     for name, value in trained.state().items():
         found = weights.get(name)
         if found is not None and name in factors:
-            found = found.rescaled(factors[name].numpy(), layers[name].axis)
-        values: npt.NDArray[Any] = value.detach().numpy()
+            found = found.rescaled(to_numpy(factors[name]), layers[name].axis)
+        values = to_numpy(value)
         if found is None:
             found = FloatWeight(values=values, reason=reasons.get(name) or _NOT_A_WEIGHT)
         elif found.nbytes >= values.nbytes:
             reason = f"too small: {found.nbytes} bytes quantized, {values.nbytes} in float"
             found = FloatWeight(values=found.dequantize(), reason=reason)
         artifacts[name] = found
-    small = CompressedModel(
+    if grids:
+        artifacts = fit_biases(parts.folded, artifacts, grids, parts.deployment.largest_bias)
+    return CompressedModel(
         program=parts.folded,
         artifacts=artifacts,
         plan=parts.resolved.as_plan(),
         plan_digest=parts.resolved.digest,
         source_digest="",
-        notes=parts.folded.notes,
+        notes=(*parts.folded.notes, *notes),
         activations={grid.site: grid for grid in grids},
         compute="int8" if grids else "float",
     )
-    if not grids:
-        return small
-    return in_steps(replace(small, artifacts=fitting(parts.folded, artifacts, list(small.activations.values()))))

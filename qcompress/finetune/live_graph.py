@@ -1,29 +1,27 @@
-"""A program's graph that computes with the tensors of a live module: what training runs in place of its forward.
+"""A program's graph that computes with the tensors of a live module, and runs in training instead of its forward.
 
-The graph was traced in eval mode; BatchNorm and dropout behave as the module's own do.
+The graph was traced in eval mode; BatchNorm and dropout behave as in the module's current mode.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, final
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.nn import functional
 
-from qcompress.graph.batchnorm import BATCH_NORMS, statistics
+from qcompress.graph.batchnorm import returns_list, statistics
 from qcompress.graph.layers import layers
-from qcompress.graph.program import FloatProgram, copy_graph, state_nodes
+from qcompress.graph.nodes import operator_name, row_of
+from qcompress.graph.program import FloatProgram, state_nodes
 from qcompress.graph.sites import site_op
 
-aten = torch.ops.aten
-
-_DROPOUTS: Final[Mapping[Any, Callable[..., Tensor]]] = {
-    aten.dropout.default: functional.dropout,
-    aten.feature_dropout.default: functional.dropout2d,
+_DROPOUTS: Final[Mapping[str, Callable[..., Tensor]]] = {
+    "dropout.default": functional.dropout,
+    "feature_dropout.default": functional.dropout2d,
 }
 
-# (index of the site, value) -> the value to go on with.
+# (index of the site, value) -> the value that replaces it.
 AtSite = Callable[[int, Tensor], Tensor]
 
 
@@ -32,27 +30,23 @@ class LiveGraph(Interpreter):
     """Runs a marked program.
 
     Args:
-        program: marked, BatchNorm not folded; not modified.
+        program: a marked program; not modified.
     """
 
     def __init__(self, program: FloatProgram) -> None:
-        module = copy_graph(program.exported)
-        for node in module.graph.nodes:
-            node.target = _out_of_place(node.target)
-        super().__init__(module)
-        names = {node.name: name for node, name in state_nodes(program.exported).items()}
-        self._names = {node: names[node.name] for node in module.graph.nodes if node.name in names}
-        self._placeholders = module.graph.find_nodes(op="placeholder")
+        super().__init__(program.exported.graph_module)
+        self._names = state_nodes(program.exported)
+        self._placeholders = program.exported.graph.find_nodes(op="placeholder")
         self._weights = {layer.node.name: layer.weight for layer in layers(program)}
         self.first_not_finite: str | None = None
 
     def __deepcopy__(self, memo: object) -> "LiveGraph":
-        """Nothing of it belongs to one module."""
+        """Returns itself: it holds no tensor of a module."""
         return self
 
     @property
     def tensors(self) -> list[str]:
-        """Qualified names of the tensors that it takes."""
+        """Qualified names of the tensors that it computes with."""
         return list(self._names.values())
 
     def outputs(
@@ -65,16 +59,17 @@ class LiveGraph(Interpreter):
         training: bool,
         watch: bool = False,
     ) -> list[Tensor]:
-        """The program's outputs.
+        """Returns the program's outputs.
 
         Args:
             tensors: by qualified name.
             inputs: in the program's order.
-            at_site: what happens to values at sites, once for each.
-            norms: the BatchNorms that run themselves, by the qualified name of their running mean.
-            training: whether dropout drops.
-            watch: whether to look for NaN and Inf: `first_not_finite` is then the first tensor, layer (its weight) or
-                value that has one.
+            at_site: called once for each site, with its index and value.
+            norms: BatchNorm modules to call instead of the graph's operator, by the qualified name of their running
+                mean.
+            training: whether dropout is active.
+            watch: whether to look for NaN and Inf; `first_not_finite` is then the name of the first tensor, layer (its
+                weight) or value with one.
         """
         self._at_site, self._norms, self._training, self._seen = at_site, norms, training, set[int]()
         self._watch, self.first_not_finite = watch, None
@@ -83,7 +78,7 @@ class LiveGraph(Interpreter):
         return list(self.run(*values))
 
     def run_node(self, n: Node) -> Any:
-        """A site goes to `at_site`, BatchNorm and dropout to their modules, anything else is run."""
+        """Runs a node, and checks its value if `watch` is set."""
         value = self._computed(n)
         if self._watch and self.first_not_finite is None and isinstance(value, Tensor) and not value.isfinite().all():
             self.first_not_finite = self._names.get(n) or self._weights.get(n.name, n.name)
@@ -95,28 +90,16 @@ class LiveGraph(Interpreter):
         args, _ = self.fetch_args_kwargs_from_env(n)
         if n.target is site_op:
             x, index = args
-            if index in self._seen:  # further places hold values that are on the grid
+            if index in self._seen:  # other uses of the site: the value is quantized already
                 return x
             self._seen.add(index)
             return self._at_site(index, x)
-        if n.target in BATCH_NORMS:
-            mean = statistics(n, n.args)[0]
+        row = row_of(n)
+        if row.normalizes:
+            mean = statistics(n)[0]
             module = self._norms.get(self._names.get(mean, "")) if isinstance(mean, Node) else None
             if module is not None:
-                return module(args[0]) if n.target is aten.batch_norm.default else (module(args[0]), None, None)
-        if self._training and n.target in _DROPOUTS:
-            return _DROPOUTS[n.target](args[0], args[1], training=True)
+                return (module(args[0]), None, None) if returns_list(n) else module(args[0])
+        if self._training and row.drops:
+            return _DROPOUTS[operator_name(n)](args[0], args[1], training=True)
         return super().run_node(n)
-
-
-def _out_of_place(target: Any) -> Any:
-    """What computes the same without writing to its argument, which gradients may need.
-
-    >>> _out_of_place(aten.relu_.default) is aten.relu.default, _out_of_place(aten.relu.default) is aten.relu.default
-    (True, True)
-    """
-    packet = getattr(target, "overloadpacket", None)
-    name = "" if packet is None else packet.__name__
-    if not name.endswith("_") or name.startswith("_"):
-        return target
-    return getattr(getattr(aten, name[:-1], None), target._overloadname, target)

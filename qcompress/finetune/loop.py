@@ -1,4 +1,4 @@
-"""A plain training loop: straight code that yields records and prints nothing."""
+"""A plain training loop that yields records and prints nothing."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qcompress.errors import ConfigError, DivergenceError
-from qcompress.finetune.attach import Inputs, Prepared
+from qcompress.finetune.prepared import Inputs, Prepared
 
 Loss = Callable[[Any, Any], Tensor]
 Stage = Literal["S1", "S2", "S3"]
@@ -20,37 +20,37 @@ Schedule = Literal["cosine", "linear"]
 
 
 class Batches(Protocol):
-    """What a DataLoader is."""
+    """Batches with a length, such as a DataLoader."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Returns the number of batches."""
 
     def __iter__(self) -> Iterator[Any]:
-        """(inputs, target), one after another."""
+        """Yields pairs (inputs, target)."""
 
 
-_KEPT_EVERY: Final = 50  # steps between copies of the state that a loop that diverged goes back to
+_KEPT_EVERY: Final = 50  # steps between copies of the state, to return to after divergence
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopConfig:
-    """How a prepared model is trained.
+    """The settings of `train`.
 
     Args:
         epochs: passes over the data.
         optimizer: "adamw" or "sgd" (momentum 0.9).
         rate: highest learning rate of the model's own parameters.
-        quantizer_rate: of what quantizers learn, in parts of `rate`: N2UQ takes a tenth.
-        weight_decay: of tensors with two axes or more.
-        schedule: how rates fall to 0, "cosine" or "linear".
-        warm_up: share of all steps in which they rise.
-        stage: when regularizers act, as "bin regularization" has it: "S1" from the start, "S2" in the last two thirds
-            of the epochs, "S3" in every other epoch.
-        snap_offsets: share of the steps, the last ones, in which offsets keep to zero points.
+        quantizer_rate: learning rate of the quantizers' parameters as a fraction of `rate`; 0.1 for N2UQ.
+        weight_decay: for tensors with two or more axes.
+        schedule: how learning rates fall to 0: "cosine" or "linear".
+        warm_up: share of all steps in which learning rates rise, in [0, 1].
+        stage: when regularizers are active, as in "bin regularization": "S1" always, "S2" in the last two thirds of the
+            epochs, "S3" in every other epoch.
+        snap_offsets: share of the steps, at the end, in which offsets stay at values that zero points can store.
 
     Raises:
-        ConfigError: one of them is none.
+        ConfigError: an argument is invalid.
     """
 
     epochs: int
@@ -76,7 +76,7 @@ class LoopConfig:
                 raise ConfigError(f"LoopConfig.{name} must be in [{low}, {high}], got {getattr(self, name)!r}.")
 
     def regularizes(self, epoch: int) -> bool:
-        """Whether regularizers act in an epoch, counted from 0.
+        """Returns whether regularizers are active in an epoch, counted from 0.
 
         >>> [[LoopConfig(epochs=6, stage=stage).regularizes(e) for e in range(6)].count(True) for stage in ("S2", "S3")]
         [4, 3]
@@ -84,7 +84,7 @@ class LoopConfig:
         return {"S1": True, "S2": epoch >= self.epochs / 3, "S3": epoch % 2 == 1}[self.stage]
 
     def share_of_rate(self, done: float) -> float:
-        """The learning rate in parts of the highest, by the share of all steps that is done.
+        """Returns the learning rate as a fraction of the highest one, after a share of all steps.
 
         >>> [round(LoopConfig(epochs=1, warm_up=0.5).share_of_rate(done), 3) for done in (0.25, 0.5, 0.75)]
         [0.5, 1.0, 0.5]
@@ -98,7 +98,7 @@ class LoopConfig:
 @final
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step: counted from 0 over all epochs; the loss with and without the regularizers' terms."""
+    """One step, counted from 0 over all epochs, and its loss with and without the regularizers' terms."""
 
     epoch: int
     step: int
@@ -114,20 +114,22 @@ def train(
     loss: Loss | None = None,
     teacher: nn.Module | None = None,
 ) -> Iterator[StepRecord]:
-    """Train a prepared model; nothing happens until records are asked for.
+    """Trains a prepared model while the caller iterates over the records.
 
     Args:
-        prepared: left in training mode.
-        batches: of (inputs, target), gone through once an epoch; its length is told, as a DataLoader's is.
-        config: how.
-        loss: (outputs, target) -> 0-d; None: cross entropy, and with a teacher that of its softened outputs.
-        teacher: the float model, switched to eval mode: what it returns is the target, and that of the batches is not
-            looked at.
+        prepared: the model, left in training mode.
+        batches: pairs (inputs, target), iterated once per epoch; needs a length, as a DataLoader has.
+        config: the settings.
+        loss: (outputs, target) -> 0-d; None: cross entropy, or `distillation` with a teacher.
+        teacher: a float model, switched to eval mode; its outputs replace the targets of the batches.
+
+    Yields:
+        A record after each step.
 
     Raises:
-        ConfigError: the teacher is the model in training.
-        DivergenceError: a loss or a gradient is not finite, or a scale collapsed; names layer and step. The model then
-            is in its last good state, at most 50 steps back.
+        ConfigError: the teacher shares parameters with the model in training.
+        DivergenceError: a loss or a gradient is not finite, or a scale collapsed. The message names step and layer. The
+            model is then in its last good state, at most 50 steps back.
 
     >>> from qcompress.finetune.attach import prepare
     >>> from qcompress.plan import Plan
@@ -142,7 +144,10 @@ def train(
     if teacher is not None:
         own = {id(parameter) for parameter in prepared.parameters()}
         if any(id(parameter) in own for parameter in teacher.parameters()):
-            raise ConfigError("train: the teacher must be a model of its own: copy.deepcopy it before prepare.")
+            raise ConfigError(
+                "train: the teacher must not share parameters with the model in training; "
+                "pass a copy.deepcopy made before prepare()."
+            )
         teacher.eval()
     optimizer, total = _optimizer(prepared, config), config.epochs * len(batches)
     prepared.train()
@@ -163,8 +168,8 @@ def train(
             if wrong := _wrong(prepared, whole, inputs):
                 prepared.load_state_dict(good)
                 raise DivergenceError(
-                    f"Step {step}: {wrong}. The model is back in its last good state: try a lower learning rate, a "
-                    "longer warm-up, or more bits there."
+                    f"Step {step}: {wrong}. The model is back in its last good state; try a lower learning rate, a "
+                    "longer warm-up, or more bits for that layer."
                 )
             if step % _KEPT_EVERY == 0:
                 good = copy.deepcopy(prepared.state_dict())
@@ -174,11 +179,11 @@ def train(
 
 
 def distillation(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """KL divergence of softmax outputs from those of a teacher, mean over the batch.
+    """Returns the KL divergence of softmax outputs from a teacher's, averaged over the batch.
 
     Args:
         outputs: logits [batch, classes].
-        wanted: the teacher's.
+        wanted: the teacher's logits [batch, classes].
 
     >>> distillation(torch.zeros(2, 3), torch.zeros(2, 3)).item()
     0.0
@@ -187,7 +192,7 @@ def distillation(outputs: Tensor, wanted: Tensor) -> Tensor:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """What a model returns for one batch: a tensor, several by position, or by name."""
+    """Returns a model's outputs for one batch: a tensor, several by position, or by name."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
@@ -212,12 +217,14 @@ def _optimizer(prepared: Prepared, config: LoopConfig) -> torch.optim.Optimizer:
 
 
 def _wrong(prepared: Prepared, loss: Tensor, inputs: Inputs) -> str | None:
-    """What is wrong behind a backward pass, and where; None: nothing."""
+    """Returns what is wrong after a backward pass, and where; None: all is well."""
     if not torch.isfinite(loss):
         where = prepared.first_not_finite(inputs)
-        return f"the loss is {float(loss.detach())}" + (f"; the first NaN or Inf is that of {where}" if where else "")
+        return f"the loss is {float(loss.detach())}" + (f"; the first NaN or Inf appears at {where}" if where else "")
     found = [(name, p.grad) for name, p in prepared.named_parameters() if p.grad is not None]
-    if not torch.stack(torch._foreach_norm([g for _, g in found])).isfinite().all():  # which large ones may overflow
+    if (
+        not torch.stack(torch._foreach_norm([g for _, g in found])).isfinite().all()
+    ):  # norms of large gradients may overflow
         wrong = next((name for name, g in found if not g.isfinite().all()), None)
         if wrong is not None:
             return f"the gradient of {wrong} is not finite"

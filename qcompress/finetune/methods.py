@@ -1,29 +1,46 @@
-"""Which quantizers a model in training gets."""
+"""The choice of quantizers for a model in training."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
 from qcompress.graph.layers import Layer
-from qcompress.quantizers import QUANTIZERS, AbstractQuantizer, way
+from qcompress.quantizers import QUANTIZERS, AbstractQuantizer, supported, way
 
-_OF_ANY_SIGN: Final = "lsq_plus"
+_NAMED: Final = 3  # sites that a note names when there are many
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ObservedSite:
+    """An activation site and what was observed there.
+
+    Args:
+        name: of the site.
+        bits: width of its codes.
+        has_negative: whether some values were negative.
+    """
+
+    name: str
+    bits: int
+    has_negative: bool
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Methods:
-    """How weights and activations are quantized.
+    """The methods that quantize weights and activations.
 
     Args:
         weights: a key of `quantizers.QUANTIZERS`.
-        activations: the same. Where that method has no codes for negative values and a site has some, or not for the
-            site's width (operands of sums have 8 bits), LSQ+ quantizes it.
+        activations: the same. Sites that the method cannot quantize, because they have negative values or another
+            width (operands of sums have 8 bits), are quantized by the fallback that its row in the table names; the
+            notes of the model list them.
         weight_options: further arguments of the weights' quantizer, such as {"init": "min_max"}.
-        activation_options: the same for activations.
-        per_channel: whether output channels have scales of their own, where a method leaves the choice.
-        bias_bits: of the biases of quantized layers, on a grid of one learned scale; None: floats. Layers in front of a
-            BatchNorm commonly have none before it is folded.
+        activation_options: the same for activations; the fallback does not take them.
+        per_channel: whether each output channel has its own scale, if the method supports both.
+        bias_bits: width of the biases of quantized layers, on a grid with one learned scale; None: biases stay in
+            float. Layers followed by a BatchNorm usually have a bias only after it is folded.
     """
 
     weights: str = "lsq"
@@ -34,7 +51,7 @@ class Methods:
     bias_bits: int | None = None
 
     def weight(self, bits: int, layer: Layer, channels: int) -> AbstractQuantizer:
-        """The quantizer of a layer's weight."""
+        """Returns the quantizer of a layer's weight."""
         found = way(self.weights, "weight", bits)
         axes: dict[str, Any] = {}
         if found.scales == "channel":
@@ -44,19 +61,45 @@ class Methods:
         return found.make(bits=bits, **axes, **self.weight_options)
 
     def bias(self) -> AbstractQuantizer:
-        """The quantizer of a layer's bias: TQT's beside TQT's weights, else LSQ's."""
+        """Returns the quantizer of a layer's bias."""
         assert self.bias_bits is not None
-        return way("tqt" if self.weights == "tqt" else "lsq", "weight", self.bias_bits).make(bits=self.bias_bits)
+        return way(QUANTIZERS[self.weights].bias, "weight", self.bias_bits).make(bits=self.bias_bits)
 
-    def activation(self, bits: int, has_negative: bool) -> AbstractQuantizer:
-        """The quantizer of a site whose values were seen."""
-        if self.activations not in QUANTIZERS or QUANTIZERS[self.activations].activation is None:
-            way(self.activations, "activation", bits)  # says what is wrong
-        asked = QUANTIZERS[self.activations].activation
-        assert asked is not None
-        if bits in asked.bits and (asked.for_sign is not None or not has_negative):
-            sign = {} if asked.for_sign is None else asked.for_sign(has_negative)
-            return asked.make(bits=bits, **{**sign, **self.activation_options})
-        other = way(_OF_ANY_SIGN, "activation", bits)
-        assert other.for_sign is not None
-        return other.make(bits=bits, **other.for_sign(has_negative))
+    def activation(self, site: ObservedSite) -> AbstractQuantizer:
+        """Returns the quantizer of a site."""
+        found, options = supported(self.activations, "activation"), self.activation_options
+        if found.fallback is not None and found.obstacle(site.bits, site.has_negative) is not None:
+            found, options = way(found.fallback, "activation", site.bits), {}
+        by_sign = found.with_negative if site.has_negative else found.without_negative
+        return found.make(bits=site.bits, **{**(by_sign or {}), **options})
+
+    def notes(self, sites: Iterable[ObservedSite]) -> tuple[str, ...]:
+        """Returns what the user should know: sites that the fallback quantizes, options that have no effect.
+
+        >>> Methods(activations="pact").notes([ObservedSite("x", 4, True), ObservedSite("relu", 4, False)])
+        ('lsq_plus quantizes the activations at x, because pact has no codes for negative values.',)
+        """
+        found, observed = supported(self.activations, "activation"), list(sites)
+        options = f"activation_options ({', '.join(self.activation_options)})" if self.activation_options else ""
+        if options and not observed:
+            return (f"{options} had no effect: no activation is quantized.",)
+        replaced: dict[str, list[str]] = {}
+        for site in observed:
+            if (obstacle := found.obstacle(site.bits, site.has_negative)) is not None:
+                replaced.setdefault(obstacle, []).append(site.name)
+        unused = f"; {options} had no effect there" if options else ""
+        return tuple(
+            f"{found.fallback} quantizes the activations at {_listed(names)}, because {self.activations} {obstacle}"
+            f"{unused}."
+            for obstacle, names in replaced.items()
+        )
+
+
+def _listed(names: list[str]) -> str:
+    """Lists names; of many, the number and the first ones.
+
+    >>> _listed(["a", "b"]), _listed([*"abcdefgh"])
+    ('a, b', '8 sites (a, b, c, …)')
+    """
+    few = len(names) <= 2 * _NAMED
+    return ", ".join(names) if few else f"{len(names)} sites ({', '.join(names[:_NAMED])}, …)"

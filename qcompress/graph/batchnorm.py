@@ -1,9 +1,9 @@
-"""Fold BatchNorm into the layer in front of it: W' = W * γ/σ and b' = β + (b - μ) * γ/σ, in float64.
+"""Folding of BatchNorm into the layer in front of it: W' = W * γ/σ and b' = β + (b - μ) * γ/σ, in float64.
 
-Folding comes before compression: measured on ResNet-20 at 4 bits per tensor, 85.5 against 84.3 % with it after.
+Fold before compressing: ResNet-20 at 4 bits then reaches 85.5 %, against 84.3 % if folded after it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -12,18 +12,15 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
 from qcompress.graph.layers import Layer, bias_of, layers
+from qcompress.graph.nodes import arguments, row_of
 from qcompress.graph.program import FloatProgram, copy_graph, rebuild, state_nodes
 
-aten = torch.ops.aten
-
-BATCH_NORMS: Final = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
-_LEFT: Final = "the layer in front of it serves elsewhere too, or cannot take it up"
-_NO_BIAS: Final = (aten.matmul.default, aten.mm.default)
+_LEFT: Final = "the layer in front of it has other users, or cannot absorb it"
 
 
 @dataclass(frozen=True, slots=True)
 class _Fold:
-    """One BatchNorm with the layer that takes it up; values in float64, per output channel."""
+    """One BatchNorm and the layer that absorbs it; values in float64, per output channel."""
 
     norm: Node
     layer: Layer
@@ -34,9 +31,9 @@ class _Fold:
 
 
 def fold_batchnorm(program: FloatProgram) -> FloatProgram:
-    """The same function with every BatchNorm folded that directly follows a layer of its own.
+    """Fold every BatchNorm that directly follows a layer of its own; the program computes the same function.
 
-    A BatchNorm stays, and the notes name it, where its layer is used elsewhere too (a tied weight, an output read
+    A BatchNorm is kept, and listed in the notes, if its layer has other users (a tied weight, an output that is read
     twice) or cannot be written as one layer with a bias.
 
     Args:
@@ -49,7 +46,7 @@ def fold_batchnorm(program: FloatProgram) -> FloatProgram:
 
 
 def fold_with_factors(program: FloatProgram) -> tuple[FloatProgram, dict[str, torch.Tensor]]:
-    """What `fold_batchnorm` gives, and what it multiplied weights by.
+    """Fold as `fold_batchnorm` does, and return what the weights were multiplied by.
 
     Returns:
         The program; γ/σ for each output channel, float64 [O], by the weight's qualified name.
@@ -66,21 +63,21 @@ def fold_with_factors(program: FloatProgram) -> tuple[FloatProgram, dict[str, to
 
 
 def unfolded_names(program: FloatProgram, folded: FloatProgram) -> dict[str, str]:
-    """Where the values of layers with BatchNorm folded are in the program as it was: behind the BatchNorm.
+    """Return where the unfolded program computes the outputs of layers that absorbed a BatchNorm: behind that one.
 
     Args:
-        program: as it came in.
-        folded: the same, folded.
+        program: before folding.
+        folded: the same program after it.
 
     Returns:
-        From names of nodes in the folded graph to names of nodes in the other.
+        Name of the node in the unfolded graph, by the node's name in the folded graph.
     """
     kept = {n.name for n in folded.exported.graph.nodes}
     root: dict[str, str] = {}
-    for norm in program.exported.graph.nodes:
-        if norm.op == "call_function" and norm.target in BATCH_NORMS and norm.name not in kept:
-            output = norm if norm.target is aten.batch_norm.default else next(u for u in norm.users if u.args[1] == 0)
-            before = norm.args[0].name
+    for norm in batch_norms(program):
+        if norm.name not in kept:
+            output = next(u for u in norm.users if u.args[1] == 0) if returns_list(norm) else norm
+            before = arguments(norm)["input"].name
             root[output.name] = root.get(before, before)
     return {first: last for last, first in root.items()}
 
@@ -116,8 +113,8 @@ def _folded(program: FloatProgram, folds: Sequence[_Fold]) -> FloatProgram:
                 bias_name += "_folded"
             state[bias_name] = _like(weight, fold.shift)
             _add_bias(node, nodes[fold.weight.name], specs, bias_name, state[bias_name])
-        for user in list(norm.users) if norm.target is not aten.batch_norm.default else [norm]:
-            user.replace_all_uses_with(node)  # the functional form returns a tuple: its first item is the output
+        for user in list(norm.users) if returns_list(norm) else [norm]:
+            user.replace_all_uses_with(node)
     module.graph.eliminate_dead_code()
     specs, state = _drop_unused(module.graph, specs, state)
     module.recompile()
@@ -125,7 +122,7 @@ def _folded(program: FloatProgram, folds: Sequence[_Fold]) -> FloatProgram:
 
 
 def _find(program: FloatProgram) -> tuple[list[_Fold], list[Node]]:
-    """What can be folded, and the BatchNorms behind a layer that cannot."""
+    """Return what can be folded, and the BatchNorms that follow a layer and cannot be."""
     state, values = state_nodes(program.exported), program.state()
     uses = layers(program)
     by_node = {use.node: use for use in uses}
@@ -137,45 +134,54 @@ def _find(program: FloatProgram) -> tuple[list[_Fold], list[Node]]:
         return values[state[argument]].detach().double() if isinstance(argument, Node) else default
 
     folds, left = [], []
-    for norm in program.exported.graph.nodes:
-        if norm.op != "call_function" or norm.target not in BATCH_NORMS:
-            continue
-        layer = by_node.get(norm.args[0]) if isinstance(norm.args[0], Node) else None
+    for norm in batch_norms(program):
+        given = arguments(norm)
+        layer = by_node.get(given["input"])
         if layer is None or layer.kind not in ("conv", "depthwise", "conv_transpose", "linear"):
             continue
         weight_node = next((n for n in layer.node.all_input_nodes if state.get(n) == layer.weight), None)
-        functional = norm.target is aten.batch_norm.default
-        running = norm.args[3:5]
-        parameters = [n for n in (*norm.args[1:5],) if isinstance(n, Node)]
-        bias = bias_of(layer.node)
+        mean, variance, epsilon = statistics(norm)
+        parameters = [n for n in (given["weight"], given["bias"], mean, variance) if isinstance(n, Node)]
+        row, bias = row_of(layer.node).layer, bias_of(layer.node)
         foldable = (
             len(layer.node.users) == 1
             and uses_of[layer.weight] == 1
             and weight_node is not None
             and len(weight_node.users) == 1  # other operators may read it, too
             and layer.weight in program.exported.state_dict
-            and (bias is not None or layer.node.target not in _NO_BIAS)
+            and row is not None
+            and row.bias is not None
             and not {"alpha", "beta"} & set(layer.node.kwargs)
-            and all(isinstance(n, Node) for n in running)
+            and isinstance(mean, Node)
+            and isinstance(variance, Node)
             and all(n in state for n in parameters)
             and (bias is None or (bias in state and len(bias.users) == 1))
             and (layer.kind != "linear" or layer.node.meta["val"].ndim == 2)
-            and (functional or all(u.args[1] == 0 for u in norm.users))
+            and (not returns_list(norm) or all(u.args[1] == 0 for u in norm.users))
         )
         if weight_node is None or not foldable:
             left.append(norm)
             continue
-        gamma, beta = value(norm.args[1], 1.0), value(norm.args[2], 0.0)
-        mean, variance, epsilon = statistics(norm, norm.args)
-        mean, variance = value(mean, 0.0), value(variance, 1.0)
-        factor = torch.as_tensor(gamma / torch.sqrt(torch.as_tensor(variance) + epsilon)).double()
-        folds.append(_Fold(norm, layer, weight_node, bias, factor, torch.as_tensor(beta - mean * factor)))
+        gamma, beta = value(given["weight"], 1.0), value(given["bias"], 0.0)
+        factor = torch.as_tensor(gamma / torch.sqrt(torch.as_tensor(value(variance, 1.0)) + epsilon)).double()
+        folds.append(_Fold(norm, layer, weight_node, bias, factor, torch.as_tensor(beta - value(mean, 0.0) * factor)))
     return folds, left
 
 
-def statistics(norm: Node, arguments: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """Stored mean and variance, and epsilon, among the arguments of a BatchNorm in eval mode."""
-    return arguments[3], arguments[4], arguments[7 if norm.target is aten.batch_norm.default else 6]
+def batch_norms(program: FloatProgram) -> Iterator[Node]:
+    """Yield the BatchNorms of a program, in the order in which they run."""
+    return (node for node in program.exported.graph.nodes if row_of(node).normalizes)
+
+
+def statistics(norm: Node) -> tuple[Any, Any, Any]:
+    """Return stored mean and variance (None if nothing is stored), and epsilon, of a BatchNorm in eval mode."""
+    given = arguments(norm)
+    return given["running_mean"], given["running_var"], given["eps"]
+
+
+def returns_list(norm: Node) -> bool:
+    """Return whether a BatchNorm returns a list, the first item of which is its output."""
+    return not isinstance(norm.meta["val"], torch.Tensor)
 
 
 def _bias_name(weight: str) -> str:
@@ -188,7 +194,7 @@ def _like(old: torch.Tensor, new: torch.Tensor) -> torch.nn.Parameter:
 
 
 def _add_bias(node: Node, weight: Node, specs: list[InputSpec], name: str, value: torch.Tensor) -> None:
-    """A new parameter input, next to the layer's weight, as the layer's bias."""
+    """Give a layer a bias: a new parameter among the graph's inputs, next to the layer's weight."""
     with node.graph.inserting_after(weight):
         placeholder = node.graph.placeholder("p_" + name.replace(".", "_"))
     placeholder.meta["val"] = weight.meta["val"].new_empty(value.shape)

@@ -1,4 +1,4 @@
-"""A program whose tensors are handed in, so that gradients reach them and its inputs."""
+"""A runner of a program that gets its tensors as arguments, so that gradients reach them and the inputs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from qcompress.graph.program import FloatProgram, state_nodes
 
 
 class Differentiable(Interpreter):
-    """Runs a program; subclasses look at values on the way in `run_node`.
+    """Runs a program; subclasses see the values in between by overriding `run_node`.
 
     Args:
         program: not modified.
@@ -22,7 +22,7 @@ class Differentiable(Interpreter):
         self._placeholders = program.exported.graph.find_nodes(op="placeholder")
 
     def outputs(self, state: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[Any]:
-        """The program's outputs.
+        """Return the program's outputs.
 
         Args:
             state: tensors by qualified name.

@@ -1,4 +1,4 @@
-"""The one float program: whatever torch source, what runs the model is one ATen graph, traced once with a batch of 2.
+"""The float program: one ATen graph runs the model, whatever torch source it came from.
 
 Layer kinds, BatchNorm folding and layer inputs are read from that graph; the user's module is never touched.
 """
@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from qcompress.errors import ConfigError, DataError, did_you_mean
+from qcompress.graph.conversion import numpy_dtype, to_numpy, to_torch
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 _ORIGINS: Final = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
@@ -25,14 +26,14 @@ STATE_KINDS: Final = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_
 
 @dataclass(frozen=True, slots=True)
 class FloatProgram:
-    """A float model as one graph, with the names that its inputs and outputs go by.
+    """A float model as one graph without in-place operators, and the names of its inputs and outputs.
 
     Args:
-        exported: the graph, parameters lifted to its inputs under their qualified names.
+        exported: the graph; its parameters are inputs under their qualified names.
         input_names: one per user input, in the graph's order.
         output_names: one per user output.
         dynamic: name of each dynamic axis, by (input name, axis).
-        notes: what a user should be told (switched to eval, a fixed batch).
+        notes: what the user is told (switched to eval mode, a fixed batch).
     """
 
     exported: ExportedProgram
@@ -42,11 +43,11 @@ class FloatProgram:
     notes: tuple[str, ...] = ()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Parameters, buffers and constants that the graph uses, by qualified name, in the graph's order."""
+        """Return the parameters, buffers and constants that the graph uses, by qualified name, in the graph's order."""
         return {spec.target: tensor_of(self.exported, spec) for _, spec in _state_inputs(self.exported) if spec.target}
 
     def aliases(self) -> dict[str, tuple[str, ...]]:
-        """Further names of tied tensors, by the name that `state` has."""
+        """Return the further names of tied tensors, by the name that `state` uses."""
         groups: dict[tuple[Any, ...], list[str]] = {}
         for name, value in self.exported.state_dict.items():
             groups.setdefault(identity(value), []).append(name)
@@ -58,13 +59,13 @@ class FloatProgram:
 
     @property
     def fixed_batch(self) -> int | None:
-        """The only batch that the program takes; None: any."""
+        """Return the only batch size that the program takes; None if it takes any."""
         if any(axis == 0 for _, axis in self.dynamic):
             return None
         return next((int(value_of(n).shape[0]) for n in user_inputs(self.exported) if value_of(n).ndim), None)
 
     def with_state(self, values: Arrays) -> "FloatProgram":
-        """The same program with other values for some tensors; shapes and dtypes stay.
+        """Return the program with other values for some tensors; shapes and dtypes stay.
 
         Args:
             values: arrays by qualified name.
@@ -75,14 +76,14 @@ class FloatProgram:
             if name not in home:
                 raise ConfigError(f"The program has no tensor {name!r}.{did_you_mean(name, self.state())}")
             old = home[name]
-            new = torch.from_numpy(np.array(value, order="C")).to(old.dtype)
+            new = to_torch(value).to(old.dtype)
             if new.shape != old.shape:
                 raise ConfigError(f"{name} must have shape {list(old.shape)}, got {list(new.shape)}.")
             home[name] = torch.nn.Parameter(new, False) if isinstance(old, torch.nn.Parameter) else new
         return replace(self, exported=rebuild(self.exported, state=state, constants=constants))
 
     def without_origins(self) -> "FloatProgram":
-        """The same program without the author's files, lines, classes and sample inputs, which tracing keeps."""
+        """Return the program without what tracing keeps of the author: files, lines, classes and sample inputs."""
         module = copy_graph(self.exported)
         for node in module.graph.nodes:
             for key in _ORIGINS:
@@ -90,15 +91,15 @@ class FloatProgram:
         return replace(self, exported=rebuild(self.exported, module=module, keep_examples=False))
 
     def module(self) -> torch.nn.Module:
-        """A plain module that runs the program: its parameters under their qualified names."""
+        """Return a plain module that runs the program, with its parameters under their qualified names."""
         module: torch.nn.Module = self.exported.module(check_guards=False)
         return module
 
     def bind(self, arrays: Arrays) -> list[npt.NDArray[Any]]:
-        """The program's inputs, in order, from named arrays; a single input may also be called `x`.
+        """Return the program's inputs, in order, from named arrays; a single input may also be called `x`.
 
         Raises:
-            DataError: an input is missing, or a shape or dtype does not fit.
+            DataError: an input is missing, or has the wrong shape or dtype.
         """
         bound = []
         for name, node in zip(self.input_names, user_inputs(self.exported), strict=True):
@@ -116,12 +117,12 @@ class FloatProgram:
         return bound
 
     def random_inputs(self, batch: int = 2) -> dict[str, npt.NDArray[Any]]:
-        """Normal random floats, and zeros for integers, in the inputs' shapes; the same ones each time."""
+        """Return normal random floats, and zeros for integers, in the inputs' shapes; the same ones each time."""
         random = np.random.default_rng(0)
         inputs = {}
         for name, node in zip(self.input_names, user_inputs(self.exported), strict=True):
             shape = [batch if size is None else size for size in sizes(node)]
-            dtype = torch.empty(0, dtype=value_of(node).dtype).numpy().dtype
+            dtype = numpy_dtype(value_of(node).dtype)
             values = random.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
             inputs[name] = values.astype(dtype)
         return inputs
@@ -130,7 +131,7 @@ class FloatProgram:
         """Run the program on one batch.
 
         Args:
-            arrays: inputs by name, as `bind` takes them.
+            arrays: inputs by name, as for `bind`.
             device: `cpu` or `cuda`.
 
         Returns:
@@ -139,7 +140,7 @@ class FloatProgram:
         return self.runner(device)(arrays)
 
     def runner(self, device: str = "cpu") -> "Runner":
-        """Something that runs many batches: the module is built once."""
+        """Return a runner for many batches, which builds the module once."""
         module = self.module() if device == "cpu" else copy.deepcopy(self.module()).to(device)
         return Runner(self, module, device)
 
@@ -153,20 +154,20 @@ class Runner:
     device: str
 
     def __call__(self, arrays: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Outputs by name for one batch of inputs by name."""
-        flat = [torch.from_numpy(np.array(a, order="C")).to(self.device) for a in self.program.bind(arrays)]
+        """Return the outputs of one batch by name."""
+        flat = [to_torch(a).to(self.device) for a in self.program.bind(arrays)]
         args, kwargs = pytree.tree_unflatten(flat, self.program.exported.call_spec.in_spec)
         with torch.no_grad():
             out = self.module(*args, **kwargs)
         tensors = pytree.tree_leaves(out)
-        return {n: t.detach().cpu().numpy() for n, t in zip(self.program.output_names, tensors, strict=True)}
+        return {n: to_numpy(t) for n, t in zip(self.program.output_names, tensors, strict=True)}
 
 
 def copy_graph(exported: ExportedProgram) -> GraphModule:
-    """A copy of a program's graph that can be changed: same node names, tensors not copied (they are inputs)."""
+    """Return a copy of a program's graph that may be changed; nodes keep their names, tensors are not copied."""
     module: GraphModule = copy.deepcopy(exported.graph_module)
     for old, new in zip(exported.graph.nodes, module.graph.nodes, strict=True):
-        new.name = old.name  # copying renames what is called like a builtin, `input` for one
+        new.name = old.name  # copying renames nodes that are named like a builtin, such as `input`
     return module
 
 
@@ -175,19 +176,20 @@ def rebuild(
     *,
     module: GraphModule | None = None,
     specs: list[InputSpec] | None = None,
+    outputs: list[OutputSpec] | None = None,
     state: Mapping[str, torch.Tensor] | None = None,
     constants: Mapping[str, Any] | None = None,
     keep_examples: bool = True,
 ) -> ExportedProgram:
-    """The same program with some of its parts replaced; tensors are shared, not copied."""
+    """Return the program with some of its parts replaced; tensors are shared, not copied."""
     module = module or exported.graph_module
     old = exported.graph_signature
     returned = module.graph.output_node().args[0]
-    outputs = [
+    returned_specs = [
         replace(spec, arg=TensorArgument(name=node.name)) if isinstance(node, Node) else spec
-        for spec, node in zip(old.output_specs, returned, strict=True)  # type: ignore[arg-type]
+        for spec, node in zip(old.output_specs if outputs is None else outputs, returned, strict=True)  # type: ignore[arg-type]
     ]
-    signature = ExportGraphSignature(list(specs if specs is not None else old.input_specs), outputs)
+    signature = ExportGraphSignature(list(specs if specs is not None else old.input_specs), returned_specs)
     return ExportedProgram(
         root=module,
         graph=module.graph,
@@ -202,7 +204,7 @@ def rebuild(
 
 
 def state_nodes(exported: ExportedProgram) -> dict[Node, str]:
-    """The graph's inputs that are state, and the qualified name of each."""
+    """Return the inputs of the graph that are state, and the qualified name of each."""
     return {node: spec.target or "" for node, spec in _state_inputs(exported)}
 
 
@@ -214,11 +216,13 @@ def _state_inputs(exported: ExportedProgram) -> Iterator[tuple[Node, InputSpec]]
 
 
 def user_inputs(exported: ExportedProgram) -> list[Node]:
+    """Return the inputs of the graph that are the user's."""
     by_name = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     return [by_name[s.arg.name] for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
 
 
 def tensor_of(exported: ExportedProgram, spec: InputSpec) -> torch.Tensor:
+    """Return the tensor of an input that is state."""
     name = spec.target or ""
     value = exported.state_dict[name] if name in exported.state_dict else exported.constants[name]
     assert isinstance(value, torch.Tensor)
@@ -226,18 +230,19 @@ def tensor_of(exported: ExportedProgram, spec: InputSpec) -> torch.Tensor:
 
 
 def identity(value: torch.Tensor) -> tuple[Any, ...]:
-    """What makes two names one tensor: same memory, same view of it."""
+    """Return a key that two names share if they are one tensor: the same view of the same memory."""
     if value.numel() == 0:
         return (id(value),)
     return value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride(), value.dtype
 
 
 def sizes(node: Node) -> list[int | None]:
-    """The shape of a value; None where it is dynamic. An axis can be symbolic and still have one value alone."""
+    """Return the shape of a value; None for dynamic axes, not for symbolic ones that can have one size only."""
     return [s if isinstance(s, int) else s.node.maybe_as_int() for s in value_of(node).shape]
 
 
 def value_of(node: Node) -> torch.Tensor:
+    """Return the tensor that stands for a node's value: its shape and dtype."""
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor)
     return value
@@ -249,11 +254,11 @@ def _check_input(name: str, value: npt.NDArray[Any], node: Node) -> npt.NDArray[
     if value.ndim != len(shape) or any(s is not None and s != g for s, g in zip(shape, value.shape, strict=True)):
         text = ", ".join("any" if s is None else str(s) for s in shape)
         raise DataError(f"Input {name} must have shape [{text}], got {list(value.shape)}.")
-    dtype = torch.empty(0, dtype=wanted.dtype).numpy().dtype
+    dtype = numpy_dtype(wanted.dtype)
     if value.dtype == dtype:
         return value
     if np.issubdtype(value.dtype, np.floating) and np.issubdtype(dtype, np.floating):
         return value.astype(dtype)
     if np.issubdtype(value.dtype, np.integer) and np.issubdtype(dtype, np.integer):
         return value.astype(dtype)
-    raise DataError(f"Input {name} must be {dtype}, got {value.dtype}: convert it, or name a --transform that does.")
+    raise DataError(f"Input {name} must be {dtype}, got {value.dtype}: convert it, or pass a --transform that does.")

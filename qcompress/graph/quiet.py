@@ -1,4 +1,4 @@
-"""torch reports progress and failures on stdout, on stderr, in its log and in warnings; our users asked for none."""
+"""Silence for torch, which reports progress and failures on stdout, on stderr, in its log and in warnings."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Let torch work without a word; exceptions pass."""
+    """Run torch without any output; exceptions pass."""
     log = logging.getLogger("torch")
     level = log.level
     log.setLevel(logging.CRITICAL)

@@ -1,8 +1,8 @@
-"""Which activations are quantized: one function for post-hoc export, for training and for parity.
+"""The activations that are quantized: one function serves post-hoc export, training and parity.
 
-A site is a value of the float program. Where it stands is decided by what onnxruntime computes in integers; which grid
-it gets is decided elsewhere. Sites are marked in the graph by an operator that does nothing, `qcompress::site`, so that
-calibration, the fake-quantized reference and the ONNX graph all speak of the same values.
+A site is a value of the float program. Its place follows from what onnxruntime computes in integers; its grid is chosen
+elsewhere. An operator that does nothing, `qcompress::site`, marks the sites in the graph, so that calibration, the
+fake-quantized reference and the ONNX graph quantize the same values.
 """
 
 import operator
@@ -18,7 +18,9 @@ from torch.fx import Interpreter, Node
 
 from qcompress.artifacts import SiteGrid
 from qcompress.errors import ConfigError, QCompressError
+from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.graph.layers import Layer, data_input, layers
+from qcompress.graph.nodes import arguments, row_of
 from qcompress.graph.program import (
     Arrays,
     FloatProgram,
@@ -30,8 +32,6 @@ from qcompress.graph.program import (
     value_of,
 )
 
-aten = torch.ops.aten
-
 Placement = Literal["deploy", "paper"]
 PLACEMENTS: Final[tuple[Placement, ...]] = ("deploy", "paper")
 OUTPUT: Final = -1  # index of a site that is a value itself; 0: the input of a layer
@@ -42,37 +42,9 @@ if not hasattr(torch.ops.qcompress, "site"):  # torch keeps operators for the li
     _OPERATORS.impl("site", lambda x, index: x.clone(), "CompositeExplicitAutograd")
 site_op: Final = torch.ops.qcompress.site.default
 
-# Kinds of layers that have an input site; those with an output site of their own.
+# Kinds of layers that have a site at their input, and those that have one at their output.
 LAYER_KINDS: Final = ("conv", "depthwise", "conv_transpose", "linear")
 _OUTPUT_KINDS: Final = ("conv", "depthwise", "conv_transpose")
-
-# What a quantizer behind it absorbs: monotone clamps.
-_CLAMPS: Final = (
-    aten.relu.default, aten.relu_.default, aten.relu6.default, aten.relu6_.default, aten.hardtanh.default,
-    aten.hardtanh_.default, aten.clamp.default, aten.clamp_.default, aten.clamp_min.default,
-)  # fmt: skip
-# What gives parts of a value, as a list.
-_SPLITS: Final = (
-    aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default,
-)  # fmt: skip
-# What moves values and changes none: its output is on its input's grid.
-_MOVES: Final = (
-    *_SPLITS,
-    aten.slice.Tensor, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.squeeze.dim,
-    aten.squeeze.dims, aten.unsqueeze.default, aten.permute.default, aten.transpose.int, aten.t.default,
-    aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.max_pool1d.default,
-    aten.max_pool2d.default, aten.dropout.default, aten._unsafe_view.default, aten.feature_dropout.default,
-    aten.unflatten.int, aten.expand.default, aten.select.int, aten.flip.default, aten.pixel_shuffle.default,
-    aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec,
-)  # fmt: skip
-_PADS: Final = (aten.pad.default, aten.constant_pad_nd.default)
-_SUMS: Final = (aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor)
-_POOLS: Final = (
-    aten.avg_pool1d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool1d.default,
-    aten.adaptive_avg_pool2d.default,
-)  # fmt: skip
-_MEANS: Final = (aten.mean.dim,)
-_JOINS: Final = (aten.cat.default, aten.concat.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +52,9 @@ class Site:
     """One quantized value.
 
     Args:
-        name: of the value (its node in the graph, or the program's input), or the layer's weight for its input.
-        index: OUTPUT for a value, 0 for the input of the layer.
-        bits: width that it is quantized to.
+        name: the value's node in the graph, or the program's input; for a layer's input, the layer's weight.
+        index: OUTPUT for a value, 0 for a layer's input.
+        bits: width to which it is quantized.
     """
 
     name: str
@@ -91,30 +63,30 @@ class Site:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What an `ActivationGrid` calls it."""
+        """Return the site as an `ActivationGrid` holds it."""
         return self.name, self.index
 
 
 def activation_sites(
     program: FloatProgram, activation_bits: Mapping[str, int], placement: Placement = "deploy"
 ) -> tuple[Site, ...]:
-    """The values of a program that are quantized, in the order in which the graph computes them.
+    """Return the values of a program that are quantized, in the order in which the graph computes them.
 
     Args:
-        program: BatchNorm already folded.
-        activation_bits: bits of its input for each layer, by its weight's qualified name; a layer that is not there
-            takes float activations.
-        placement: `deploy`: all that onnxruntime fuses: inputs of layers, outputs of convolutions, and operands and
-            outputs of sums, products, pooling and concatenation in between; those at 8 bits. `paper`: inputs of
-            layers alone.
+        program: with BatchNorm folded.
+        activation_bits: bits of each layer's input, by the qualified name of its weight; all other layers take float
+            activations.
+        placement: `deploy`: everything that onnxruntime fuses: inputs of layers, outputs of convolutions, and, at 8
+            bits, operands and outputs of the sums, products, poolings and concatenations in between. `paper`: inputs
+            of layers only.
 
     Returns:
-        Sites. A value that layers of one width take, and nothing else, has that width. Any other has 8 bits: operands
-        of sums keep them, and at `deploy` a value has one grid whoever takes it, since a second quantizer for a layer
-        that wants fewer bits costs more time than fewer bits can save. At `paper` such a layer has its own.
+        Sites. A value that only layers of one width take has that width; any other has 8 bits. Operands of sums keep 8,
+        and at `deploy` a value has one grid for all its users: a second quantizer costs more time than fewer bits save.
+        At `paper`, each layer quantizes such a value for itself.
 
     Raises:
-        ConfigError: an unknown placement.
+        ConfigError: the placement is unknown.
     """
     if placement not in PLACEMENTS:
         raise ConfigError(f"placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}.")
@@ -122,7 +94,7 @@ def activation_sites(
 
 
 def layer_input_sites(program: FloatProgram, weights: Iterable[str]) -> tuple[Site, ...]:
-    """A site at the input of each named layer: where `dynamic8` quantizes at run time, at 8 bits."""
+    """Return a site of 8 bits at the input of each named layer: `dynamic8` quantizes there at run time."""
     wanted = set(weights)
     return tuple(Site(name, 0, 8) for name, use in _uses(program).items() if use.weight in wanted)
 
@@ -140,9 +112,10 @@ class _Finder:
         self.layers = {
             use.node: use for use in layers(program) if use.kind in LAYER_KINDS and use.weight in activation_bits
         }
+        # A root is a value before any moves.
         self.takers: dict[Node, list[Layer]] = {}  # by root: the layers that take it
-        self.moved: dict[Node, list[Node]] = {}  # by root: the values that layers and operators take
-        self.eight: set[Node] = set()  # roots that something else takes, too, or that are outputs
+        self.moved: dict[Node, list[Node]] = {}  # by root: the values, moved or not, that layers and operators take
+        self.eight: set[Node] = set()  # roots that other operators take too
 
     def sites(self) -> tuple[Site, ...]:
         for node in self.exported.graph.nodes:
@@ -174,32 +147,32 @@ class _Finder:
         return [Site(self.names.get(root.name, root.name), OUTPUT, min(widths) if alone else 8)]
 
     def _is_taken(self, user: Node, root: Node) -> bool:
-        """Whether a use of a value is a layer's, or leads to one through moves alone."""
+        """Return whether a user of a value is a layer, or leads to nothing but layers through moves."""
         if user in self.layers:
             return self._root(data_input(user)) is root
         return _moves(user, self.state) and bool(user.users) and all(self._is_taken(u, root) for u in user.users)
 
     def _take(self, value: Node) -> Node:
-        """A value that must be quantized where it is taken; returns the value that it was moved from."""
+        """Note that an operator takes a quantized value; returns its root."""
         root = self._root(value)
         self.moved.setdefault(root, []).append(value)
         return root
 
     def _give(self, node: Node) -> None:
-        """An output that must be quantized, behind the clamp that a quantizer absorbs."""
-        while len(node.users) == 1 and (user := next(iter(node.users))).target in _CLAMPS and user.args[0] is node:
+        """Note that an operator's output is quantized, behind the clamps that a quantizer absorbs."""
+        while len(node.users) == 1 and row_of(user := next(iter(node.users))).clamps and user.args[0] is node:
             node = user
         self._take(node)
 
     def _operands(self, node: Node) -> list[Node]:
-        """The activations that an operator takes, if onnxruntime computes it in integers behind integers."""
-        target = node.target
+        """Return an operator's activations if onnxruntime computes it in integers and one of them is quantized."""
+        row = row_of(node)
         candidates: Sequence[Any] = ()
-        if target in _SUMS and not node.kwargs:
+        if row.sums and not node.kwargs:
             candidates = node.args
-        elif target in _POOLS or (target in _MEANS and _is_spatial(node)):
+        elif row.pools or (row.averages and _is_spatial(node)):
             candidates = node.args[:1]
-        elif target in _JOINS:
+        elif row.joins:
             candidates = node.args[0]  # type: ignore[assignment]
         operands = [a for a in candidates if isinstance(a, Node)]
         if len(operands) < len(candidates) or not all(_is_float(a) and a not in self.state for a in operands):
@@ -213,27 +186,27 @@ class _Finder:
 
 
 def _moves(node: Node, state: Container[Node]) -> bool:
-    """Whether a node moves the values of an activation and changes none, but for zeros that it may add."""
+    """Return whether a node moves the values of an activation and changes none; it may add zeros."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node) or node.args[0] in state:
         return False
+    row = row_of(node)
     if node.target is operator.getitem:
-        return node.args[0].target in _SPLITS and _moves(node.args[0], state)
-    if node.target in _PADS:
-        mode = node.args[2] if node.target is aten.pad.default and len(node.args) > 2 else "constant"
-        value = node.args[3 if node.target is aten.pad.default else 2 :]
-        return mode == "constant" and not any(value) and not node.kwargs
-    return node.target in _MOVES
+        return row_of(node.args[0]).splits and _moves(node.args[0], state)
+    if row.pads:
+        given = arguments(node)
+        return given.get("mode", "constant") == "constant" and not given.get("value") and not node.kwargs
+    return row.moves
 
 
 def mark(program: FloatProgram, sites: Iterable[tuple[str, int]]) -> FloatProgram:
-    """The same program with `qcompress::site(x, i)` at the value of site i, and behind it wherever values are moved.
+    """Return the program with `qcompress::site(x, i)` at the value of site i, and behind each move of that value.
 
     Args:
-        program: the one that the sites were found in.
+        program: the program in which the sites were found.
         sites: their keys.
 
     Raises:
-        ConfigError: a site that the program does not have.
+        ConfigError: the program has no such site.
     """
     module = copy_graph(program.exported)
     nodes = {n.name: n for n in module.graph.nodes}
@@ -252,7 +225,9 @@ def mark(program: FloatProgram, sites: Iterable[tuple[str, int]]) -> FloatProgra
     for index, (name, kind) in sorted(enumerate(sites), key=lambda entry: entry[1][1]):  # values before inputs
         table = nodes if kind == OUTPUT else uses
         if name not in table or (kind == OUTPUT and not _is_float(nodes[name])):
-            raise ConfigError(f"The program has no activation {name!r}: it is another one than the grids are for.")
+            raise ConfigError(
+                f"No activation {name!r} in this model: the activation grids belong to a different model."
+            )
         if kind == OUTPUT:
             for node in _places(nodes[name], state):
                 given = node.op == "placeholder"  # as an output of the program it stays what it is
@@ -266,7 +241,7 @@ def mark(program: FloatProgram, sites: Iterable[tuple[str, int]]) -> FloatProgra
 
 
 def input_sites(marked: FloatProgram) -> dict[str, int]:
-    """The site that each layer's input is quantized at, by the layer's weight (further uses: by their nodes).
+    """Return the site of each layer's input, by the layer's weight; further uses of a weight by their nodes.
 
     Args:
         marked: from `mark`.
@@ -285,24 +260,30 @@ def input_sites(marked: FloatProgram) -> dict[str, int]:
 
 
 def output_layers(marked: FloatProgram) -> dict[int, str]:
-    """The weight of the layer behind which each site stands, where it stands behind one."""
+    """Return the weight of the layer whose output each site quantizes; sites that follow no layer are left out."""
     behind = {use.node: use.weight for use in layers(marked)}
     found: dict[int, str] = {}
     for node in marked.exported.graph.nodes:
         if node.target is site_op and node.args[1] not in found:
             value = node.args[0]
-            while value not in behind and value.target in (*_CLAMPS, *_MOVES, operator.getitem):
+            while value not in behind and _keeps_order(value):
                 value = value.args[0]
             if value in behind:
                 found[node.args[1]] = behind[value]
     return found
 
 
+def _keeps_order(node: Node) -> bool:
+    """Return whether a value is its first argument clamped, moved, or a part of it."""
+    row = row_of(node)
+    return row.clamps or row.moves or node.target is operator.getitem
+
+
 def _places(root: Node, state: Container[Node]) -> list[Node]:
-    """A value and, behind it, everything that holds the same values: not what a padding gives, whose zeros are new."""
-    found = [] if root.target in _SPLITS else [root]
+    """Return a value and all that it is moved to; a padded value is not one of them, since its zeros are new."""
+    found = [] if row_of(root).splits else [root]
     for user in root.users:
-        if _moves(user, state) and user.args[0] is root and user.target not in _PADS:
+        if _moves(user, state) and user.args[0] is root and not row_of(user).pads:
             found += _places(user, state)
     return found
 
@@ -311,10 +292,10 @@ Visit = Callable[[int, npt.NDArray[np.float32], bool], npt.NDArray[np.float32]]
 
 
 def rounding(grids: Sequence[SiteGrid]) -> Visit:
-    """The visit that puts the value at each site's first place on its grid.
+    """Return the visitor that rounds each site's value to its grid, at the site's first mark.
 
     Args:
-        grids: of the sites, in the order of their indices.
+        grids: one for each site, in the order of their indices.
     """
 
     def visit(index: int, value: npt.NDArray[np.float32], first: bool) -> npt.NDArray[np.float32]:
@@ -324,7 +305,7 @@ def rounding(grids: Sequence[SiteGrid]) -> Visit:
 
 
 class MarkedRunner:
-    """Runs a program with marks and lets a visitor see and replace the value at each.
+    """Runs a marked program and lets a visitor see and replace the value at each mark.
 
     Args:
         program: from `mark`.
@@ -343,26 +324,23 @@ class MarkedRunner:
         ]
 
     def __call__(self, arrays: Arrays, visit: Visit) -> dict[str, npt.NDArray[Any]]:
-        """Outputs by name for one batch.
+        """Return the outputs of one batch by name.
 
         Args:
             arrays: inputs by name.
-            visit: (index of the site, value, whether this is the site's first place) -> the value to go on with.
+            visit: (index of the site, value, whether this is the site's first mark) -> the value to go on with.
         """
         inputs = iter(self.program.bind(arrays))
-        flat = [
-            torch.from_numpy(np.array(next(inputs), order="C")).to(self._device) if s is None else s
-            for s in self._state
-        ]
+        flat = [to_torch(next(inputs)).to(self._device) if s is None else s for s in self._state]
         visiting = _Visiting(self.program.exported, visit)
         try:
             with torch.no_grad():
                 out = visiting.run(*flat)
         except Exception:
-            if visiting.refused is not None:  # as it was raised: the interpreter writes the graph's node into it
+            if visiting.refused is not None:  # with its own message: the interpreter adds the graph's node to it
                 raise type(visiting.refused)(visiting.message) from None
             raise
-        return {n: t.detach().cpu().numpy() for n, t in zip(self.program.output_names, out, strict=True)}
+        return {n: to_numpy(t) for n, t in zip(self.program.output_names, out, strict=True)}
 
 
 class _Visiting(Interpreter):
@@ -373,22 +351,22 @@ class _Visiting(Interpreter):
         self.message = ""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A mark goes to the visitor, anything else is run."""
+        """Hand the value at a mark to the visitor; run any other operator."""
         if target is not site_op:
             return super().call_function(target, args, kwargs)
         value, index = args
         first = index not in self._seen
         self._seen.add(index)
         try:
-            seen = self._visit(index, value.detach().cpu().numpy(), first)
+            seen = self._visit(index, to_numpy(value), first)
         except QCompressError as e:
             self.refused, self.message = e, str(e)
             raise
-        return torch.from_numpy(seen).to(value.device)
+        return torch.empty_like(value).copy_(to_torch(seen))
 
 
 def _uses(program: FloatProgram) -> dict[str, Layer]:
-    """Every use of a weight by its name; further uses of the same weight by those of their nodes."""
+    """Return every use of a weight in LAYER_KINDS by the weight's name; further uses of one by their nodes' names."""
     found: dict[str, Layer] = {}
     for use in layers(program):
         if use.kind in LAYER_KINDS:
@@ -402,7 +380,7 @@ def _is_float(node: Node) -> bool:
 
 
 def _is_spatial(node: Node) -> bool:
-    """A mean over all axes of an image but batch and channels."""
+    """Return whether a mean is over all axes of an image but batch and channels."""
     value = value_of(node.args[0])  # type: ignore[arg-type]
     axes = node.args[1]
     if not isinstance(axes, Sequence) or value.ndim not in (3, 4):

@@ -1,4 +1,4 @@
-"""How a model becomes a float program: traced once with a batch of 2, pruned, its inputs and outputs named."""
+"""Tracing of a model into a float program: once, with a batch of 2; then pruning, and names of inputs and outputs."""
 
 import copy
 import inspect
@@ -16,6 +16,9 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from qcompress.errors import ConfigError, DataError, SourceError, did_you_mean
+from qcompress.graph.conversion import to_torch
+from qcompress.graph.in_place import out_of_place, without_mutations
+from qcompress.graph.nodes import arguments, row_of
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import (
     STATE_KINDS,
@@ -34,25 +37,25 @@ from qcompress.graph.quiet import quiet_torch
 from qcompress.graph.value_names import input_names, key_name, output_names
 
 TRACE_BATCH: Final = 2  # torch.export specializes a batch of 1
-_COUNTER: Final = "num_batches_tracked"  # BatchNorm's, which no graph in eval mode reads
-_STATISTICS: Final = ("training", "train")  # arguments that say: as in training
+_COUNTER: Final = "num_batches_tracked"  # of BatchNorm; a graph in eval mode does not read it
+_TRAINING: Final = ("training", "train")  # arguments that switch operators to training mode
 
 
 def from_module(module: torch.nn.Module, options: ProgramOptions) -> FloatProgram:
     """Trace a module.
 
     Args:
-        module: any module that torch.export can trace; it is not modified (its training flags are restored).
-        options: example inputs (needed), names, dynamic axes.
+        module: any module that torch.export can trace; not modified (its training flags are restored).
+        options: example inputs (required), names, dynamic axes.
 
     Raises:
-        ConfigError: no example inputs.
-        SourceError: torch.export cannot trace the model; names the line of the user's code.
+        ConfigError: there are no example inputs.
+        SourceError: torch.export cannot trace the model; the message names the line of the user's code.
     """
     if not options.inputs:
         raise ConfigError(
-            "Tracing the model takes an example input: give --input-shape 1,3,32,32 (the first number is the batch), "
-            "or data that has one (--data, --calibration)."
+            "Tracing the model needs an example input: pass --input-shape 1,3,32,32 (the first number is the batch), "
+            "or data (--data, --calibration)."
         )
     training = [m for m in module.modules() if m.training]
     notes: tuple[str, ...] = ()
@@ -74,14 +77,14 @@ def from_module(module: torch.nn.Module, options: ProgramOptions) -> FloatProgra
 
 
 def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatProgram:
-    """Take an exported program; one with a fixed batch is traced again, so that its batch becomes dynamic.
+    """Make an exported program a float program; a fixed batch becomes dynamic, by tracing the program again.
 
     Raises:
-        SourceError: the program takes something other than tensors.
+        SourceError: the program has inputs that are not tensors.
     """
     exported, notes = _in_eval_mode(exported)
     nodes = user_inputs(exported)
-    given = options.input_names  # names that do not fit are refused below, where the model's own are known
+    given = options.input_names  # a wrong number of names is refused below, where the model's own are known
     names = given if given is not None and len(given) == len(nodes) else input_names(exported)
     dynamic = {
         (n, axis) for n, node in zip(names, nodes, strict=True) for axis, s in enumerate(sizes(node)) if s is None
@@ -100,7 +103,7 @@ def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatPr
 
 
 def input_names_of(program: FloatProgram) -> tuple[str, ...]:
-    """Names that the model itself has for its inputs, whatever the program calls them: what example inputs may use."""
+    """Return the model's own names for its inputs, which example inputs may use whatever the program calls them."""
     return input_names(program.exported)
 
 
@@ -111,7 +114,7 @@ def _trace(
     options: ProgramOptions,
     notes: tuple[str, ...],
 ) -> FloatProgram:
-    """Trace with a batch of 2 and dynamic axes; where the net allows no dynamic batch, as the example stands."""
+    """Trace with a batch of 2 and dynamic axes, or with the example as it is if the model allows no dynamic batch."""
     names = list(inspect.signature(module.forward).parameters)[: len(args)]
     names += [f"argument_{i}" for i in range(len(names), len(args))]
     arguments = dict(zip(names, args, strict=True)) | dict(kwargs)
@@ -127,7 +130,7 @@ def _trace(
 
 
 def _fixed(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> ExportedProgram:
-    """Trace as the example stands; where that fails, with its first sample: data does not know of a batch of 1."""
+    """Trace with the example as it is, or else with its first sample: a model may take a batch of 1 only."""
     try:
         return _export(module, args, kwargs, None)
     except Exception as e:
@@ -142,12 +145,12 @@ def _fixed(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    with quiet_torch(), torch.no_grad():  # what fails is told by our own error
+    with quiet_torch(), torch.no_grad():  # our own error reports a failure
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
 
 
 def _dynamic_axes(arguments: dict[str, Any], batch: int, options: ProgramOptions) -> dict[str, Any]:
-    """For each tensor of each argument its dynamic axes: the batch, and those that the user named."""
+    """Return the dynamic axes of each tensor of each argument: the batch, and those that the user named."""
     leaves, spec = pytree.tree_flatten_with_path(arguments)
     names = [key_name(path[1:]) or key_name(path[:1]) for path, _ in leaves]
     if options.input_names and len(options.input_names) == len(names):
@@ -163,14 +166,14 @@ def _dynamic_axes(arguments: dict[str, Any], batch: int, options: ProgramOptions
 
 
 def _batch_of_two(value: Any, batch: int) -> Any:
-    """A tensor whose first axis is the batch, with a batch of 2; any other value as it is."""
+    """Return a tensor whose first axis is the batch with a batch of 2; any other value as it is."""
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != batch:
         return value
     return value[:TRACE_BATCH] if batch >= TRACE_BATCH else torch.cat([value] * TRACE_BATCH)[:TRACE_BATCH]
 
 
 def _first(value: Any, batch: int) -> Any:
-    """The first sample of a tensor whose first axis is the batch; any other value as it is."""
+    """Return the first sample of a tensor whose first axis is the batch; any other value as it is."""
     has_batch = isinstance(value, torch.Tensor) and value.ndim and len(value) == batch
     return value[:1] if has_batch else value
 
@@ -180,8 +183,8 @@ def _is_odd_float(dtype: torch.dtype) -> bool:
 
 
 def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Bind arrays to forward's arguments: by name, a single array to a single argument, several to one dict."""
-    tensors = {name: torch.from_numpy(np.array(value, order="C")) for name, value in inputs.items()}
+    """Bind arrays to forward's arguments: by name, or one array to one argument, or several to one dict."""
+    tensors = {name: to_torch(value) for name, value in inputs.items()}
     parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
     names = [p.name for p in parameters]
     required = [
@@ -197,7 +200,7 @@ def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], 
     lacking = [n for n in required if n not in tensors]
     if lacking or unknown:
         faults = [f"{n} is missing." for n in lacking]
-        faults += [f"{n} is none of them.{did_you_mean(n, names)}" for n in unknown]
+        faults += [f"{n} is not an argument.{did_you_mean(n, names)}" for n in unknown]
         raise DataError(
             f"The model's forward takes {', '.join(names)}; the example inputs are {', '.join(tensors)}: "
             + " ".join(faults)
@@ -214,26 +217,29 @@ def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], 
 def _canonical(
     exported: ExportedProgram, options: ProgramOptions, notes: tuple[str, ...], *, one_batch: bool
 ) -> FloatProgram:
-    """Prune what the graph does not use, give tied tensors one name, name inputs and outputs.
+    """Drop what the graph does not use and all in-place operators, and name tied tensors, inputs and outputs.
 
     Args:
-        exported: as torch.export gave it.
-        options: names that the user gave.
-        notes: what is to be told already.
-        one_batch: whether every dynamic first axis is the batch; else those of another symbol have a name of their own.
+        exported: as torch.export returned it.
+        options: the user's names.
+        notes: notes so far.
+        one_batch: whether every dynamic first axis is the batch; if not, those of another symbol get their own names.
     """
     for node in user_inputs(exported):
         if not isinstance(node.meta.get("val"), torch.Tensor):
             raise SourceError(
                 f"The model's input {node.name} must be a tensor, got {type(node.meta.get('val')).__name__}: "
-                "wrap the model in a module whose forward takes tensors alone."
+                "wrap the model in a module whose forward takes tensors only."
             )
     notes = (
         *notes,
-        *(f"The model changes its buffer {n} as it runs; the file keeps the value of now." for n in _mutated(exported)),
+        *(
+            f"The model changes its buffer {n} as it runs; the file keeps its present value."
+            for n in _mutated(exported)
+        ),
     )
     _check_outputs(exported)
-    exported = _prune(_functional(_prune(exported)))
+    exported = _prune(out_of_place(_prune(without_mutations(exported))))
     exported = exported if options.shares else _with_own_tensors(exported)
     state = _checked_state(exported)
     inputs = _check_names(options.input_names, input_names(exported), "--input-names", "inputs")
@@ -260,15 +266,15 @@ def _canonical(
                 dynamic[name, axis] = (options.dynamic or {}).get((name, axis), default)
     if not any(axis == 0 for _, axis in dynamic):
         shapes = ", ".join(f"{n} {list(value_of(node).shape)}" for n, node in nodes.items())
-        notes = (*notes, f"The model cannot take any batch: it is exported with fixed inputs ({shapes}).")
+        notes = (*notes, f"The model takes one batch size only: it is exported with fixed inputs ({shapes}).")
     stuck = [f"{name}:{axis}" for name, axis in options.dynamic or {} if axis and (name, axis) not in dynamic]
     if stuck:
-        notes = (*notes, f"The model allows no other size of {', '.join(stuck)}: fixed, although --dynamic names it.")
+        notes = (*notes, f"The model allows no other size of {', '.join(stuck)}: it stays fixed despite --dynamic.")
     return FloatProgram(exported, inputs, outputs, dynamic, notes)
 
 
 def _check_outputs(exported: ExportedProgram) -> None:
-    """Refuse what an ONNX file cannot return: values that are no tensors, and the model's own tensors as they are."""
+    """Refuse outputs that a file cannot return: values that are not tensors, and the model's own tensors."""
     own = {node.name: name for node, name in state_nodes(exported).items()}
     specs = [s for s in exported.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
     for name, spec in zip(output_names(exported), specs, strict=True):
@@ -276,17 +282,17 @@ def _check_outputs(exported: ExportedProgram) -> None:
             value = getattr(spec.arg, "value", None)
             raise SourceError(
                 f"The model's output {name} must be a tensor, got {value!r}: wrap the model in a module whose forward "
-                "returns tensors alone."
+                "returns tensors only."
             )
         if spec.arg.name in own:
             raise SourceError(
-                f"The model's output {name} must be computed from its inputs, it is the model's own tensor "
+                f"The model's output {name} must be computed from its inputs, but it is the model's own tensor "
                 f"{own[spec.arg.name]}: wrap the model in a module whose forward leaves it out."
             )
 
 
 def _mutated(exported: ExportedProgram) -> list[str]:
-    """Buffers that the program writes to."""
+    """Return the buffers that the program writes to."""
     state = state_nodes(exported)
     written = set(exported.graph_signature.buffers_to_mutate.values())
     for node in exported.graph.nodes:
@@ -296,7 +302,7 @@ def _mutated(exported: ExportedProgram) -> list[str]:
 
 
 def _checked_state(exported: ExportedProgram) -> set[str]:
-    """Names of the program's tensors, all of them of types that are exported."""
+    """Return the names of the program's tensors; refuses dtypes that cannot be exported."""
     state = {name: tensor_of(exported, spec) for spec in exported.graph_signature.input_specs if (name := spec.target)}
     for name, value in state.items():
         if _is_odd_float(value.dtype) and (value.dtype != torch.float64 or value.ndim > 1):
@@ -308,7 +314,7 @@ def _checked_state(exported: ExportedProgram) -> set[str]:
 
 
 def _with_own_tensors(exported: ExportedProgram) -> ExportedProgram:
-    """The same program on copies of its tensors, tied ones still tied: nobody else's training reaches it."""
+    """Return the program with copies of its tensors, tied ones still tied: no one else's training reaches it."""
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def own(value: Any) -> Any:
@@ -330,7 +336,7 @@ def _check_dynamic(options: ProgramOptions, ranks: Mapping[str, int]) -> None:
         if name not in ranks:
             raise ConfigError(f"--dynamic: the model has no input {name!r}; it has {', '.join(ranks)}.")
         if axis >= ranks[name]:
-            raise ConfigError(f"--dynamic: input {name} has {ranks[name]} axes, there is no axis {axis}.")
+            raise ConfigError(f"--dynamic: input {name} has {ranks[name]} axes, so it has no axis {axis}.")
 
 
 def _check_names(given: tuple[str, ...] | None, default: tuple[str, ...], flag: str, what: str) -> tuple[str, ...]:
@@ -344,17 +350,17 @@ def _check_names(given: tuple[str, ...] | None, default: tuple[str, ...], flag: 
 
 
 def _example(node: Node, options: ProgramOptions, index: int) -> torch.Tensor:
-    """An input for tracing an exported program again: the user's, or zeros of the shape that it was traced with."""
+    """Return an input for tracing an exported program again: the user's, or zeros of the shape of the first trace."""
     given = dict(options.inputs or {})
     named = given.get(node.name, list(given.values())[index] if index < len(given) else None)
     if named is not None:
-        return torch.from_numpy(np.array(named, order="C"))
+        return to_torch(named)
     value = value_of(node)
     return torch.zeros([TRACE_BATCH if s is None else s for s in sizes(node)], dtype=value.dtype)
 
 
 def _in_eval_mode(exported: ExportedProgram) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """Switch BatchNorm and dropout of a program that was exported in training mode."""
+    """Switch a program that was exported in training mode to eval mode: its BatchNorms and dropouts."""
     trained = [n for n in exported.graph.nodes if n.op == "call_function" and _training_argument(n) is not None]
     if not trained:
         return exported, ()
@@ -369,52 +375,23 @@ def _in_eval_mode(exported: ExportedProgram) -> tuple[ExportedProgram, tuple[str
 
 
 def _training_argument(node: Node) -> int | None:
-    """The position of an argument `training=True`, if the node has one."""
+    """Return the position of an argument `training=True`; None if the node has none."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return None
-    if node.target is torch.ops.aten.batch_norm.default and node.args[3] is None:
-        return None  # it has no statistics but those of the batch
+    if row_of(node).normalizes and arguments(node).get("running_mean") is None:
+        return None  # nothing is stored, so it always takes the statistics of the batch
     for position, argument in enumerate(schema.arguments):
-        if argument.name in _STATISTICS and position < len(node.args) and node.args[position] is True:
+        if argument.name in _TRAINING and position < len(node.args) and node.args[position] is True:
             return position
     return None
 
 
-def _functional(exported: ExportedProgram) -> ExportedProgram:
-    """The same program without writes that reach a value by another way than the result of what writes.
-
-    Such as `y[:, 0] = 0` and `y[:, :2] += 1`: what stands between a value and its views would hide them from it.
-    """
-    if not any(_writes_behind(node) for node in exported.graph.nodes):
-        return exported
-    with quiet_torch():
-        functional = exported.run_decompositions({})
-    kinds = [spec.kind for spec in exported.graph_signature.output_specs]
-    same = kinds == [spec.kind for spec in functional.graph_signature.output_specs]
-    return functional if same else exported  # it writes to its inputs, too
-
-
-def _writes_behind(node: Node) -> bool:
-    """Whether an operator writes to a value that is read not only as its result."""
-    target = node.args[0] if node.args else None
-    if not getattr(getattr(node.target, "_schema", None), "is_mutable", False) or not isinstance(target, Node):
-        return False
-    if target.op == "placeholder":
-        return False
-    returns = getattr(getattr(target.target, "_schema", None), "returns", ())
-    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    return is_view or len(target.users) > 1 or not node.users
-
-
-# Counted as having an effect, on the generator of random numbers; there is none when not training.
-_RANDOM: Final = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
-
-
 def _prune(exported: ExportedProgram) -> ExportedProgram:
-    """Drop state that no node uses, and let tied tensors enter once, under their first name."""
+    """Drop unused nodes and state, and let tied tensors enter once, under their first name."""
     module = copy_graph(exported)
-    module.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target not in _RANDOM)
+    # A dropout counts as impure, since it draws random numbers; outside of training it draws none.
+    module.graph.eliminate_dead_code(lambda node: node.is_impure() and not row_of(node).drops)
     by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     first_name: dict[tuple[Any, ...], str] = {}
     for name, value in exported.state_dict.items():
@@ -429,8 +406,7 @@ def _prune(exported: ExportedProgram) -> ExportedProgram:
         same = identity(tensor_of(exported, spec))
         if same in kept:
             node.replace_all_uses_with(kept[same])
-        mutated = any(spec.target == m for m in exported.graph_signature.buffers_to_mutate.values())
-        if not node.users and not mutated:
+        if not node.users:
             module.graph.erase_node(node)
             continue
         kept.setdefault(same, node)
@@ -440,7 +416,7 @@ def _prune(exported: ExportedProgram) -> ExportedProgram:
 
 
 def _export_failure(error: Exception) -> str:
-    """One message from a torch.export failure: the reason's first line and the user's line that it came from."""
+    """Return one message for a failure of torch.export: the first line of its reason, and the user's line."""
     package = str(Path(torch.__file__).parent)
     frames = [
         f

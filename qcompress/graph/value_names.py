@@ -1,4 +1,4 @@
-"""What the inputs and outputs of a program are called."""
+"""Names of the inputs and outputs of a program."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 
 def input_names(exported: ExportedProgram, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """Names of the inputs: forward's argument names, or a dict's own keys where they are unique."""
+    """Return the names of the inputs: forward's argument names, or a dict's own keys if they are unique."""
     plain = names or tuple(str(n) for n in exported.graph_signature.user_inputs)
     spec = exported.call_spec.in_spec
     if spec is None or spec.num_leaves != len(plain):
@@ -21,7 +21,7 @@ def input_names(exported: ExportedProgram, names: tuple[str, ...] | None = None)
 
 
 def output_names(exported: ExportedProgram) -> tuple[str, ...]:
-    """Names of the outputs: the keys of a dict, else `output`, `output_1`, ..."""
+    """Return the names of the outputs: the keys of a dict, else `output`, `output_1`, ..."""
     count = len(exported.graph_signature.user_outputs)
     spec = exported.call_spec.out_spec
     names: list[str] = []
@@ -33,8 +33,8 @@ def output_names(exported: ExportedProgram) -> tuple[str, ...]:
 
 
 def _paths(tree: Any) -> list[Sequence[Any]]:
-    """The path to each leaf; without keys where a container of some library tells none."""
-    tree = dict(tree) if isinstance(tree, Mapping) else tree  # a ModelOutput of transformers, for one
+    """Return the path to each leaf; an empty one if a library's container does not tell its keys."""
+    tree = dict(tree) if isinstance(tree, Mapping) else tree  # such as a ModelOutput of transformers
     try:
         return [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
     except ValueError:
@@ -42,6 +42,6 @@ def _paths(tree: Any) -> list[Sequence[Any]]:
 
 
 def key_name(path: Sequence[Any]) -> str:
-    """The string keys of a pytree path, joined."""
+    """Return the string keys of a pytree path, joined."""
     keys = [getattr(k, "key", getattr(k, "name", None)) for k in path]
     return "_".join(k for k in keys if isinstance(k, str))

@@ -7,7 +7,7 @@ difference with its 95 % interval.
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,12 @@ from qcompress.data.samples import find_function
 from qcompress.errors import ConfigError, DataError, did_you_mean
 from qcompress.metrics import intervals as _intervals
 from qcompress.metrics import scores as _scores
+from qcompress.metrics.result import MetricResult
 from qcompress.metrics.scores import Floats, Outputs, Score
 from qcompress.user_code import one_line
 
 Array = npt.NDArray[Any]
+Unit = Literal["fraction", "metric"]
 
 
 @final
@@ -31,12 +33,14 @@ class Metric:
     Args:
         name: as the user wrote it, without the machine's path.
         fn: (outputs by name, labels or None) -> one score per sample, or one number over all samples.
-        lower_is_better: whether it counts what is bad, as a loss does.
+        lower_is_better: whether a lower value is better, as for a loss.
+        unit: `fraction` for a share of 1, which people read in percent; `metric` for a unit of its own.
     """
 
     name: str
     fn: Score
     lower_is_better: bool = False
+    unit: Unit = "metric"
 
     def __call__(self, outputs: Outputs, y: Array | None) -> Floats | float:
         """Scores [samples] in float64, or one number.
@@ -72,46 +76,23 @@ class Metric:
         return scores.astype(np.float64) if scores.ndim else float(scores)
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class MetricResult:
-    """A metric on the original's and the compressed model's outputs for the same samples.
-
-    Args:
-        name: the metric.
-        original: its value for the original: the mean of scores per sample, or the number over all.
-        compressed: its value for the compressed model.
-        drop: how much worse the compressed one is, in the metric's own unit; negative: better.
-        interval: 95 % interval of the drop; None where the samples are too few to tell.
-        lower_is_better: whether the metric counts what is bad.
-        samples: how many samples it was measured on.
-    """
-
-    name: str
-    original: float
-    compressed: float
-    drop: float
-    interval: tuple[float, float] | None
-    lower_is_better: bool
-    samples: int
-
-    def undecidable(self, limit: float = 0.0) -> bool:
-        """Whether the interval holds both answers to "is the drop at most `limit`?": not decidable with these samples.
-
-        >>> MetricResult("top1", 0.9, 0.89, 0.01, (-0.01, 0.03), False, 500).undecidable(0.02)
-        True
-        """
-        return self.interval is None or self.interval[0] <= limit < self.interval[1]
-
-
 # The table of metrics: a new one is a function in `_scores` and a line here.
 METRICS: Final[Mapping[str, Metric]] = {
-    "top1": Metric("top1", _scores.top1),
-    "top5": Metric("top5", _scores.top5),
-    "auc": Metric("auc", _scores.auc),
+    "top1": Metric("top1", _scores.top1, unit="fraction"),
+    "top5": Metric("top5", _scores.top5, unit="fraction"),
+    "auc": Metric("auc", _scores.auc, unit="fraction"),
     "mse": Metric("mse", _scores.mse, lower_is_better=True),
     "cosine": Metric("cosine", _scores.cosine),
 }
+
+
+def unit_of(name: str) -> Unit:
+    """Return the unit of a metric by its name; the unit of a user's own metric is not known.
+
+    >>> unit_of("top1"), unit_of("mse"), unit_of("metrics.py:f1")
+    ('fraction', 'metric', 'metric')
+    """
+    return METRICS[name].unit if name in METRICS else "metric"
 
 
 def load_metric(spec: str, lower_is_better: bool = False) -> Metric:

@@ -1,4 +1,4 @@
-"""Many values as counts in bins of one width: what there is to know of them for a palette, without sorting them.
+"""Counts of values in bins of equal width: all that a palette needs of many values, without sorting them.
 
 Shape suffixes: U = bins, N = values of a piece, T = values outside the bins.
 """
@@ -20,15 +20,15 @@ _MOST_OUTSIDE: Final = COUNT
 
 
 def pieces(count: int) -> Iterator[slice]:
-    """The slices, PIECE long, in which many values are gone through."""
+    """Yield slices of PIECE values each."""
     return (slice(start, start + PIECE) for start in range(0, count, PIECE))
 
 
 @dataclass(frozen=True, slots=True)
 class Bins:
-    """Bins 1 .. COUNT - 2 of one width; the first and the last take what lies below and above.
+    """COUNT bins of equal width; the first and the last hold the values below and above the others.
 
-    A higher value is never in a lower bin.
+    A larger value is never in a lower bin.
 
     Args:
         low: where bin 2 starts.
@@ -40,7 +40,7 @@ class Bins:
 
     @classmethod
     def over(cls, low: float, high: float) -> Self | None:
-        """Bins of which 0 and COUNT - 1 hold nothing in [low, high]; None where float32 cannot tell them apart."""
+        """Return bins whose first and last hold no value of [low, high]; None if float32 cannot tell them apart."""
         if not low < high:
             return None
         with np.errstate(over="ignore"):
@@ -48,7 +48,7 @@ class Bins:
         return cls(start, per_unit) if np.isfinite(per_unit) else None
 
     def of(self, values_N: Floats) -> I64:
-        """[N]: the bin of each value."""
+        """Return [N]: the bin of each value."""
         with np.errstate(over="ignore"):
             place_N = values_N - self.low
             place_N *= self.per_unit
@@ -59,23 +59,23 @@ class Bins:
 
     @property
     def width(self) -> float:
-        """Of a bin."""
+        """Width of a bin."""
         return 1 / float(self.per_unit)
 
     def middle(self, bins: I64) -> F64:
-        """Of each bin."""
+        """Return the middle of each bin."""
         return np.asarray(float(self.low) + (bins - 1.5) * self.width)
 
     def count(self, values: Floats, mass: npt.NDArray[np.generic] | None) -> tuple[F64, Floats, F64] | None:
-        """What the bins hold.
+        """Return the masses in the bins.
 
         Args:
             values: 1-D.
-            mass: how much each value counts, finite, not negative, one of them above 0; None: 1.
+            mass: weight of each value, finite, at least 0, not all 0; None: 1 each.
 
         Returns:
-            [U], the mass in each bin, 0 in the first and the last; then the values [T] outside and their mass. Masses
-            are in parts of the largest. None where too many are outside.
+            The mass [U] in each bin, 0 in the first and the last; then the values [T] outside and their masses. Masses
+            are relative to the largest. None if too many values are outside.
         """
         largest = 1.0 if mass is None else float(mass.max())
         mass_U, outside, outside_mass, count = np.zeros(COUNT), [], [], 0

@@ -16,16 +16,16 @@ import numpy.typing as npt
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-# Up to this many points all pairs (i, j) are looked at in one go: fewer and larger vectorised operations.
+# Up to this many points, all pairs (i, j) are evaluated at once: fewer and larger vectorised operations.
 _DENSE: Final = 320
 
 
 def optimal_runs(points_U: F64, mass_U: F64, k: int) -> I64:
-    """The K runs of sorted points with the least total squared distance to their means.
+    """Return the K runs of sorted points with the least total squared distance to their means.
 
     Args:
         points_U: sorted, distinct, finite.
-        mass_U: how much each point counts, > 0.
+        mass_U: weight of each point, > 0.
         k: number of runs, 1 to U.
 
     Returns:
@@ -36,8 +36,8 @@ def optimal_runs(points_U: F64, mass_U: F64, k: int) -> I64:
     """
     centre = float(np.average(points_U, weights=mass_U))
     moment = mass_U * (points_U - centre)
-    # Prefix sums; the squares are the same for every split and drop out, so that a run's gain (sum^2 / mass) is
-    # maximised in place of its squared error.
+    # Prefix sums. The squares are the same for every split and drop out, so a run's gain (sum^2 / mass) is maximised
+    # instead of minimising its squared error.
     n = np.concatenate([[0.0], np.cumsum(mass_U)])
     s = np.concatenate([[0.0], np.cumsum(moment)])
     solve = _dense_layers if len(points_U) <= _DENSE else _halving_layers
@@ -65,7 +65,7 @@ def _halving_layers(n: F64, s: F64, k: int) -> list[npt.NDArray[Any]]:
     depths = list(_halvings(count))
     layers = []
     for runs in range(2, k + 1):
-        # choice[j]: where the last run of the best split of the first j points starts. Beyond both ends: the bounds.
+        # choice[j]: where the last run of the best split of the first j points starts; both ends hold the bounds.
         choice = np.zeros(count + 2, np.int64)
         choice[0], choice[count + 1] = runs - 1, count - 1
         value = np.full(count + 1, -np.inf)
@@ -90,7 +90,7 @@ def _halving_layers(n: F64, s: F64, k: int) -> list[npt.NDArray[Any]]:
 
 
 def _halvings(count: int) -> list[tuple[I64, I64, I64]]:
-    """(solved neighbour below, targets, solved neighbour above), depth by depth, for the targets 1..count."""
+    """Yield (solved neighbour below, targets, solved neighbour above) for each depth, for the targets 1..count."""
     low, high = np.array([1]), np.array([count])
     depths = []
     while len(low):

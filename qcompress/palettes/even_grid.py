@@ -1,4 +1,4 @@
-"""Uniform grids: a weight rounded to the nearest of evenly spaced codes, without data or training."""
+"""Even grids: weights rounded to the nearest multiple of a step, without data or training."""
 
 from typing import Any, Final
 
@@ -13,11 +13,11 @@ from qcompress.errors import ConfigError
 
 F64 = npt.NDArray[np.float64]
 
-_SHRINKS: Final = np.geomspace(1.0, 0.05, 25)  # of the step that reaches the largest magnitude
-_FITS: Final = 3  # of a step to the codes that it gives
-_CHUNK: Final = 1 << 15  # values that are looked at at once: what a cache holds
+_SHRINKS: Final = np.geomspace(1.0, 0.05, 25)  # candidate steps over the step that reaches the largest magnitude
+_FITS: Final = 3  # times that a step is fitted to its codes
+_CHUNK: Final = 1 << 15  # values at once, so that they fit into the cache
 _TINY: Final = np.finfo(np.float64).tiny
-REDUCED_BITS: Final = 7  # what 8-bit codes are held within so that sums of two int8 products fit 16 bits
+REDUCED_BITS: Final = 7  # of codes with reduce_range: the sum of two int8 products then fits 16 bits
 
 
 def round_to_nearest(
@@ -30,25 +30,23 @@ def round_to_nearest(
     clip: bool = False,
     block_size: int | None = None,
 ) -> IntegerWeight:
-    """A weight on a symmetric grid of signed codes, the largest of which stands for the largest magnitude.
+    """Return a weight on a symmetric grid of signed codes, whose largest code stands for the largest magnitude.
 
     Args:
         values: float32, float16 or bfloat16, any shape, finite; not modified.
         bits: width of a code, 2 to 8.
         axis: the axis that counts output channels.
-        reduce_range: 8-bit codes stay in [-64, 63], as narrower ones do anyway: CPUs without VNNI saturate the sums of
-            larger ones.
-        per_channel: one scale for each output channel; else one for the tensor.
+        reduce_range: whether 8-bit codes stay in [-64, 63]: CPUs without VNNI saturate sums of products of larger ones.
+        per_channel: whether each output channel has a scale, or the tensor has one.
         clip: whether scales may be smaller, so that a few large values are clipped and the squared error is least.
-        block_size: consecutive inputs of an output channel that share a scale, where the weight is a matrix; None: all
-            of them.
+        block_size: consecutive inputs of an output channel that share a scale; None: all inputs.
 
     Returns:
-        The artifact, without zero points; with blocks its axis is the one that counts inputs. Its scale is max|w| / p,
-        p the largest code, or less with `clip`; 1.0 where that is no normal float32 above 0 (channels of zeros).
+        The artifact, without zero points; with blocks, its axis is the one that counts inputs. Its scale is max|w| / p,
+        p the largest code, or less with `clip`; 1.0 if that is not a normal float32 above 0 (channels of zeros).
 
     Raises:
-        ConfigError: bits outside 2..8, another dtype, NaN or Inf, or blocks of what is no matrix.
+        ConfigError: bits outside 2..8, another dtype, NaN or Inf, or blocks of a weight without an input axis.
 
     >>> w = round_to_nearest(np.array([[-0.5, 0.25, 1.5], [0.0, 0.0, 0.0]], np.float32), bits=3)
     >>> w.codes.tolist(), w.scale.tolist()
@@ -57,8 +55,8 @@ def round_to_nearest(
     check_bits(bits)
     if bits == 1:
         raise ConfigError(
-            "bits must be in [2, 8] for a uniform grid, whose signed codes of 1 bit are -1 and 0 alone, got 1: "
-            "scheme palette writes 1 bit as two values."
+            "bits must be in [2, 8] for an even grid (signed codes of 1 bit are only -1 and 0), got 1; "
+            'use scheme = "palette", which writes 1 bit as two values.'
         )
     wide = finite_floats(values, "round")
     limits = IntegerRange(min(bits, REDUCED_BITS) if reduce_range else bits, signed=True)
@@ -77,11 +75,11 @@ def round_to_nearest(
 def _in_blocks(
     values: Floats, bits: int, limits: IntegerRange, axis: int, block_size: int, *, clip: bool
 ) -> IntegerWeight:
-    """Each block as a row of its own."""
+    """Return a weight with one scale for each block of inputs."""
     if values.ndim < 2:
         raise ConfigError(
-            f"block_size must be for a weight of inputs and outputs, got {block_size} for one of shape "
-            f"{list(values.shape)}: leave it out."
+            f"block_size needs a weight with inputs and outputs, got {block_size} for shape {list(values.shape)}; "
+            "remove it."
         )
     inputs = granularity.input_axis(values.ndim, axis)
     moved = np.moveaxis(values, inputs, -1)
@@ -101,17 +99,17 @@ def _in_blocks(
 
 
 def _normal_clipped(rows_OK: Floats, limits: IntegerRange) -> Floats:
-    """`clipped_scale` as float32, none below the normal ones."""
+    """Return `clipped_scale` as normal float32 numbers."""
     return np.maximum(clipped_scale(rows_OK, limits), np.finfo(np.float32).tiny).astype(np.float32)
 
 
 def clipped_scale(rows_OK: Floats | F64, limits: IntegerRange, importance_OK: F64 | None = None) -> F64:
-    """The step of each row with the least squared error, of some that clip more or less and are fitted to their codes.
+    """Return the step of each row with the least squared error, of candidates that are fitted to their codes.
 
     Args:
         rows_OK: values.
-        limits: the codes that may occur.
-        importance_OK: how much each value counts; None: all the same.
+        limits: the legal codes.
+        importance_OK: weight of each value's squared error; None: equal.
 
     Returns:
         float64 [O]; 1.0 for rows of zeros.
@@ -140,7 +138,7 @@ def _clipped_scale(rows_OK: F64, limits: IntegerRange, importance_OK: F64 | None
         for _ in range(_FITS):
             np.divide(rows_OK, scale_O[:, None], out=codes_OK)
             np.clip(np.rint(codes_OK, out=codes_OK), limits.n, limits.p, out=codes_OK)
-            # The squared error less that of all codes 0: no more is needed to compare.
+            # The squared error minus that of all codes 0: enough to compare.
             product_O = np.einsum("ok,ok->o", codes_OK, weighed_OK)
             masses = (codes_OK, codes_OK) if importance_OK is None else (codes_OK * importance_OK, codes_OK)
             square_O = np.einsum("ok,ok->o", *masses)
@@ -152,15 +150,15 @@ def _clipped_scale(rows_OK: F64, limits: IntegerRange, importance_OK: F64 | None
 
 
 def symmetric_scale(values: Floats, largest: int, axis: int | None) -> Floats:
-    """The step with which `largest` of them reach the largest magnitude.
+    """Return the step of which `largest` reach the largest magnitude.
 
     Args:
         values: float32, finite.
         largest: the largest code, at least 1.
-        axis: each of its indices has its own step; None: one for all.
+        axis: the axis whose indices have a step each; None: one step for all.
 
     Returns:
-        float32 [O], 0-d without an axis (or for a 0-d weight); 1.0 where the step is no normal float32 above 0.
+        float32 [O], or 0-d without an axis or for a 0-d weight; 1.0 if the step is not a normal float32 above 0.
 
     >>> symmetric_scale(np.array([[-3, 1], [0, 0]], np.float32), 3, axis=0).tolist()
     [1.0, 1.0]
@@ -174,7 +172,7 @@ def symmetric_scale(values: Floats, largest: int, axis: int | None) -> Floats:
 
 
 def in_steps(values: Floats, scale: Floats, axis: int) -> npt.NDArray[np.float64]:
-    """values / scale in float64, in which rounding to integers and to halves of them is never off by rounding.
+    """Return values / scale in float64, exact enough to round to integers and to halves.
 
     Args:
         values: float32.
@@ -185,11 +183,11 @@ def in_steps(values: Floats, scale: Floats, axis: int) -> npt.NDArray[np.float64
 
 
 def finite_floats(values: npt.NDArray[Any], verb: str) -> Floats:
-    """The values as float32.
+    """Return the values as float32.
 
     Args:
         values: float32, float16 or bfloat16.
-        verb: what is done to weights, for the errors.
+        verb: what is done to the weights, for error messages.
 
     Raises:
         ConfigError: another dtype, or NaN or Inf.
@@ -197,7 +195,7 @@ def finite_floats(values: npt.NDArray[Any], verb: str) -> Floats:
     if values.dtype not in FLOAT_DTYPES:
         raise ConfigError(f"Weights to {verb} must be float32, float16 or bfloat16, got {values.dtype}.")
     wide = values.astype(np.float32, copy=False)
-    if not np.isfinite([wide.min(initial=0), wide.max(initial=0)]).all():  # either is NaN where one value is
+    if not np.isfinite([wide.min(initial=0), wide.max(initial=0)]).all():  # with a NaN inside, both are NaN
         wrong = np.count_nonzero(~np.isfinite(wide))
         raise ConfigError(f"Weights to {verb} must be finite, got {wrong} NaN or Inf among {values.size}.")
     return wide

@@ -2,10 +2,10 @@
 
 Source: Bachem et al., Scalable k-Means Clustering via Lightweight Coresets, 2018, algorithm 1 (points are drawn half
 evenly, half by their squared distance to the mean); Arthur and Vassilvitskii, k-means++, 2007, section 2, in the greedy
-form of its section 6 (of several candidates the one that lowers the error most); Lloyd's iterations.
+form of its section 6 (of several candidates, the one that lowers the error most); Lloyd's iterations.
 Code: written from the papers; no code copied.
-Deviations: the draws of the coreset are stratified. Where few entries are asked for, several starts are tried. All sums
-run in one order, so that a seed gives the same palette on any number of threads.
+Deviations: the draws of the coreset are stratified. For few entries, several starts are tried. All sums run in a fixed
+order, so that a seed gives the same palette on any number of threads.
 
 Shape suffixes: V = vectors, D = vector_dim, K = palette entries, S = points of the coreset, C = candidates.
 """
@@ -21,9 +21,9 @@ from qcompress.artifacts import PalettizedWeight, granularity
 from qcompress.artifacts.packing import check_bits
 from qcompress.errors import ConfigError
 from qcompress.palettes.even_grid import finite_floats, symmetric_scale
-from qcompress.palettes.integer import LARGEST
-from qcompress.palettes.scalar import checked_weights, half_shift
-from qcompress.plan.settings import LutDtype
+from qcompress.palettes.int8_palette import LARGEST
+from qcompress.palettes.scalar import checked_importance, half_shift
+from qcompress.plan.fields import LutDtype
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -33,18 +33,18 @@ DIMS: Final = (2, 4, 8)
 
 _CORESET_PER_ENTRY: Final = 128
 _LEAST_CORESET: Final = 1 << 14
-_SEEDED: Final = 1 << 13  # points of the coreset among which k-means++ chooses
-_MOST_STARTS: Final = 8  # as many as there are entries fewer than _STARTS
-_STARTS: Final = 128
+_SEEDED: Final = 1 << 13  # points of the coreset that k-means++ chooses from
+_MOST_STARTS: Final = 8
+_STARTS: Final = 128  # starts times entries
 _FIRST_STEPS: Final = 10  # of every start
-_STEPS: Final = 60  # of the best one
-_SETTLED: Final = 2e-4  # of the error, less than which a step must gain to be the last
+_STEPS: Final = 60  # of the best start
+_SETTLED: Final = 2e-4  # share of the error; a step that gains less is the last
 _FULL_STEPS: Final = 2  # on all vectors
-# Distances are found for this many vectors and entries at once: they stay in the cache.
+# Distances are computed for this many vectors and entries at once, so that they stay in the cache.
 _PIECE: Final = 1 << 10
 _BLOCK: Final = 64
 _PAIRS: Final = 1 << 17
-_FAR: Final = 1 / 512  # of the vectors, on either side of a dimension
+_FAR: Final = 1 / 512  # share of the vectors on either side of a dimension
 _MOST_CELLS: Final = 1 << 12
 _SLACK: Final = 1 + 2**-10  # for rounding
 _TINY: Final = 1e-300
@@ -55,28 +55,28 @@ def palettize_vectors(
     bits: int,
     vector_dim: int,
     axis: int = 0,
-    weights: npt.NDArray[Any] | None = None,
+    importance: npt.NDArray[Any] | None = None,
     seed: int = 0,
     lut_dtype: LutDtype = "float32",
 ) -> PalettizedWeight:
-    """A weight as codes into one palette of vectors: `vector_dim` consecutive row-major elements have one code.
+    """Return a weight as codes into one palette of vectors: `vector_dim` consecutive row-major elements share a code.
 
     Args:
         weight: float32, float16 or bfloat16, finite; not modified.
         bits: width of a code, 1 to 8; bits / vector_dim for each weight.
-        vector_dim: 2, 4 or 8; where it does not divide the number of elements, the tail is filled up with the last
-            element, which counts for nothing there.
+        vector_dim: 2, 4 or 8; if it does not divide the number of elements, the tail is filled with the last element,
+            which has no importance there.
         axis: the axis that counts output channels.
-        weights: how much each element counts, shape of `weight`, finite and not negative; None, or all 0: all the same.
-        seed: of the draws.
-        lut_dtype: float32, or float16 or int8: entries are rounded to it, and codes are of the nearest rounded ones.
+        importance: weight of each element's squared error, shape of `weight`, finite, at least 0; None or all 0: equal.
+        seed: of the random draws.
+        lut_dtype: float32, float16 or int8. Entries are rounded to it, and codes point to the nearest rounded entries.
 
     Returns:
-        The artifact. Each code is of the nearest entry, of equally near ones the first. The palette is sorted and holds
-        no entry that no code points to. It has one scale with int8, and where float16 would not reach the values.
+        The artifact. Each code points to the nearest entry, the first of equally near ones. The palette is sorted and
+        holds no unused entries. It has a scale with int8, and with float16 if the values are out of its range.
 
     Raises:
-        ConfigError: bits or vector_dim outside of these, another dtype, NaN or Inf, or weights that do not fit.
+        ConfigError: bits or vector_dim out of range, another dtype, NaN or Inf, or an invalid importance.
 
     >>> w = palettize_vectors(np.array([[1, 2, 5, 6], [5, 6, 1, 2]], np.float32), bits=1, vector_dim=2)
     >>> w.lut.tolist(), w.codes.tolist()
@@ -86,24 +86,24 @@ def palettize_vectors(
     if vector_dim not in DIMS:
         raise ConfigError(f"vector_dim must be 2, 4 or 8, got {vector_dim!r}.")
     values = finite_floats(weight, "palettize")
-    mass = None if weights is None else checked_weights(weights, weight.shape)
+    mass = None if importance is None else checked_importance(importance, weight.shape)
     if mass is not None and not mass.any():
         mass = None
-    # In parts of a power of two above the largest: no square overflows.
+    # Relative to a power of two above the largest value: no square overflows.
     exponent = int(np.frexp(np.abs(values).max(initial=0))[1])
-    points = _Points(
+    points = _Vectors(
         x=_columns(np.ldexp(values, -exponent), vector_dim),
         mass=_masses(None if mass is None else mass / float(mass.max()), values.shape, vector_dim),
     )
     lut_KD, codes = np.zeros((0, vector_dim), np.float32), np.empty(len(points), np.int64)
-    if len(points):  # a weight without elements has a palette without entries
+    if len(points):  # an empty weight has an empty palette
         order = points.near_together()
         points = points.at(order)
         lut_KD = points.fit(1 << bits, np.random.default_rng(seed))
     stored_KD, scale = _stored(np.ldexp(lut_KD, exponent), lut_dtype)
     if len(points):
         entries_KD = np.ldexp(stored_KD.astype(np.float64) * (1.0 if scale is None else float(scale)), -exponent)
-        codes[order] = points.nearest(entries_KD)[0]
+        codes[order] = points.assigned(entries_KD)[0]
     is_used = np.bincount(codes, minlength=len(stored_KD)) > 0
     return PalettizedWeight(
         codes=(np.cumsum(is_used) - 1)[codes].astype(np.uint8),
@@ -116,7 +116,7 @@ def palettize_vectors(
 
 
 def _masses(mass: npt.NDArray[Any] | None, shape: tuple[int, ...], vector_dim: int) -> Floats | None:
-    """[D, V], none of what fills the tail up; None: all the same."""
+    """Return the masses [D, V], 0 for the elements that fill the tail; None: all equal."""
     missing = -int(np.prod(shape)) % vector_dim
     if mass is None and not missing:
         return None
@@ -126,7 +126,7 @@ def _masses(mass: npt.NDArray[Any] | None, shape: tuple[int, ...], vector_dim: i
 
 
 def _stored(lut_KD: Floats, lut_dtype: LutDtype) -> tuple[npt.NDArray[Any], Floats | None]:
-    """Sorted, distinct entries of a type, and the scale that they are times; None: 1."""
+    """Return sorted, distinct entries of a type, and the scale that multiplies them; None: 1."""
     scale, steps_KD = None, lut_KD
     if lut_dtype == "int8":
         scale = symmetric_scale(lut_KD, LARGEST, None)
@@ -142,13 +142,13 @@ def _columns(values: npt.NDArray[Any], vector_dim: int) -> Floats:
 
 
 @dataclass(frozen=True, slots=True)
-class _Points:
-    """Vectors in columns.
+class _Vectors:
+    """Vectors as columns.
 
     Args:
         x: [D, V], magnitudes of at most 1.
-        mass: [D, V], how much each element counts; None: 1.
-        share: [V], how many vectors each one stands for; None: 1.
+        mass: [D, V], weight of each element; None: 1.
+        share: [V], number of vectors that each one stands for; None: 1.
     """
 
     x: Floats
@@ -158,18 +158,18 @@ class _Points:
     def __len__(self) -> int:
         return int(self.x.shape[1])
 
-    def at(self, where_S: I64) -> "_Points":
-        """Some of the vectors."""
-        return _Points(
+    def at(self, where_S: I64) -> "_Vectors":
+        """Return the vectors at the given indices."""
+        return _Vectors(
             np.take(self.x, where_S, axis=1),
             None if self.mass is None else np.take(self.mass, where_S, axis=1),
             None if self.share is None else self.share[where_S],
         )
 
     def near_together(self) -> I64:
-        """An order in which vectors near each other mostly follow each other, so that the boxes of pieces are small.
+        """Return an order in which near vectors mostly follow each other, so that pieces have small bounding boxes.
 
-        Cells of like many vectors along each dimension; the few far ones have cells of their own.
+        Each dimension is cut into cells of equally many vectors; the few far vectors have separate cells.
         """
         if len(self) <= _PIECE:
             return np.arange(len(self))
@@ -182,11 +182,11 @@ class _Points:
         return np.argsort(cell_V, kind="stable")
 
     def fit(self, entries: int, random: np.random.Generator) -> Floats:
-        """At most `entries` vectors [K, D] with a small total squared distance to the points."""
+        """Return at most `entries` vectors [K, D] with a small total squared distance to the points."""
         sample = self.coreset(max(_LEAST_CORESET, _CORESET_PER_ENTRY * entries), random)
         seeded = sample.at(np.arange(0, len(sample), -(-len(sample) // _SEEDED)))
         starts = [seeded.seeds(entries, random)]
-        if len(starts[0]) < entries:  # few points are distinct, or the others were not drawn
+        if len(starts[0]) < entries:  # few points are distinct, or they were not drawn
             sample = seeded = self.distinct()
             starts = [sample.seeds(entries, random)]
         while len(starts) < min(_MOST_STARTS, _STARTS // entries):
@@ -195,8 +195,8 @@ class _Points:
         _, lut_KD = sample.lloyd(lut_KD, _STEPS)
         return lut_KD if len(sample) == len(self) else self.lloyd(lut_KD, _FULL_STEPS)[1]
 
-    def coreset(self, count: int, random: np.random.Generator) -> "_Points":
-        """A sample of `count` points with shares, whose error to any palette is near that of all; all where few."""
+    def coreset(self, count: int, random: np.random.Generator) -> "_Vectors":
+        """Return `count` points with shares, whose error for any palette is close to that of all points."""
         if len(self) <= count:
             return self
         mean_D = self.means(np.zeros(len(self), np.int64), np.zeros((1, len(self.x)), np.float32))
@@ -207,14 +207,14 @@ class _Points:
         drawn = _drawn(sums_V, (np.arange(count) + random.random(count)) / count)
         return replace(self.at(drawn), share=sums_V[-1] / (count * likely_V[drawn]))
 
-    def distinct(self) -> "_Points":
-        """Equal vectors as one."""
+    def distinct(self) -> "_Vectors":
+        """Return the distinct vectors; masses of equal ones are added."""
         x_VD, codes = np.unique(self.x.T, axis=0, return_inverse=True)
         masses = [np.bincount(codes.ravel(), self._mass(d)) for d in range(len(self.x))]
-        return _Points(np.array(x_VD.T, order="C"), np.array(masses, np.float32))
+        return _Vectors(np.array(x_VD.T, order="C"), np.array(masses, np.float32))
 
     def seeds(self, entries: int, random: np.random.Generator) -> Floats:
-        """Greedy k-means++; fewer where fewer vectors are distinct."""
+        """Return `entries` start vectors by greedy k-means++, or fewer if fewer vectors are distinct."""
         share_V = np.ones(len(self)) if self.share is None else self.share
         chosen = [int(_drawn(np.cumsum(share_V), random.random(1))[0])]
         squared_V = self.squared(self.x[:, chosen].T)[0]
@@ -231,14 +231,14 @@ class _Points:
         return np.array(self.x[:, chosen].T, order="C")
 
     def lloyd(self, lut_KD: Floats, steps: int) -> tuple[float, Floats]:
-        """The error before the last step, and the palette after it."""
+        """Return the error before the last step, and the palette after it."""
         last = np.inf
         for _ in range(steps):
-            codes_V, squared_V = self.nearest(lut_KD)
+            codes_V, squared_V = self.assigned(lut_KD)
             error_V = squared_V if self.share is None else squared_V * self.share
             lut_KD = self.means(codes_V, lut_KD)
             empty = np.flatnonzero(np.bincount(codes_V, minlength=len(lut_KD)) == 0)
-            if len(empty):  # each takes one of the vectors that are worst off
+            if len(empty):  # each moves to one of the vectors with the largest errors
                 worst = np.argsort(-error_V, kind="stable")[: len(empty)]
                 lut_KD[empty[: len(worst)]] = self.x[:, worst].T
             error = float(error_V.sum(dtype=np.float64))
@@ -248,7 +248,7 @@ class _Points:
         return error, lut_KD
 
     def means(self, codes_V: I64, lut_KD: Floats) -> Floats:
-        """The mean of each code's vectors; an element without mass stays as it is."""
+        """Return the mean of each code's vectors; elements without mass keep their values."""
         made_KD = lut_KD.copy()
         for d, x_V in enumerate(self.x):
             mass_V = self._mass(d)
@@ -258,17 +258,17 @@ class _Points:
         return made_KD
 
     def _mass(self, d: int) -> F64 | None:
-        """Of an element, times what the vectors stand for."""
+        """Return the mass of one dimension times the share of each vector; None: 1."""
         if self.mass is None:
             return self.share
         mass_V = self.mass[d].astype(np.float64)
         return np.asarray(mass_V if self.share is None else mass_V * self.share)
 
-    def nearest(self, lut_KD: Floats | F64) -> tuple[I64, Floats | F64]:
-        """The code of each vector and its squared distance, in the precision of the palette.
+    def assigned(self, lut_KD: Floats | F64) -> tuple[I64, Floats | F64]:
+        """Return the code of the nearest entry for each vector, and its squared distance in the palette's precision.
 
-        The code takes the place of the distance's lowest bits, so that one minimum finds both. Vectors are gone through
-        piece by piece, with the entries that may be nearest to one of a piece.
+        The code replaces the lowest bits of the distance, so that one minimum finds both. Vectors are compared piece by
+        piece with the entries that may be the nearest to one of a piece.
         """
         integer: Any = np.int32 if lut_KD.dtype == np.float32 else np.int64
         code_bits = integer((1 << max(1, (len(lut_KD) - 1).bit_length())) - 1)
@@ -288,7 +288,7 @@ class _Points:
         return (best_V & code_bits).astype(np.int64), (best_V & ~code_bits).view(lut_KD.dtype)
 
     def _may_be_nearest(self, lut_KD: Floats | F64, starts_P: I64) -> npt.NDArray[np.bool_]:
-        """[K, P]: whether an entry is no farther from a piece's box than another is at most from all of it."""
+        """Return [K, P]: whether an entry may be the nearest to a vector in a piece's bounding box."""
         least_KP = np.zeros((len(lut_KD), len(starts_P)), lut_KD.dtype)
         most_KP = np.zeros_like(least_KP)
         for d in range(len(self.x)):
@@ -305,7 +305,7 @@ class _Points:
         return np.asarray(least_KP <= _SLACK * most_KP.min(axis=0))
 
     def squared(self, lut_KD: Floats | F64, piece: slice = slice(None)) -> Floats | F64:
-        """[K, V]: squared distances, each element counted by its mass."""
+        """Return squared distances [K, V], elements weighted by their mass."""
         total: Any = None
         for d, x_V in enumerate(self.x[:, piece]):
             apart = lut_KD[:, d, None] - x_V
@@ -317,6 +317,6 @@ class _Points:
 
 
 def _drawn(sums_V: F64, parts: F64) -> I64:
-    """Where parts of the last sum, below 1, are reached."""
+    """Return the indices at which the running sums reach the given shares (below 1) of the last sum."""
     last = np.searchsorted(sums_V, sums_V[-1])
     return np.asarray(np.minimum(np.searchsorted(sums_V, parts * sums_V[-1], side="right"), last))

@@ -1,190 +1,178 @@
-"""Which words go together: the rules behind docs/combinations.md, each in one place.
+"""Which options can be combined: every rule of docs/combinations.md and docs/plan.md, each in one place.
 
-Every refusal says which word to change. The command line asks `check` before any work; Python meets the same rules
-where a plan is resolved (`check_weight`), a model compressed (`settled_compute`) and a file written (`check_file`).
+The command line asks `check` before any work; Python meets the same rules where a plan is resolved (`check_weight`), a
+model is compressed (`settled_compute`, `check_calibration`) and a file is written (`check_file`).
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping
+from typing import Final
 
+from qcompress.deployment import Compute
 from qcompress.errors import ConfigError
+from qcompress.plan.fields import ACTIVATION_BITS, BITS, ROWS_PER_LUT, SCHEME, VECTOR_DIM, PlanField
+from qcompress.plan.settings import Settings
+from qcompress.plan.toml import value_text
 
-if TYPE_CHECKING:
-    from qcompress.deployment import Compute
+BUILT_IN: Final = "built-in default"
 
-MEMORIES: Final = ("unpacked", "packed")
-
-_FLAGS: Final = {
-    name: f"--{name.replace('_', '-')}"
-    for name in ("bits", "activation_bits", "scheme", "rows_per_lut", "vector_dim", "lut_dtype", "block_size")
-}
+# Where each field of a weight was set.
+Origins = Mapping[str, str]
+# Returns what is wrong and how to fix it, or None.
+Rule = Callable[[Settings, Origins], str | None]
 
 
 def check(
+    settings: Settings,
+    origins: Origins | None = None,
     *,
-    compute: "Compute | None" = None,
+    compute: Compute | None = None,
     format: str | None = None,
-    memory: str = "unpacked",
-    scheme: str | None = None,
-    bits: int | None = None,
-    activation_bits: int | None = None,
-    rows_per_lut: int | None = None,
-    vector_dim: int = 1,
-    block_size: int | None = None,
-    lut_dtype: str | None = None,
-    origins: Mapping[str, str] = _FLAGS,
-) -> "Compute":
-    """Refuse words that do not go together.
+) -> Compute:
+    """Check options that hold for all weights, and return what layers compute in.
 
     Args:
-        compute: None: said nowhere; so, too, of all others.
-        format: how int8 compute is written.
-        memory: how weights lie in memory at run time.
-        scheme: of weights.
-        bits: of weights.
-        activation_bits: of what layers take.
-        rows_per_lut: output channels that share a palette.
-        vector_dim: weights that share a code.
-        block_size: inputs that share a scale.
-        lut_dtype: type of palettes' entries.
-        origins: where each of what is about weights was said, and activation_bits.
-
-    Returns:
-        What layers compute in.
+        settings: of all weights.
+        origins: where each field was set; None if all are options.
+        compute: what layers shall compute in; None if unset.
+        format: how int8 compute is written; None if unset.
 
     Raises:
-        ConfigError: names the words, and what to do.
+        ConfigError: two options cannot be combined; the message names both.
 
-    >>> check(bits=4), check(bits=4, activation_bits=8), check(bits=4, compute="dynamic8")
-    ('float', 'int8', 'dynamic8')
+    >>> check(Settings(bits=4)), check(Settings(bits=4, activation_bits=8))
+    ('float', 'int8')
     """
-    if scheme is not None:
-        check_weight(
-            scheme, bits, rows_per_lut, origins, vector_dim=vector_dim, block_size=block_size, lut_dtype=lut_dtype
-        )
-    said = None if activation_bits is None else f"activation_bits = {activation_bits} ({origins['activation_bits']})"
-    settled = settled_compute(compute, said)
-    check_file(settled, format, memory)
+    given = settings.given()
+    origins = {f.name: f.option for f in settings.fields} if origins is None else origins
+    defaults = type(settings).defaults().given()
+    check_weight(
+        type(settings)(**defaults | given),
+        {**dict.fromkeys(defaults, BUILT_IN), **{name: origins[name] for name in given}},
+    )
+    activations = set_to(ACTIVATION_BITS, settings, origins) if ACTIVATION_BITS.name in given else None
+    settled = settled_compute(compute, activations)
+    check_file(settled, format)
     return settled
 
 
-def check_weight(
-    scheme: str,
-    bits: int | None,
-    rows_per_lut: int | None,
-    origins: Mapping[str, str],
-    *,
-    name: str = "",
-    vector_dim: int = 1,
-    block_size: int | None = None,
-    lut_dtype: str | None = None,
-) -> None:
-    """A uniform grid has no palette to share, none of 1 bit and none of vectors; vectors have one palette for all.
-
-    A palette has no scales for blocks.
+def check_weight(settings: Settings, origins: Origins, *, name: str = "") -> None:
+    """Check the settings of one weight.
 
     Args:
-        scheme: `palette`, `uniform` or `auto`.
-        bits: None: not said yet.
-        rows_per_lut: None: all of them.
-        origins: where each was said.
-        name: of the tensor; empty for all.
-        vector_dim: weights that share a code.
-        block_size: inputs that share a scale.
-        lut_dtype: type of palettes' entries.
+        settings: its fields, with their defaults.
+        origins: where each field was set.
+        name: the weight; empty for all weights.
 
     Raises:
-        ConfigError: names the words, and what to do.
+        ConfigError: two fields cannot be combined; the message names both.
     """
-    who = f"{name}: " if name else ""
-    if vector_dim > 1 and (scheme != "palette" or rows_per_lut is not None):
-        other = "scheme" if scheme != "palette" else "rows_per_lut"
-        value = f'"{scheme}"' if other == "scheme" else rows_per_lut
-        raise ConfigError(
-            f"{who}vector_dim = {vector_dim} ({origins['vector_dim']}) is about one palette for a whole weight, and "
-            f"{other} = {value} ({origins[other]}) asks for something else: leave one of them out."
-        )
-    if block_size is not None and scheme == "palette":
-        raise ConfigError(
-            f"{who}block_size = {block_size} ({origins['block_size']}) is about scales of even grids, and scheme = "
-            f'"palette" ({origins["scheme"]}) has none for blocks: say scheme = "uniform" or "auto", or leave it out.'
-        )
-    if scheme != "uniform":
-        return
-    what = f'scheme = "uniform" ({origins["scheme"]})'
-    if rows_per_lut is not None:
-        raise ConfigError(
-            f"{who}rows_per_lut = {rows_per_lut} ({origins['rows_per_lut']}) is about palettes, and {what} has none: "
-            'leave one of them out, or say rows_per_lut = "auto" where the scheme is uniform.'
-        )
-    if lut_dtype not in (None, "float32"):
-        raise ConfigError(
-            f'{who}lut_dtype = "{lut_dtype}" ({origins["lut_dtype"]}) is about palettes, and {what} has none: leave '
-            'one of them out, or say lut_dtype = "float32" where the scheme is uniform.'
-        )
-    if bits == 1:
-        raise ConfigError(
-            f"{who}{what} must have bits in [2, 8], got bits = 1 ({origins['bits']}): give more bits, or "
-            'scheme = "palette", which writes 1 bit as two values.'
-        )
+    for rule in RULES:
+        wrong = rule(settings, origins)
+        if wrong is not None:
+            raise ConfigError(f"{name}: {wrong}" if name else wrong)
 
 
-def settled_compute(compute: "Compute | None", said: str | None) -> "Compute":
-    """What layers compute in, where nothing else is said: int8 with activation_bits, else float.
+def settled_compute(compute: Compute | None, activations: str | None) -> Compute:
+    """Return what layers compute in: if unset, int8 with activation_bits, else float.
 
     Args:
         compute: what was asked for.
-        said: activation_bits in words, and where they were said; None: nowhere.
+        activations: where activation_bits was set, in words; None if it is unset.
 
     Raises:
-        ConfigError: they do not go together.
+        ConfigError: the two cannot be combined.
     """
     if compute is None:
-        return "float" if said is None else "int8"
-    if compute == "int8" and said is None:
-        raise ConfigError("compute int8 must have activation_bits for some layer: give --activation-bits 8.")
-    if compute != "int8" and said is not None:
-        why = "finds the activations' scales at run time" if compute == "dynamic8" else "leaves activations in float"
-        raise ConfigError(f"compute {compute} {why}, but {said}: leave one of them out.")
+        return "float" if activations is None else "int8"
+    if compute == "int8" and activations is None:
+        raise ConfigError("compute int8 needs activation_bits for at least one layer; add --activation-bits 8.")
+    if compute != "int8" and activations is not None:
+        why = "finds activation scales at run time" if compute == "dynamic8" else "leaves activations in float"
+        raise ConfigError(f"compute {compute} {why}, but {activations}; remove one of the two.")
     return compute
 
 
-def check_calibration(compute: "Compute", given: bool) -> None:
-    """int8 compute needs data to find grids on.
+def check_calibration(compute: Compute, given: bool) -> None:
+    """Check that there is calibration data where it is needed.
 
     Args:
         compute: what layers compute in.
         given: whether there is calibration data.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: int8 compute without calibration data.
     """
     if compute == "int8" and not given:
         raise ConfigError(
-            "activation_bits must have calibration data to find the activations' grids: give --calibration X.npz "
-            "(calibration=… in Python), or use compute dynamic8, which needs none."
+            "activation_bits needs calibration data to find the ranges of activations; add --calibration X.npz "
+            "(calibration=… in Python), or use compute dynamic8, which works without."
         )
 
 
-def check_file(compute: "Compute", format: str | None, memory: str = "unpacked") -> None:
-    """What a file can be written as.
+def check_file(compute: Compute, format: str | None) -> None:
+    """Check how a file is to be written.
 
     Args:
         compute: what its layers compute in.
         format: a way of the deployment format to write int8 compute; None if unset.
-        memory: how weights lie in memory at run time.
 
     Raises:
-        ConfigError: names the words, and what to do.
+        ConfigError: the format is unknown, or does not apply to this compute.
     """
-    if memory == "packed":
-        raise ConfigError(
-            "memory packed, weights that stay packed at run time, comes later: say memory unpacked, or leave it out."
-        )
-    if memory not in MEMORIES:
-        raise ConfigError(f"memory must be one of {', '.join(MEMORIES)}, got {memory!r}.")
     if format is not None and compute != "int8":
         raise ConfigError(
-            f"format {format} is a way to write compute int8, and this is compute {compute}: leave format out, or give "
-            "activation_bits, which make it compute int8."
+            f"format {format} applies to compute int8 only, but this is compute {compute}; remove format, or set "
+            "activation_bits, which makes layers compute in int8."
         )
+
+
+def set_to(field: PlanField, settings: Settings, origins: Origins) -> str:
+    """Return a field, its value and where it was set, as messages show them.
+
+    >>> from qcompress.plan.fields import BITS, SCHEME
+    >>> set_to(BITS, Settings(bits=2), {"bits": "--bits"}), set_to(SCHEME, Settings(scheme="auto"), {"scheme": "p:2"})
+    ('bits = 2 (--bits)', 'scheme = "auto" (p:2)')
+    """
+    return f"{field.name} = {value_text(getattr(settings, field.name))} ({origins[field.name]})"
+
+
+def _applies_to_scheme(settings: Settings, origins: Origins) -> str | None:
+    """Each field applies to the schemes that its row names."""
+    for field in settings.fields:
+        if not field.asks(getattr(settings, field.name)) or settings.scheme in field.schemes:
+            continue
+        remedy = f"set scheme = {_quoted(field.schemes)}, or remove {field.name}"
+        if field.harmless is not None:
+            remedy += f" (or set it to {value_text(field.harmless)} for weights of other schemes)"
+        return (
+            f"{set_to(field, settings, origins)} applies to scheme {_quoted(field.schemes)} only, but "
+            f"{set_to(SCHEME, settings, origins)}; {remedy}."
+        )
+    return None
+
+
+def _vectors_share_one_palette(settings: Settings, origins: Origins) -> str | None:
+    """The codes of vectors point into a single palette."""
+    if ROWS_PER_LUT.asks(settings.rows_per_lut) and VECTOR_DIM.asks(settings.vector_dim):
+        return (
+            f"{set_to(VECTOR_DIM, settings, origins)} needs a single palette per weight, so it cannot be combined with "
+            f"{set_to(ROWS_PER_LUT, settings, origins)}; remove one of the two."
+        )
+    return None
+
+
+def _even_grids_have_two_bits(settings: Settings, origins: Origins) -> str | None:
+    """An even grid of 1 bit would be a palette of two values."""
+    if settings.scheme == "uniform" and settings.bits == 1:
+        return (
+            f"{set_to(SCHEME, settings, origins)} needs bits in [2, 8], got {set_to(BITS, settings, origins)}; set "
+            'more bits, or scheme = "palette", which stores 1 bit as two values.'
+        )
+    return None
+
+
+RULES: Final[tuple[Rule, ...]] = (_applies_to_scheme, _vectors_share_one_palette, _even_grids_have_two_bits)
+
+
+def _quoted(words: tuple[str, ...]) -> str:
+    return " or ".join(f'"{word}"' for word in words)

@@ -1,111 +1,86 @@
-"""What one table of a plan can say, and the words in which a wrong value is refused."""
+"""The settings that one table of a plan holds, checked against the rows of `fields`."""
 
-import functools
-from collections.abc import Callable
-from typing import Annotated, Any, Final, Literal, TypeVar
-
-from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import FrozenInstanceError
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qcompress.errors import ConfigError, did_you_mean
-
-# The fields of a table, and what each must be.
-FIELDS: Final = {
-    "bits": "an integer in [1, 8]",
-    "activation_bits": "an integer in [1, 8]",
-    "scheme": "'palette', 'uniform' or 'auto'",
-    "rows_per_lut": "'auto' or an integer of at least 1",
-    "vector_dim": "1, 2, 4 or 8",
-    "lut_dtype": "'float32', 'float16' or 'int8'",
-    "block_size": "an integer of at least 2",
-    "skip": "true or false",
-}
-
-Width = Annotated[int, Field(strict=True, ge=1, le=8)]
-Scheme = Literal["palette", "uniform", "auto"]
-LutDtype = Literal["float32", "float16", "int8"]
-
-_C = TypeVar("_C")
+from qcompress.plan.fields import FIELDS, Fields
 
 
-def _refused_in_our_words(cls: type[_C]) -> type[_C]:
-    """From Python, too, a wrong value is a ConfigError that names the field."""
-    original = cls.__init__
-
-    @functools.wraps(original)
-    def init(self: _C, *args: Any, **kwargs: Any) -> None:
-        try:
-            original(self, *args, **kwargs)
-        except ValidationError as e:
-            raise refusal(e, lambda field: f"{cls.__name__}.{field}") from None
-
-    setattr(cls, "__init__", init)  # noqa: B010  (mypy refuses the plain assignment)
-    return cls
-
-
-def refusal(error: ValidationError, say: Callable[[str], str]) -> ConfigError:
-    """The first thing that is wrong with a table, in our words.
-
-    Args:
-        error: what pydantic found.
-        say: from a field to what a user calls it where it was written.
-    """
-    first = error.errors()[0]
-    field = str(first["loc"][0])
-    if field not in FIELDS:
-        return ConfigError(f"{say(field)}: unknown key; known: {', '.join(FIELDS)}.{did_you_mean(field, FIELDS)}")
-    return ConfigError(f"{say(field)} must be {FIELDS[field]}, got {first['input']!r}.")
-
-
-@_refused_in_our_words
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Settings:
-    """What one table says; None: nothing about this field.
+    """The settings of one table: an attribute per field of the plan, None where it is unset.
 
     Args:
-        bits: bits per code of a weight, 1 to 8.
-        activation_bits: bits per code of what the layer computes with its weight, 1 to 8; set nowhere: floats.
-        scheme: `palette`, `uniform` for codes on an even grid, `auto` for the one with fewer bytes at the same error.
-        rows_per_lut: output channels that share a palette, or `auto`.
-        vector_dim: consecutive weights that share a code of a palette; set nowhere: 1.
-        lut_dtype: type of a palette's entries; set nowhere: float32, and int8 where layers compute in int8.
-        block_size: consecutive inputs that share a scale of an even grid; set nowhere: all of an output channel.
-        skip: whether a tensor is left in float.
+        values: by field; docs/plan.md lists the fields, their values and their meaning.
 
     Raises:
-        ConfigError: an unknown field, or a value that it cannot have.
+        ConfigError: a field is unknown, or its value is not legal.
+
+    >>> Settings(bits=2), Settings(bits=2).scheme
+    (Settings(bits=2), None)
     """
 
-    bits: Width | None = None
-    activation_bits: Width | None = None
-    scheme: Scheme | None = None
-    rows_per_lut: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] | None = None
-    vector_dim: Literal[1, 2, 4, 8] | None = None
-    lut_dtype: LutDtype | None = None
-    block_size: Annotated[int, Field(strict=True, ge=2)] | None = None
-    skip: StrictBool | None = None
+    fields: ClassVar[Fields] = FIELDS
+
+    def __init__(self, **values: Any) -> None:
+        self._set(values, lambda name: f"{type(self).__name__}.{name}")
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], named: Callable[[str], str]) -> Self:
+        """Return the settings of a file's table or of a command line.
+
+        Args:
+            values: by field.
+            named: returns the name of a field for error messages: where it was written.
+
+        >>> Settings.read({"bits": 9}, lambda field: f"--{field}")
+        Traceback (most recent call last):
+          ...
+        qcompress.errors.ConfigError: --bits must be an integer in [1, 8], got 9.
+        """
+        made = cls.__new__(cls)
+        made._set(values, named)
+        return made
+
+    @classmethod
+    def defaults(cls) -> Self:
+        """Return the settings of a weight for which a plan sets nothing.
+
+        >>> Settings.defaults()
+        Settings(scheme='palette', rows_per_lut='auto', skip=False)
+        """
+        return cls(**{field.name: field.default for field in cls.fields})
 
     def given(self) -> dict[str, Any]:
-        """The fields that are set.
+        """Return the fields that are set, in the order of the table.
 
-        >>> Settings(bits=2, skip=False).given()
+        >>> Settings(skip=False, bits=2).given()
         {'bits': 2, 'skip': False}
         """
-        return {field: value for field in FIELDS if (value := getattr(self, field)) is not None}
+        return {f.name: value for f in self.fields if (value := getattr(self, f.name)) is not None}
 
+    def _set(self, values: Mapping[str, Any], named: Callable[[str], str]) -> None:
+        legal = {field.name: field for field in self.fields}
+        for name, value in values.items():
+            if name not in legal:
+                raise ConfigError(f"{named(name)}: unknown key; known: {', '.join(legal)}.{did_you_mean(name, legal)}")
+            if value is not None and value not in legal[name].values:
+                raise ConfigError(f"{named(name)} {legal[name].wrong(value)}")
+        self.__dict__.update(dict.fromkeys(legal), **values)
 
-_READ: Final = TypeAdapter(Settings)
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settings) and self.given() == other.given()
 
-def settings_from(fields: dict[str, Any], say: Callable[[str], str]) -> Settings:
-    """Settings from a file or from flags, refused by the name that a user gave each field.
+    def __hash__(self) -> int:
+        return hash(tuple(self.given().items()))
 
-    >>> settings_from({"bits": 9}, lambda field: f"--{field}")
-    Traceback (most recent call last):
-      ...
-    qcompress.errors.ConfigError: --bits must be an integer in [1, 8], got 9.
-    """
-    try:
-        return _READ.validate_python(fields)
-    except ValidationError as e:
-        raise refusal(e, say) from None
+    def __repr__(self) -> str:
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.given().items())})"
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...

@@ -1,4 +1,4 @@
-"""The plan's TOML text: which line set a field, and how a table is written."""
+"""The TOML text of a plan: the line of every field, and how tables are written."""
 
 import json
 import tomllib
@@ -10,7 +10,7 @@ Path = tuple[str, ...]
 
 
 def lines_of(text: str) -> dict[Path, int]:
-    """The line, from 1, of every table header and of every key that stands on a line of its own.
+    """Return the line, from 1, of every table header and of every key that has a line to itself.
 
     >>> lines_of('[default]\\nbits = 2\\n[name."a.*"]\\nskip = true')
     {('default',): 1, ('default', 'bits'): 2, ('name', 'a.*'): 3, ('name', 'a.*', 'skip'): 4}
@@ -21,7 +21,7 @@ def lines_of(text: str) -> dict[Path, int]:
         try:
             paths = list(_leaves(tomllib.loads(line)))
         except tomllib.TOMLDecodeError:
-            continue  # a piece of a value over several lines; no field of a plan needs one
+            continue  # part of a value over several lines, which no field of a plan needs
         if line.lstrip().startswith("["):
             table = paths[0]
             found.setdefault(table, number)
@@ -32,7 +32,7 @@ def lines_of(text: str) -> dict[Path, int]:
 
 
 def header(table: Path) -> str:
-    """A table's header as it stands in a plan.
+    """Return the header of a table.
 
     >>> header(("name", "layer1.*")), header(("kind", "first")), header(("default",))
     ('[name."layer1.*"]', '[kind.first]', '[default]')
@@ -44,7 +44,7 @@ def header(table: Path) -> str:
 
 
 def written(table: Path, fields: Mapping[str, Any]) -> str:
-    """A table as text.
+    """Return a table as text.
 
     >>> print(written(("default",), {"bits": 2, "rows_per_lut": "auto", "skip": False}), end="")
     [default]
@@ -52,17 +52,22 @@ def written(table: Path, fields: Mapping[str, Any]) -> str:
     rows_per_lut = "auto"
     skip = false
     """
-    return "\n".join([header(table), *(f"{key} = {_value(value)}" for key, value in fields.items()), ""])
+    return "\n".join([header(table), *(f"{key} = {value_text(value)}" for key, value in fields.items()), ""])
 
 
-def _value(value: bool | int | str) -> str:
+def value_text(value: bool | int | str) -> str:
+    """Return a value as TOML writes it.
+
+    >>> value_text("auto"), value_text(True), value_text(2)
+    ('"auto"', 'true', '2')
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     return _quoted(value) if isinstance(value, str) else str(value)
 
 
 def _quoted(text: str) -> str:
-    # A JSON string is a TOML basic string but for one character.
+    # A JSON string is a TOML basic string, except for one character.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -1,7 +1,8 @@
-"""Activation grids without training: run the compressed program over calibration batches and watch its sites."""
+"""Activation grids without training: run the program over calibration batches and observe its sites."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -11,20 +12,22 @@ from qcompress.data.dataset import Dataset
 from qcompress.errors import DataError
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import MarkedRunner, Site, input_sites, mark
-from qcompress.posthoc import calibration
-from qcompress.progress import Track, untracked
+from qcompress.posthoc.calibration import choose_grid, saturation, sqnr_db
+from qcompress.posthoc.histogram import Observer
+from qcompress.posthoc.settings import DEFAULTS, PosthocSettings
+from qcompress.progress import ON_CPU, Execution
 
-BATCH = 32
+BATCH: Final = 32  # samples
 
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """What calibration found for one site.
+    """The result of calibration for one site.
 
     Args:
         grid: the grid.
         saturation: share of the observed values that the grid clips, 0 to 1.
-        sqnr_db: signal to quantization noise of the grid on what was observed; infinite for zeros alone.
+        sqnr_db: signal-to-quantization-noise ratio on the observed values; infinite if all are 0.
     """
 
     grid: ActivationGrid
@@ -36,29 +39,23 @@ def calibrate(
     program: FloatProgram,
     sites: Sequence[Site],
     data: Dataset,
-    *,
-    method: str = "mse",
-    percentile: float = 99.99,
-    device: str = "cpu",
-    track: Track = untracked,
+    settings: PosthocSettings = DEFAULTS,
+    execution: Execution = ON_CPU,
 ) -> list[Calibrated]:
-    """Grids for the sites of a program, from what its values are on some inputs.
+    """Return grids for the sites of a program, chosen from its values on calibration inputs.
 
     Args:
-        program: the one to be deployed, its weights those that it will compute with.
+        program: the program to deploy, with the weights that it will compute with.
         sites: from `activation_sites`.
-        data: inputs; labels are not looked at.
-        method: a key of `calibration.METHODS`.
-        percentile: for the method of that name.
-        device: where the program runs.
-        track: passes batches on: a progress bar.
+        data: inputs; labels are ignored.
+        settings: the calibration method and its percentile.
+        execution: where the program runs; tracks batches.
 
     Raises:
-        ConfigError: an unknown method.
         DataError: the data does not fit the program, or an activation is not finite.
     """
-    observers = [calibration.Observer(f"the activation {site.name}") for site in sites]
-    runner = MarkedRunner(mark(program, [site.key for site in sites]), device)
+    observers = [Observer(f"the activation {site.name}") for site in sites]
+    runner = MarkedRunner(mark(program, [site.key for site in sites]), execution.device)
 
     def observe(index: int, value: Floats, first: bool) -> Floats:
         if first:
@@ -66,44 +63,50 @@ def calibrate(
         return value
 
     size, usable = program.fixed_batch or BATCH, whole_batches(program, data)
-    for _, batch in zip(track(range(-(-usable.samples // size)), "calibrating"), usable.batches(size), strict=True):
+    batches = execution.track(range(-(-usable.samples // size)), "calibrating")
+    for _, batch in zip(batches, usable.batches(size), strict=True):
         runner(batch.inputs, observe)
-    return [_calibrated(site, seen, method, percentile) for site, seen in zip(sites, observers, strict=True)]
+    return [_calibrated(site, seen, settings) for site, seen in zip(sites, observers, strict=True)]
 
 
 def whole_batches(program: FloatProgram, data: Dataset) -> Dataset:
-    """What of some data a program can run on: all of it, or whole batches where it takes one size alone.
+    """Return the samples that a program can run on: all, or, if its batch size is fixed, those in whole batches.
 
     Raises:
-        DataError: fewer samples than one batch, or samples that do not fit.
+        DataError: there are fewer samples than one batch, or they do not fit the program.
     """
     size = program.fixed_batch
     if size is not None and data.samples < size:
-        raise DataError(f"The model takes batches of {size} alone, {data.name} has {data.samples} samples: give more.")
+        raise DataError(f"The model needs batches of {size} samples, but {data.name} has {data.samples}; add samples.")
     usable = data if size is None else data.head(data.samples - data.samples % size)
     program.bind(next(usable.batches(size or 1)).inputs)
     return usable
 
 
 def constant_inputs(data: Dataset) -> Iterator[str]:
-    """A note for each input that says the same in every sample: its grid is legal, and fits nothing else.
+    """Yield a note for each input with the same values in all samples: its ranges are legal, but useless.
 
-    >>> list(constant_inputs(Dataset(inputs={"x": np.zeros((3, 2), np.float32)}, name="zeros.npz")))
-    ['calibration data zeros.npz: input x is the same in all 3 samples, and its grids fit nothing else']
+    >>> data = Dataset(inputs={"x": np.zeros((3, 2), np.float32)}, name="zeros.npz")
+    >>> print(*constant_inputs(data))  # doctest: +NORMALIZE_WHITESPACE
+    calibration data zeros.npz: all 3 samples have identical values for input x; the activation ranges will be wrong for
+    other data
     """
     for name, values in data.inputs.items():
         if (values == values[:1]).all() and (data.samples > 1 or (values == values.flat[0]).all()):
-            many = f"all {data.samples} samples" if data.samples > 1 else "the one sample at every place"
-            yield f"calibration data {data.name}: input {name} is the same in {many}, and its grids fit nothing else"
+            same = f"all {data.samples} samples have identical values for input {name}"
+            if data.samples == 1:
+                same = f"all values of input {name} in the only sample are equal"
+            yield f"calibration data {data.name}: {same}; the activation ranges will be wrong for other data"
 
 
 def widened(program: FloatProgram, grids: Sequence[SiteGrid], activation_bits: Mapping[str, int]) -> list[SiteGrid]:
-    """The grids that have more bits than was asked for the layers that take them, or for any where none does.
+    """Return the grids with more bits than requested.
 
     Args:
         program: BatchNorm folded.
-        grids: all of them.
-        activation_bits: what was asked for, by the layer's weight.
+        grids: all grids of the program.
+        activation_bits: the requested bits, by the layer's weight. A grid is compared with the largest request of the
+            layers that use it, or, if it is no layer's input, of all layers.
     """
     if not activation_bits:
         return []
@@ -115,10 +118,10 @@ def widened(program: FloatProgram, grids: Sequence[SiteGrid], activation_bits: M
     return [grid for index, grid in enumerate(grids) if grid.bits > asked.get(index, most)]
 
 
-def _calibrated(site: Site, seen: calibration.Observer, method: str, percentile: float) -> Calibrated:
-    scale, zero = calibration.grid(seen, site.bits, method, percentile=percentile)
+def _calibrated(site: Site, seen: Observer, settings: PosthocSettings) -> Calibrated:
+    scale, zero = choose_grid(seen, site.bits, settings.calibration_method, settings.percentile)
     return Calibrated(
         ActivationGrid.from_zero_point(site.key, np.asarray(scale), zero, site.bits),
-        calibration.saturation(seen, scale, zero, site.bits),
-        calibration.sqnr_db(seen, scale, zero, site.bits),
+        saturation(seen, scale, zero, site.bits),
+        sqnr_db(seen, scale, zero, site.bits),
     )

@@ -1,4 +1,4 @@
-"""Second moments of what a layer takes: all that a solver needs to know of the calibration data.
+"""Second moments of a layer's inputs: all that a solver needs of the calibration data.
 
 Shape suffixes: G = groups of channels, P = places (samples times output positions), K = inputs of one output value,
 R = output channels of a group.
@@ -13,19 +13,18 @@ from torch.fx import Node
 from torch.nn import functional
 
 from qcompress.graph.layers import Layer
-
-aten = torch.ops.aten
+from qcompress.graph.nodes import arguments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
-    """Of the inputs x of a layer in the compressed net, and y of the same layer in the float net.
+    """Moments of a layer's inputs: x in the compressed program, y in the float program.
 
     Args:
-        count: how many places they were gathered at.
-        second: float64 [G, K, K], E[x xᵀ], less E[x] E[x]ᵀ where `centred`.
-        cross: float64 [G, K, K], E[y xᵀ], less E[y] E[x]ᵀ where `centred`; `second` itself where x is y.
-        centred: whether the means are taken off: a bias that follows makes up for them.
+        count: the number of places that were summed over.
+        second: float64 [G, K, K], E[x xᵀ]; minus E[x] E[x]ᵀ if `centred`.
+        cross: float64 [G, K, K], E[y xᵀ]; minus E[y] E[x]ᵀ if `centred`. It is `second` itself if x is y.
+        centred: whether the means are subtracted, because a bias makes up for them.
     """
 
     count: int
@@ -43,17 +42,17 @@ class Moments:
         *,
         centred: bool,
     ) -> "Moments":
-        """Moments over batches.
+        """Return the moments over all batches.
 
         Args:
-            layer: one that `places` can read.
-            weight_shape: of its weight.
+            layer: a layer for which `has_moments` is true.
+            weight_shape: shape of its weight.
             inputs: x by batch.
-            float_inputs: y by batch; the same objects where the nets do not differ in front of the layer.
+            float_inputs: y by batch; the same objects if the programs do not differ in front of the layer.
             centred: as in the class.
         """
         second = cross = mean = float_mean = None
-        about_GK = None  # near the mean, so that little is lost when the means are taken off
+        about_GK = None  # near the mean, so that little precision is lost when the means are subtracted
         count, differs = 0, any(x is not y for x, y in zip(inputs, float_inputs, strict=True))
         for x, y in zip(inputs, float_inputs, strict=True):
             x_GPK = places(layer, weight_shape, x)
@@ -83,17 +82,17 @@ class Moments:
 
 
 def has_moments(layer: Layer) -> bool:
-    """Whether `places` can read what a layer takes."""
+    """Return whether `places` can arrange a layer's inputs."""
     return layer.kind in ("conv", "depthwise", "linear")
 
 
 def places(layer: Layer, weight_shape: Sequence[int], x: torch.Tensor) -> torch.Tensor:
-    """What each output value of a layer is the product of, [G, P, K]: K in the order of a row of the weight.
+    """Return the inputs of each output value of a layer, [G, P, K], with K in the order of a row of the weight.
 
     Args:
         layer: a convolution that is not transposed, or a matrix product.
-        weight_shape: of its weight.
-        x: what the layer takes.
+        weight_shape: shape of its weight.
+        x: the layer's input.
     """
     if layer.kind == "linear":
         return x.reshape(1, -1, weight_shape[1 - layer.axis])
@@ -110,9 +109,8 @@ def places(layer: Layer, weight_shape: Sequence[int], x: torch.Tensor) -> torch.
 
 
 def _geometry(node: Node, dims: int, kernel: Sequence[int]) -> tuple[list[int], list[tuple[int, int]], list[int], int]:
-    """Stride, padding at both ends, dilation and groups of a convolution."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    """Return stride, padding at both ends, dilation and groups of a convolution."""
+    given = arguments(node)
 
     def numbers(name: str, default: int) -> list[int]:
         value: Any = given.get(name, default)
@@ -122,7 +120,7 @@ def _geometry(node: Node, dims: int, kernel: Sequence[int]) -> tuple[list[int], 
     stride, dilation, padding = numbers("stride", 1), numbers("dilation", 1), given.get("padding", 0)
     if padding == "valid":
         ends = [(0, 0)] * dims
-    elif padding == "same":  # what is left over goes behind
+    elif padding == "same":  # an odd total puts one more at the end
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         ends = [(t // 2, t - t // 2) for t in total]
     else:

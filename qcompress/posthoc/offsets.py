@@ -1,8 +1,9 @@
-"""Free offsets of activation grids moved onto their grids, so that integer kernels can take them as zero points.
+"""Move free offsets of activation grids onto the grid, so that integer kernels can take them as zero points.
 
-An offset that is no multiple of the scale (LSQ+) folds exactly into the bias of an unpadded layer, and into that of no
-other: padding sees none of it. There, either the activation is dequantized and the offset added in float, which is
-exact, or the offset gives way: it moves by at most half a step, and the bias makes good what that changes on average.
+An offset that is not a multiple of the scale (LSQ+) folds exactly into the bias of an unpadded layer. It does not fold
+into the bias of a padded one, since the padding has no offset. There are two ways out: the activation is dequantized
+and the offset added in float, which is exact; or the offset moves by at most half a step, and the bias compensates for
+the mean of what that changes.
 """
 
 from collections.abc import Iterable
@@ -19,20 +20,19 @@ from qcompress.graph.layers import Layer, bias_of, weight_layers
 from qcompress.graph.program import state_nodes
 from qcompress.graph.sites import OUTPUT, MarkedRunner, input_sites, mark
 from qcompress.posthoc.activations import BATCH
-from qcompress.posthoc.biases import in_steps
 
 Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(slots=True)
 class _Change:
-    """How a layer's output changes when its input's offset moves, summed over the calibration data.
+    """The change of a layer's output when its input's offset moves, summed over the calibration data.
 
     Args:
-        axis: of the output's channels.
-        count: values of one channel.
-        sum_O: of new minus old values, by channel.
-        squares: of new minus old values.
+        axis: the output's axis of channels.
+        count: number of values per channel.
+        totals: float64 [O], sum of new minus old values; None before the first batch.
+        squares: sum of squares of new minus old values.
         moments: sum and sum of squares of the old values.
     """
 
@@ -43,7 +43,12 @@ class _Change:
     moments: tuple[float, float] = (0.0, 0.0)
 
     def add(self, old: Floats, new: Floats) -> None:
-        """Take in one batch."""
+        """Add one batch.
+
+        Args:
+            old: the output with the free offset, float32.
+            new: the output with the moved offset, float32.
+        """
         difference, wide = new.astype(np.float64) - old, old.astype(np.float64)
         sum_O = difference.sum(axis=tuple(i for i in range(old.ndim) if i != self.axis % old.ndim))
         self.count += old.size // len(sum_O)
@@ -53,32 +58,36 @@ class _Change:
 
     @property
     def means(self) -> Doubles:
-        """What the output changes by on average."""
+        """Mean change of the output, float64 [O]."""
         assert self.totals is not None
         return self.totals / self.count
 
     def error(self, *, corrected: bool) -> float:
-        """Root mean square of the change, less its mean where a bias makes that good, over the output's spread."""
+        """Return the root mean square of the change over the output's standard deviation.
+
+        Args:
+            corrected: whether a bias compensates for the mean change.
+        """
         values = self.count * len(self.means)
-        made_good = self.count * float(np.square(self.means).sum()) if corrected else 0.0
+        compensated = self.count * float(np.square(self.means).sum()) if corrected else 0.0
         variance = self.moments[1] / values - (self.moments[0] / values) ** 2
-        noise = max(self.squares - made_good, 0.0) / values
+        noise = max(self.squares - compensated, 0.0) / values
         return float(np.sqrt(noise / max(variance, np.finfo(np.float64).tiny)))
 
 
 def snap_offsets(
     model: CompressedModel, calibration: Dataset, sites: Iterable[tuple[str, int]] | None = None
 ) -> CompressedModel:
-    """A model whose activation grids all have zero points, the biases of the layers behind them re-estimated.
+    """Return a model whose activation grids have zero points, with the biases of the affected layers corrected.
 
     Args:
         model: for int8 compute; not modified.
-        calibration: unlabelled inputs, on which it is seen what a moved offset changes on average.
-        sites: whose offsets are moved; None: every one that no zero point stands for.
+        calibration: unlabelled inputs, on which the mean effect of a moved offset is measured.
+        sites: the sites whose offsets move; None: all that have free offsets.
 
     Returns:
-        The model. Its `snapped` says for the weight of each layer behind such a site what error is left at the layer's
-        output: root mean square over the output's spread.
+        The model. Its `snapped` holds the error that is left at the output of each affected layer, by the layer's
+        weight: root mean square over the output's standard deviation.
 
     Raises:
         DataError: the data does not fit the program.
@@ -116,7 +125,7 @@ def snap_offsets(
                 if first:
                     changes[names[index - len(keys)]].add(values[index], value)
                 return value
-            grid = grids[keys[index]]  # of what was there before: no change reaches the next layer
+            grid = grids[keys[index]]  # of the old value: no change reaches the next layer
             return grid.dequantize(grid.quantize(values[index])) if first else value
 
         runner(batch.inputs, before)
@@ -130,4 +139,4 @@ def snap_offsets(
             values_O = artifacts[state[bias]].dequantize() - changes[name].means
             artifacts[state[bias]] = FloatWeight(values=values_O.astype(np.float32), reason="not a weight")
         snapped[name] = changes[name].error(corrected=corrected)
-    return in_steps(replace(model, artifacts=artifacts, activations=grids, snapped=snapped))
+    return replace(model, artifacts=artifacts, activations=grids, snapped=snapped)

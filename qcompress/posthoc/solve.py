@@ -1,9 +1,9 @@
-"""Weights solved layer after layer against calibration data, biases corrected, all in one walk over the net.
+"""Solve weights layer after layer on calibration data and correct biases, in one walk over the network.
 
 A layer's target is not its float weight W but T = W + W (C - H) (H + damping)^-1, with H = E[x xᵀ] of its inputs x in
-the compressed net and C = E[y xᵀ], y the same inputs in the float net: the weight that gives what the float layer gives
-from what the compressed net has to offer. So a layer makes good, as far as it can, what those in front of it lost.
-Where a bias follows, moments are taken about the means, and the bias makes the output right on average.
+the compressed network and C = E[y xᵀ], y the same inputs in the float network. T is the weight that best reproduces the
+float layer's output from the compressed network's inputs, so each layer compensates for errors made by earlier layers.
+If the layer has a bias, moments are taken about the means, and the bias corrects the mean of the output.
 
 Source: GPTQ's objective (Frantar et al. 2023) with the target of an asymmetric calibration (Li et al. 2025, GPTAQ).
 Deviation: that target is found in closed form once, by damped least squares, not while columns are rounded.
@@ -20,16 +20,17 @@ import torch
 from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight, SiteGrid, granularity
 from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.compressed.model import LayerGain
+from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.graph.program import Arrays, FloatProgram
 from qcompress.graph.sites import rounding
 from qcompress.palettes.even_grid import REDUCED_BITS
-from qcompress.palettes.integer import LARGEST, LARGEST_REDUCED
+from qcompress.palettes.int8_palette import LARGEST, LARGEST_REDUCED
 from qcompress.palettes.vector import palettize_vectors
-from qcompress.plan.plan import TensorPlan
+from qcompress.plan.resolve import TensorPlan
 from qcompress.posthoc.moments import Moments, has_moments
-from qcompress.posthoc.schemes import Codes, better, codes_for
+from qcompress.posthoc.schemes import CodeKind, better, codes_for
 from qcompress.posthoc.walk import Reached, walk
-from qcompress.progress import Track, untracked
+from qcompress.progress import ON_CPU, Execution
 from qcompress.solvers import SOLVERS
 from qcompress.solvers.base import Problem
 from qcompress.solvers.levels import IntegerPaletteLevels, PaletteLevels, UniformLevels
@@ -45,21 +46,18 @@ class SolveSettings:
 
     Args:
         solver: a key of `solvers.SOLVERS`.
-        integer_kinds: of the layers whose weights int8 kernels shall compute with.
-        reduce_range: as in `compress`.
+        integer_kinds: the kinds of layers that compute in integers.
+        reduce_range: as in `PosthocSettings`.
     """
 
-    solver: str = "gptq"
+    solver: str
     integer_kinds: Collection[str] = ()
     reduce_range: bool = False
 
 
-_DEFAULT: Final = SolveSettings()
-
-
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """One artifact for each tensor, and what solving gained, layer by layer."""
+    """One artifact for each tensor, and the gain of each layer that was solved."""
 
     artifacts: dict[str, Artifact]
     gains: list[LayerGain]
@@ -68,38 +66,36 @@ class Solved:
 def solve_weights(
     program: FloatProgram,
     tensors: Mapping[str, TensorPlan],
-    nearest: Mapping[str, Artifact],
+    unsolved: Mapping[str, Artifact],
     batches: Sequence[Arrays],
-    settings: SolveSettings = _DEFAULT,
+    settings: SolveSettings,
     *,
     grids: Sequence[SiteGrid] = (),
-    device: str = "cpu",
-    track: Track = untracked,
+    execution: Execution = ON_CPU,
 ) -> Solved:
-    """Artifacts for the weights of layers, and for their biases.
+    """Solve the weights of layers and correct their biases.
 
     Args:
-        program: BatchNorm folded; marked at the sites of the grids, where there are any.
-        tensors: what is planned for each tensor.
-        nearest: each tensor compressed without data.
+        program: BatchNorm folded; marked at the sites of the grids, if there are any.
+        tensors: the plan of each compressed tensor.
+        unsolved: each tensor compressed without data.
         batches: calibration inputs by name.
-        settings: how.
-        grids: of the marks, in the order of their indices.
-        device: where the net runs.
-        track: passes layers on: a progress bar.
+        settings: how codes are found.
+        grids: the grids of the marks, in the order of their indices.
+        execution: where the program runs; tracks layers.
 
     Returns:
-        `nearest` with what was solved in its place.
+        `unsolved` with the solved artifacts in place of theirs.
     """
-    artifacts, gains = dict(nearest), list[LayerGain]()
+    artifacts, gains = dict(unsolved), list[LayerGain]()
 
     def settle(reached: Reached) -> Mapping[str, torch.Tensor]:
         name = reached.layer.weight
-        first = nearest[name]
+        first = unsolved[name]
         if isinstance(first, FloatWeight) or name not in tensors:
             return {}
         plain = _tensor(first, reached.weight)
-        if not isinstance(reached.outputs[0], torch.Tensor):  # an embedding bag's
+        if not isinstance(reached.outputs[0], torch.Tensor):  # an embedding bag returns a tuple
             return {name: plain}
         outputs = reached.run(plain)
         before, found = _noise_db(reached.outputs, outputs), first
@@ -110,15 +106,16 @@ def solve_weights(
         settled = {name: _tensor(found, reached.weight)}
         if reached.bias is not None:
             shift_O = _mean_shift(reached, outputs)
-            bias_O = nearest[reached.bias].dequantize() + shift_O
+            bias_O = unsolved[reached.bias].dequantize() + shift_O
             artifacts[reached.bias] = FloatWeight(values=bias_O.astype(np.float32), reason="not a weight")
-            settled[reached.bias] = torch.from_numpy(bias_O.astype(np.float32))
+            settled[reached.bias] = to_torch(bias_O.astype(np.float32))
             outputs = [o + _along(reached, shift_O, o) for o in outputs]
         artifacts[name] = found
         gains.append(LayerGain(name, before, _noise_db(reached.outputs, outputs)))
         return settled
 
-    walk(program, batches, settle, quantize=rounding(grids) if grids else None, device=device, track=track)
+    quantize = rounding(grids) if grids else None
+    walk(program, batches, settle, quantize=quantize, device=execution.device, track=execution.track)
     return Solved(artifacts, gains)
 
 
@@ -127,17 +124,17 @@ def _solved(reached: Reached, plan: TensorPlan, first: Artifact, settings: Solve
     layer, shape = reached.layer, tuple(reached.weight.shape)
     moments = Moments.gather(layer, shape, reached.inputs, reached.float_inputs, centred=reached.bias is not None)
     groups = len(moments.second)
-    rows_OK = granularity.rows(reached.weight.cpu().numpy().astype(np.float64), layer.axis)
-    weight = torch.from_numpy(rows_OK).reshape(groups, len(rows_OK) // groups, -1)
+    rows_OK = granularity.rows(to_numpy(reached.weight).astype(np.float64), layer.axis)
+    weight = to_torch(rows_OK).reshape(groups, len(rows_OK) // groups, -1)
     problem = Problem(target=_target(weight, moments), hessian=moments.second)
     diagonal = moments.second.diagonal(dim1=1, dim2=2).clamp_min(0)
     diagonal = diagonal if solver.is_weighted else torch.ones_like(diagonal)
-    importance_OK = diagonal[:, None].expand_as(weight).reshape(rows_OK.shape).numpy()
-    target_OK = problem.target.reshape(rows_OK.shape).numpy()
+    importance_OK = to_numpy(diagonal[:, None].expand_as(weight).reshape(rows_OK.shape))
+    target_OK = to_numpy(problem.target.reshape(rows_OK.shape))
 
     def error(artifact: Artifact) -> float:
         values_OK = granularity.rows(artifact.dequantize().astype(np.float64), layer.axis)
-        return problem.error(torch.from_numpy(values_OK).reshape(weight.shape))
+        return problem.error(to_torch(values_OK).reshape(weight.shape))
 
     solved = list[Artifact]()
     for kind in codes_for(plan, integer=layer.kind in settings.integer_kinds):
@@ -146,7 +143,7 @@ def _solved(reached: Reached, plan: TensorPlan, first: Artifact, settings: Solve
             continue
         levels = _levels(kind, target_OK, importance_OK, plan, reduce_range=settings.reduce_range)
         levels, codes = solver.solve(problem, levels)
-        solved.append(levels.artifact(codes.reshape(rows_OK.shape).numpy().astype(np.uint8), shape, layer.axis))
+        solved.append(levels.artifact(to_numpy(codes.reshape(rows_OK.shape)).astype(np.uint8), shape, layer.axis))
     found = solved[0] if len(solved) == 1 else better((a, error(a)) for a in solved)
     return found if error(found) < error(first) and found.nbytes < reached.weight.nbytes else first
 
@@ -170,7 +167,7 @@ def _vectors(
 
 
 def _target(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
-    """The weight that best gives the float layer's outputs from the compressed net's inputs."""
+    """Return the weight that best reproduces the float layer's outputs from the compressed network's inputs."""
     if moments.cross is moments.second:
         return weight
     damped = Problem(target=weight, hessian=moments.second).damped(_DAMPING)
@@ -179,7 +176,7 @@ def _target(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
 
 
 def _levels(
-    kind: Codes,
+    kind: CodeKind,
     rows_OK: npt.NDArray[np.float64],
     importance_OK: npt.NDArray[np.float64],
     plan: TensorPlan,
@@ -198,27 +195,27 @@ def _levels(
 
 
 def _tensor(artifact: Artifact, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(artifact.dequantize()).to(like)
+    return to_torch(artifact.dequantize()).to(like)
 
 
 def _mean_shift(reached: Reached, outputs: list[torch.Tensor]) -> npt.NDArray[np.float64]:
-    """Float outputs less compressed ones, the mean for each output channel."""
+    """Return the mean of float minus compressed outputs for each output channel."""
     axis = 1 if reached.layer.kind != "linear" else -1
     total, count = np.zeros(outputs[0].shape[axis]), 0
     for wanted, got in zip(reached.outputs, outputs, strict=True):
         rest = [i for i in range(got.ndim) if i != axis % got.ndim]
-        total = total + (wanted.double() - got.double()).sum(rest).cpu().numpy()
+        total = total + to_numpy((wanted.double() - got.double()).sum(rest))
         count += got.numel() // got.shape[axis]
     return np.asarray(total / count, np.float64)
 
 
 def _along(reached: Reached, shift_O: npt.NDArray[np.float64], output: torch.Tensor) -> torch.Tensor:
-    shift = torch.from_numpy(shift_O).to(output)
+    shift = to_torch(shift_O).to(output)
     return shift if reached.layer.kind == "linear" else shift.reshape(-1, *[1] * (output.ndim - 2))
 
 
 def _noise_db(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> float | None:
-    """How the float outputs vary over the difference, in dB; None without a difference."""
+    """Return the variance of the float outputs over the mean squared difference, in dB; None without a difference."""
     noise = sum(float((w.double() - g.double()).square().sum()) for w, g in zip(wanted, got, strict=True))
     count = sum(w.numel() for w in wanted)
     mean = sum(float(w.double().sum()) for w in wanted) / count

@@ -1,28 +1,25 @@
-"""Codes, levels, scales and biases tuned together, without labels, so that the whole net does what the float net does.
+"""Codes, levels, scales and biases tuned together, without labels, towards the outputs of the float program.
 
-What solving layer after layer cannot see, a code that is worse for its layer and better for the net, gradients can. A
-weight is its level nearest to a latent value, and passes its gradient straight on to it; the loss is what the outputs
-and the values behind activations differ from those of the float net.
+Gradients see what solving layer after layer cannot: a code that is worse for its layer and better for the whole. The
+loss is how far the outputs and the values behind activations are from those of the float program.
 
 Source: block reconstruction (BRECQ, Li et al. 2021) and straight-through estimation (Bengio et al. 2013).
 Deviations: all blocks at once. Outputs alone, without the values in between, fit the calibration data four times as
 well and new data no better.
-
-Shape suffixes: O = output channels, K = weights of one output channel, T = tables, L = levels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch.fx import Node
 
-from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight, granularity
+from qcompress.artifacts import Artifact
+from qcompress.graph.conversion import to_torch
 from qcompress.graph.differentiable import Differentiable
 from qcompress.graph.program import Arrays, FloatProgram
-from qcompress.palettes.integer import LARGEST
+from qcompress.posthoc.latent import latent_of
 from qcompress.progress import Track, untracked
 
 aten = torch.ops.aten
@@ -58,14 +55,15 @@ def tune(
         track: passes steps on: a progress bar.
     """
     inputs, net, start = _inputs(program, batches, device), _Net(program, device), _on(artifacts, device)
-    places = {name: _place(artifact, program.state()[name], device) for name, artifact in artifacts.items()}
-    trained = {name: place for name, place in places.items() if place is not None}
-    if not trained:
+    state = program.state()
+    found = {name: latent_of(artifact, state[name], device) for name, artifact in artifacts.items()}
+    tuned = {name: latent for name, latent in found.items() if latent is not None}
+    if not tuned:
         return dict(artifacts)
     optimizer = torch.optim.Adam(
         [
-            {"params": [p for place in trained.values() for p in place.latents()], "lr": _RATE},
-            {"params": [p for place in trained.values() for p in place.others()], "lr": _LEVEL_RATE},
+            {"params": [p for latent in tuned.values() for p in latent.latents()], "lr": _RATE},
+            {"params": [p for latent in tuned.values() for p in latent.others()], "lr": _LEVEL_RATE},
         ]
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -73,11 +71,11 @@ def tune(
     for _ in track(range(steps), "tuning"):
         order = order or torch.randperm(len(inputs), generator=generator).tolist()
         optimizer.zero_grad()
-        now = start | {name: place.value() for name, place in trained.items()}
+        now = start | {name: latent.value() for name, latent in tuned.items()}
         net.loss(now, inputs[order.pop()]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    return dict(artifacts) | {name: place.artifact() for name, place in trained.items()}
+    return dict(artifacts) | {name: latent.artifact() for name, latent in tuned.items()}
 
 
 def output_error(
@@ -89,11 +87,11 @@ def output_error(
 
 
 def _inputs(program: FloatProgram, batches: Sequence[Arrays], device: str) -> list[list[torch.Tensor]]:
-    return [[torch.from_numpy(np.array(x)).to(device) for x in program.bind(batch)] for batch in batches]
+    return [[to_torch(x).to(device) for x in program.bind(batch)] for batch in batches]
 
 
 def _on(artifacts: Mapping[str, Artifact], device: str) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.array(a.dequantize())).to(device) for name, a in artifacts.items()}
+    return {name: to_torch(a.dequantize()).to(device) for name, a in artifacts.items()}
 
 
 class _Net(Differentiable):
@@ -140,128 +138,3 @@ class _Net(Differentiable):
 
 def _over_variance(wanted: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     return (got - wanted).square().mean() / wanted.var(correction=0).clamp_min(1e-12)
-
-
-class _Bias:
-    """A vector of floats."""
-
-    def __init__(self, artifact: FloatWeight, device: str) -> None:
-        self._artifact = artifact
-        self._start = torch.from_numpy(np.array(artifact.values)).to(device)
-        self._moved = torch.zeros_like(self._start).requires_grad_()
-        self._size = self._start.abs().mean().clamp_min(1e-3)
-
-    def latents(self) -> list[torch.Tensor]:
-        return []
-
-    def others(self) -> list[torch.Tensor]:
-        return [self._moved]
-
-    def value(self) -> torch.Tensor:
-        return self._start + self._size * self._moved
-
-    def artifact(self) -> Artifact:
-        return replace(self._artifact, values=self.value().detach().cpu().numpy())
-
-
-class _Codes:
-    """A weight on levels: a palette's entries, which move, or the integers of an even grid, which stay."""
-
-    def __init__(self, artifact: PalettizedWeight | IntegerWeight, device: str) -> None:
-        self._made = artifact
-        self._axis, self._low, rows_per_lut = _output_axis(artifact), 0, None
-        if isinstance(artifact, PalettizedWeight):
-            lut, rows_per_lut = np.array(artifact.lut, np.float32), artifact.rows_per_lut
-        else:
-            self._low = -(1 << (artifact.bits - 1))
-            lut = np.arange(self._low, -self._low, dtype=np.float32)[None]
-        tables = granularity.group_of_row(artifact.shape[self._axis], rows_per_lut)
-        codes_OK = granularity.rows(artifact.codes, self._axis).astype(np.int64) - self._low
-        self._tables_O = torch.from_numpy(tables).to(device)
-        self._lut_TL = torch.from_numpy(lut).to(device)
-        self._size = self._lut_TL.abs().mean().clamp_min(1e-12)
-        gaps = self._lut_TL.diff(dim=1)
-        self._gap = gaps[gaps > 0].mean() if bool((gaps > 0).any()) else self._size
-        self._block_size = artifact.block_size if isinstance(artifact, IntegerWeight) else None
-        scale: Any = np.ones(1, np.float32) if artifact.scale is None else np.atleast_1d(artifact.scale)
-        scale = granularity.rows(scale, self._axis) if self._block_size else scale[:, None]
-        self._scale = torch.from_numpy(np.array(scale, np.float32)).to(device)
-        start_OK = self._lut_TL[self._tables_O[:, None], torch.from_numpy(codes_OK).to(device)]
-        self._latent = (start_OK / self._gap).requires_grad_()
-        self._moved = torch.zeros_like(self._lut_TL).requires_grad_(isinstance(artifact, PalettizedWeight))
-        self._grown = torch.zeros_like(self._scale).requires_grad_(artifact.scale is not None)
-
-    def latents(self) -> list[torch.Tensor]:
-        return [self._latent]
-
-    def others(self) -> list[torch.Tensor]:
-        return [p for p in (self._moved, self._grown) if p.requires_grad]
-
-    def _levels(self) -> torch.Tensor:
-        lut_TL = (self._lut_TL + self._size * self._moved).sort(dim=1).values
-        return lut_TL + (self._stored(lut_TL) - lut_TL).detach()
-
-    def _stored(self, lut_TL: torch.Tensor) -> torch.Tensor:
-        """The nearest that the table's type can hold."""
-        if not isinstance(self._made, PalettizedWeight) or self._made.lut.dtype == np.float32:
-            return lut_TL
-        return lut_TL.half().float() if self._made.lut.dtype == np.float16 else lut_TL.round().clamp(-LARGEST, LARGEST)
-
-    def _nearest(self, lut_TL: torch.Tensor) -> torch.Tensor:
-        levels_OL = lut_TL.detach()[self._tables_O]
-        middles = ((levels_OL[:, 1:] + levels_OL[:, :-1]) / 2).contiguous()
-        return torch.searchsorted(middles, (self._latent.detach() * self._gap).contiguous())
-
-    def value(self) -> torch.Tensor:
-        lut_TL = self._levels()
-        hard_OK = lut_TL[self._tables_O[:, None], self._nearest(lut_TL)]
-        soft_OK = self._latent * self._gap
-        scale = self._scale * (1 + self._grown)
-        if self._block_size:
-            count = hard_OK.shape[1]
-            scale = scale.repeat_interleave(min(self._block_size, count), dim=1)[:, :count]
-        values_OK = (hard_OK + (soft_OK - soft_OK.detach())) * scale
-        shape, axis = self._made.shape, self._axis % len(self._made.shape)
-        return values_OK.reshape(shape[axis], *shape[:axis], *shape[axis + 1 :]).movedim(0, axis)
-
-    def artifact(self) -> Artifact:
-        lut_TL = self._levels().detach()
-        codes = self._nearest(lut_TL).cpu().numpy()
-        shaped = np.array(granularity.from_rows(codes, self._made.shape, self._axis), order="C")
-        scale = (self._scale * (1 + self._grown)).detach().cpu().numpy()
-        if isinstance(self._made, PalettizedWeight):
-            narrow: Any = self._stored(lut_TL).cpu().numpy().astype(self._made.lut.dtype)
-            return replace(
-                self._made,
-                codes=shaped.astype(np.uint8),
-                lut=narrow,
-                scale=None if self._made.scale is None else scale.reshape(self._made.scale.shape),
-            )
-        if self._block_size:
-            scale = np.array(granularity.from_rows(scale, self._made.scale.shape, self._axis), order="C")
-        return replace(
-            self._made, codes=(shaped + self._low).astype(np.int8), scale=scale.reshape(self._made.scale.shape)
-        )
-
-
-def _output_axis(artifact: PalettizedWeight | IntegerWeight) -> int:
-    """The axis whose indices have levels of their own."""
-    if isinstance(artifact, IntegerWeight) and artifact.block_size is not None:
-        assert artifact.axis is not None
-        return granularity.input_axis(len(artifact.shape), artifact.axis)
-    return artifact.axis or 0
-
-
-def _place(artifact: Artifact, value: torch.Tensor, device: str) -> _Bias | _Codes | None:
-    """What is tuned of an artifact; None: nothing."""
-    if isinstance(artifact, FloatWeight):
-        is_vector = value.ndim == 1 and value.dtype == torch.float32 and isinstance(value, torch.nn.Parameter)
-        return _Bias(artifact, device) if is_vector and artifact.values.dtype == np.float32 else None
-    if isinstance(artifact, PalettizedWeight):
-        is_plain = artifact.vector_dim == 1 and artifact.lut.shape[1] > 1
-        return _Codes(artifact, device) if is_plain and artifact.shape else None
-    if isinstance(artifact, IntegerWeight):
-        is_plain = artifact.zero_point is None and artifact.codes.dtype == np.int8
-        is_plain &= artifact.block_size is None or len(artifact.shape) == 2
-        return _Codes(artifact, device) if is_plain and artifact.shape else None
-    return None

@@ -1,8 +1,8 @@
-"""The float program and its compressed twin side by side: one pass, operator by operator, over all calibration data.
+"""The float and the compressed program side by side: one pass, operator by operator, over all calibration data.
 
-Each weight is settled when the walk reaches its layer: on what the layer takes in the net that is compressed so far,
-and towards what it gives in the float net. A value is freed behind its last use, so that memory holds the values that
-are alive at one place, not those of the whole net.
+When the pass reaches a layer, its weight is settled: on the layer's inputs in the program as compressed so far, towards
+the layer's outputs in the float program. A value is freed after its last use, so that memory holds only those that are
+still needed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_arg
 
+from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.graph.layers import Layer, bias_of, data_input, layers
 from qcompress.graph.program import Arrays, FloatProgram, state_nodes, tensor_of
-from qcompress.graph.sites import Visit, site_op
+from qcompress.graph.sites import LAYER_KINDS, Visit, site_op
 from qcompress.progress import Track, untracked
 
 Batches = list[Any]  # one value for each batch
@@ -25,16 +25,16 @@ Batches = list[Any]  # one value for each batch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reached:
-    """A layer at its first use, as the walk reaches it.
+    """A layer at its first use.
 
     Args:
         layer: the layer.
-        weight: as in the float program.
-        bias: qualified name of the bias; None: it has none, or one that is not its own.
-        inputs: what it takes in the compressed net, one tensor for each batch.
-        float_inputs: the same in the float net; the very same list while nothing in front of it is compressed.
-        outputs: what it gives in the float net.
-        run: weight -> what the layer gives for `inputs` with it, and with the float bias.
+        weight: its weight in the float program.
+        bias: qualified name of its bias; None if it has none of its own.
+        inputs: its inputs in the compressed program, one tensor for each batch.
+        float_inputs: its inputs in the float program; the same list while nothing in front of it is compressed.
+        outputs: its outputs in the float program.
+        run: weight -> the layer's outputs for `inputs`, with the float bias.
     """
 
     layer: Layer
@@ -46,7 +46,7 @@ class Reached:
     run: Callable[[torch.Tensor], list[torch.Tensor]]
 
 
-# What a layer computes with from here on: tensors of the program's state by qualified name.
+# Returns what replaces tensors of the program's state from this layer on, by qualified name.
 Settle = Callable[[Reached], Mapping[str, torch.Tensor]]
 
 
@@ -62,22 +62,22 @@ def walk(
     """Reach every layer of a program in the order in which the graph runs them.
 
     Args:
-        program: BatchNorm folded; marked, where `quantize` is given.
+        program: with BatchNorm folded, and marked if `quantize` is given.
         batches: inputs by name; not modified.
-        settle: says what a layer is compressed to.
-        quantize: what marks do to values of the compressed net, as in `sites.MarkedRunner`.
+        settle: called for each layer; returns the tensors that it computes with once compressed.
+        quantize: applied to values of the compressed program at marks, as by `sites.MarkedRunner`.
         device: where it runs.
-        track: passes the layers on: a progress bar.
+        track: a progress bar over the layers.
     """
     with torch.no_grad():
         _Walk(program, batches, settle, quantize, device).run(track)
 
 
 class _Walk:
-    """The values of both nets.
+    """Holds the values of both programs.
 
-    `_float` and `_small` map a node to its values by batch. Where both hold the same list, the nets do not differ yet.
-    What is made of weights alone is computed when it is asked for: it changes when a weight is settled.
+    `_float` and `_small` map a node to its values by batch. While both hold the same list, the programs do not differ.
+    Values made of weights only are computed on demand, since they change when a weight is settled.
     """
 
     def __init__(
@@ -90,13 +90,10 @@ class _Walk:
         specs = {s.arg.name: s for s in exported.graph_signature.input_specs}
         state = {n: tensor_of(exported, specs[n.name]).detach().to(device) for n in self._names}
         self._states = dict(state), dict(state)
-        self._fixed = set(self._names)  # nodes that no input has a part in
+        self._fixed = set(self._names)  # nodes that depend on no input
         inputs = [n for n in self._graph.nodes if n.op == "placeholder" and n not in self._names]
         bound = [program.bind(batch) for batch in batches]
-        values = {
-            node: [torch.from_numpy(np.array(arrays[i], order="C")).to(device) for arrays in bound]
-            for i, node in enumerate(inputs)
-        }
+        values = {node: [to_torch(arrays[i]).to(device) for arrays in bound] for i, node in enumerate(inputs)}
         self._float: dict[Node, Batches] = dict(values)
         self._small: dict[Node, Batches] = dict(values)
         self._count = len(batches)
@@ -107,7 +104,7 @@ class _Walk:
         seen = set[str]()
         for layer in layers(program):
             self._layers[layer.node] = layer
-            if layer.weight not in seen and layer.kind != "recurrent":
+            if layer.weight not in seen and layer.kind in LAYER_KINDS:
                 self._first.add(layer.node)
             seen.add(layer.weight)
 
@@ -173,7 +170,7 @@ class _Walk:
                 self._settled.add(n)
 
     def _differs(self, node: Node) -> bool:
-        """Whether a value may differ between the nets."""
+        """Return whether a value may differ between the programs."""
         if node in self._names:
             return node in self._settled
         if node in self._fixed:
@@ -205,5 +202,5 @@ class _Walk:
         for i, batch in enumerate(self._small[value]):
             first = index not in self._seen[i]
             self._seen[i].add(index)
-            found.append(torch.from_numpy(self._quantize(index, batch.cpu().numpy(), first)).to(self._device))
+            found.append(torch.empty_like(batch).copy_(to_torch(self._quantize(index, to_numpy(batch), first))))
         return found

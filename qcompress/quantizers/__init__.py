@@ -1,7 +1,7 @@
-"""Quantizers for training: pure functions with the papers' gradients, a module each, and the table of them."""
+"""Quantizers for training: for each method a pure function with its paper's gradients, a module and a table row."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Literal, final
 
@@ -45,105 +45,147 @@ __all__ = [
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How a method quantizes weights, or activations.
+    """How a method quantizes weights, or how it quantizes activations.
 
     Args:
-        make: the quantizer; takes `bits` and what else its class takes, by name.
-        bits: the legal widths.
-        scales: of a weight: whether there is one for a tensor, one for a channel (`axis` alone), or either (`axis` and
-            `channels`).
-        for_sign: of an activation: what else `make` takes, by whether there are negative values; None: it has no codes
-            for these.
+        make: makes the quantizer; takes `bits` and the other arguments of its class by name.
+        bits: the supported widths.
+        scales: for weights: whether the scale is one per tensor, one per output channel (`make` takes `axis`), or
+            either (`axis` and `channels`).
+        without_negative: for activations: arguments of `make` where no value is negative.
+        with_negative: for activations: arguments of `make` where some values are negative; None: it has no codes for
+            them.
+        fallback: for activations: the method that quantizes those that this one cannot; None: it can quantize all.
     """
 
     make: Callable[..., AbstractQuantizer]
     bits: range
     scales: Literal["tensor", "channel", "either"] = "tensor"
-    for_sign: Callable[[bool], Mapping[str, Any]] | None = None
+    without_negative: Mapping[str, Any] = field(default_factory=dict)
+    with_negative: Mapping[str, Any] | None = None
+    fallback: str | None = None
+
+    @property
+    def widths(self) -> str:
+        """The supported widths in words."""
+        return f"{self.bits[0]} to {self.bits[-1]} bits" if len(self.bits) > 1 else f"{self.bits[0]} bits"
+
+    def obstacle(self, bits: int, has_negative: bool) -> str | None:
+        """Returns why this cannot quantize an activation; None: it can.
+
+        Args:
+            bits: width of a code.
+            has_negative: whether some values are negative.
+
+        >>> QUANTIZERS["pact"].activation.obstacle(4, has_negative=True)
+        'has no codes for negative values'
+        """
+        if bits not in self.bits:
+            return f"quantizes activations at {self.widths}"
+        return "has no codes for negative values" if has_negative and self.with_negative is None else None
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """What a method does.
+    """What a method can quantize.
 
     Args:
-        weight: with weights; None: nothing.
-        activation: with activations; None: nothing.
+        weight: how it quantizes weights; None: it cannot.
+        activation: how it quantizes activations; None: it cannot.
+        bias: the method that quantizes biases of layers whose weights this one quantizes.
     """
 
-    weight: Way | None
-    activation: Way | None
+    weight: Way | None = None
+    activation: Way | None = None
+    bias: str = "lsq"
 
 
 _ALL, _SIGNED = range(1, 9), range(2, 9)
 
-
-def _signed(has_negative: bool) -> Mapping[str, Any]:
-    return {"signed": has_negative}
-
-
-def _configuration(has_negative: bool) -> Mapping[str, Any]:
-    return {"configuration": 4 if has_negative else 1}
-
-
 QUANTIZERS: Final[Mapping[str, Method]] = {
     "lsq": Method(
-        weight=Way(partial(Lsq, role="weight"), _SIGNED, "either"),
-        activation=Way(partial(Lsq, role="activation"), _ALL, for_sign=_signed),
+        weight=Way(make=partial(Lsq, role="weight"), bits=_SIGNED, scales="either"),
+        activation=Way(make=partial(Lsq, role="activation"), bits=_ALL, with_negative={"signed": True}),
     ),
     "lsq_plus": Method(
-        weight=Way(partial(LsqPlus, role="weight"), _SIGNED, "either"),
-        activation=Way(partial(LsqPlus, role="activation"), _ALL, for_sign=_configuration),
+        weight=Way(make=partial(LsqPlus, role="weight"), bits=_SIGNED, scales="either"),
+        activation=Way(
+            make=partial(LsqPlus, role="activation"),
+            bits=_ALL,
+            without_negative={"configuration": 1},
+            with_negative={"configuration": 4},
+        ),
     ),
-    "pact": Method(weight=None, activation=Way(Pact, _ALL)),
-    "dorefa": Method(weight=Way(DoReFa, _ALL), activation=None),
+    "pact": Method(activation=Way(make=Pact, bits=_ALL, fallback="lsq_plus")),
+    "dorefa": Method(weight=Way(make=DoReFa, bits=_ALL)),
     "ewgs": Method(
-        weight=Way(partial(Ewgs, role="weight"), _SIGNED, "either"),
-        activation=Way(partial(Ewgs, role="activation"), _ALL, for_sign=_signed),
+        weight=Way(make=partial(Ewgs, role="weight"), bits=_SIGNED, scales="either"),
+        activation=Way(make=partial(Ewgs, role="activation"), bits=_ALL, with_negative={"signed": True}),
     ),
     "tqt": Method(
-        weight=Way(partial(Tqt, role="weight"), _SIGNED, "either"),
-        activation=Way(partial(Tqt, role="activation"), _ALL, for_sign=_signed),
+        weight=Way(make=partial(Tqt, role="weight"), bits=_SIGNED, scales="either"),
+        activation=Way(make=partial(Tqt, role="activation"), bits=_ALL, with_negative={"signed": True}),
+        bias="tqt",
     ),
-    "ternary": Method(weight=Way(Ternary, range(2, 3)), activation=None),
-    "n2uq": Method(weight=Way(N2uqWeight, _ALL, "channel"), activation=Way(N2uqActivation, range(2, 5))),
+    "ternary": Method(weight=Way(make=Ternary, bits=range(2, 3))),
+    "n2uq": Method(
+        weight=Way(make=N2uqWeight, bits=_ALL, scales="channel"),
+        activation=Way(make=N2uqActivation, bits=range(2, 5), fallback="lsq_plus"),
+    ),
 }
+
+_PLURAL: Final[Mapping[Role, str]] = {"weight": "weights", "activation": "activations"}
 
 
 def way(method: str, role: Role, bits: int) -> Way:
-    """How a method quantizes weights or activations at a width.
+    """Returns how a method quantizes weights or activations at a width.
 
     Args:
         method: a key of `QUANTIZERS`.
-        role: what is quantized.
+        role: "weight" or "activation".
         bits: width of a code, 1 to 8.
 
     Raises:
-        ConfigError: there is no such method, it is not for that, or not at that width.
+        ConfigError: the method is unknown, or does not support the role or the width.
 
     >>> way("lsq", "weight", 2).make(bits=2).bits
     2
     """
-    check_role("way", role)
     check_bits(bits)
+    found = supported(method, role)
+    if bits not in found.bits:
+        there = [name for name, other in _ways(role).items() if bits in other.bits]
+        raise ConfigError(
+            f"{method} quantizes {_PLURAL[role]} at {found.widths}, got {bits}; {_listed(there)} work there."
+        )
+    return found
+
+
+def supported(method: str, role: Role) -> Way:
+    """Returns how a method quantizes weights or activations, at whichever width.
+
+    Args:
+        method: a key of `QUANTIZERS`.
+        role: "weight" or "activation".
+
+    Raises:
+        ConfigError: the method is unknown, or does not support the role.
+    """
+    check_role("way", role)
     if method not in QUANTIZERS:
         known = ", ".join(QUANTIZERS)
         raise ConfigError(f"Unknown method {method!r}; known: {known}.{did_you_mean(method, QUANTIZERS)}")
-    ways: dict[str, Way] = {name: found for name, m in QUANTIZERS.items() if (found := getattr(m, role)) is not None}
+    ways = _ways(role)
     if method not in ways:
         raise ConfigError(f"{method} does not quantize {_PLURAL[role]}; {_listed(ways)} do.")
-    if bits not in ways[method].bits:
-        there = [name for name, found in ways.items() if bits in found.bits]
-        widths = ways[method].bits
-        legal = f"{widths[0]} to {widths[-1]} bits" if len(widths) > 1 else f"{widths[0]} bits"
-        raise ConfigError(f"{method} quantizes {_PLURAL[role]} at {legal}, got {bits}; {_listed(there)} work there.")
     return ways[method]
 
 
-_PLURAL: Final[Mapping[Role, str]] = {"weight": "weights", "activation": "activations"}
+def _ways(role: Role) -> dict[str, Way]:
+    return {name: found for name, method in QUANTIZERS.items() if (found := getattr(method, role)) is not None}
 
 
 def _listed(names: Iterable[str]) -> str:

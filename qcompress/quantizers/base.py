@@ -1,4 +1,4 @@
-"""What a quantizer is: a function with parameters that training runs, and the artifact that it ends in."""
+"""The interface of a quantizer: a function with parameters for training, and the artifact that is stored afterwards."""
 
 import abc
 import math
@@ -11,23 +11,27 @@ from torch import Tensor, nn
 from qcompress.artifacts import Artifact, SiteGrid
 from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.errors import ConfigError
-from qcompress.quantizers.positive import Positive
+from qcompress.quantizers.positive import LearnedValues
 
 Role = Literal["weight", "activation"]
-Site = tuple[str, int]
+
+# The key of an activation site, as `ActivationGrid.site`: a qualified name and an argument index.
+SiteKey = tuple[str, int]
+
+_MOST: Final = 1 << 18
 
 
 class AbstractQuantizer(nn.Module, abc.ABC):
-    """A fake quantizer, as a parametrization of a weight or as a module that an activation goes through.
+    """A fake quantizer: a parametrization of a weight, or a module that an activation passes through.
 
-    Parameters exist from construction; `initialise` gives them their values.
+    Parameters exist from construction; `initialise` sets their values.
     """
 
     bits: int
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """The fake-quantized tensor, in the shape of x, which is not modified."""
+        """Returns the fake-quantized tensor, in the shape of x, which is not modified."""
 
     @abc.abstractmethod
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
@@ -38,45 +42,59 @@ class AbstractQuantizer(nn.Module, abc.ABC):
         """
 
     def weight_artifact(self, weight: Tensor) -> Artifact:
-        """What is stored of a weight: `dequantize()` equals `forward(weight)` in float32, bit for bit.
+        """Returns the stored form of a weight: `dequantize()` equals `forward(weight)` in float32, bit for bit.
 
         Args:
             weight: float32, on the parameters' device.
 
         Raises:
-            ConfigError: this quantizes activations.
+            ConfigError: this quantizer is for activations.
         """
         raise ConfigError(f"{type(self).__name__} quantizes an activation here and has no weight artifact.")
 
-    def activation_grid(self, site: Site) -> SiteGrid:
-        """What is stored of an activation: `dequantize(quantize(x))` equals `forward(x)` in float32, bit for bit.
+    def activation_grid(self, site: SiteKey) -> SiteGrid:
+        """Returns the stored form of an activation's grid.
+
+        `dequantize(quantize(x))` equals `forward(x)` in float32, bit for bit.
 
         Args:
             site: as in `ActivationGrid`.
 
         Raises:
-            ConfigError: this quantizes weights.
+            ConfigError: this quantizer is for weights.
         """
         raise ConfigError(f"{type(self).__name__} quantizes a weight here and has no activation grid.")
 
     def snap_offset(self) -> None:
-        """From now on keep the offset, where there is one, at a multiple of the scale that a zero point stands for."""
+        """Keeps the offset, if there is one, at a multiple of the scale from now on, so that a zero point can store it.
+
+        Quantizers without an offset do nothing.
+        """
 
     def step_size(self, weight: Tensor) -> Tensor | None:
-        """The learned scale, as it broadcasts against a weight; None: codes are not multiples of one."""
+        """Returns the learned scale in a shape that broadcasts against a weight; None: codes are not multiples of one.
+
+        Args:
+            weight: the weight, of which only the shape is used.
+        """
         return None
 
     @property
     def collapsed(self) -> bool:
-        """Whether a parameter that must stay positive sits on its floor, or most of its values do."""
-        return any(module.collapsed for module in self.modules() if isinstance(module, Positive))
+        """Whether most values of a parameter that must stay positive have reached their floor."""
+        return any(module.collapsed for module in self.modules() if isinstance(module, LearnedValues))
 
 
 def uniform_range(who: str, bits: int, signed: bool) -> IntegerRange:
-    """The codes of a uniform grid.
+    """Returns the codes of a uniform grid.
+
+    Args:
+        who: the caller's name, for the message.
+        bits: width of a code, 1 to 8.
+        signed: whether there are negative codes.
 
     Raises:
-        ConfigError: there is no positive one.
+        ConfigError: the grid would have no positive code.
 
     >>> uniform_range("Lsq", 2, signed=True).p
     1
@@ -90,30 +108,39 @@ def uniform_range(who: str, bits: int, signed: bool) -> IntegerRange:
 
 
 def check_role(who: str, role: str) -> None:
-    """Whether a quantizer's role is one.
+    """Checks a role.
+
+    Args:
+        who: the caller's name, for the message.
+        role: "weight" or "activation".
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the role is unknown.
     """
     if role not in get_args(Role):
         raise ConfigError(f"{who}.role must be 'weight' or 'activation', got {role!r}.")
 
 
 def check_init(who: str, init: str, known: Sequence[str]) -> None:
-    """Whether an initialisation is known.
+    """Checks the name of an initialisation.
+
+    Args:
+        who: the caller's name, for the message.
+        init: the name.
+        known: the valid names.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the name is unknown.
     """
     if init not in known:
         raise ConfigError(f"{who}.init must be one of {', '.join(known)}, got {init!r}.")
 
 
 def gradient_factor(elements: int, p: int) -> float:
-    """LSQ's g = 1 / sqrt(N·p), by which the gradient of a scale is multiplied.
+    """Returns LSQ's g = 1 / sqrt(N·p), by which the gradient of a scale is multiplied.
 
     Args:
-        elements: N, weights that share the scale, or features of one sample.
+        elements: N, the number of weights that share the scale, or of features in one sample.
         p: the largest code.
 
     >>> gradient_factor(8, 2)
@@ -123,7 +150,12 @@ def gradient_factor(elements: int, p: int) -> float:
 
 
 def elements_per_scale(x: Tensor, role: Role, scales: int) -> int:
-    """N of LSQ's g: weights that share a scale, or features of a sample, the first axis being the batch.
+    """Returns N of LSQ's g: the number of weights that share a scale, or of features in one sample.
+
+    Args:
+        x: a weight, or an activation whose first axis is the batch.
+        role: which of the two it is.
+        scales: how many scales the weight has.
 
     >>> elements_per_scale(torch.zeros(4, 3, 2), "weight", 4), elements_per_scale(torch.zeros(4, 3, 2), "activation", 1)
     (6, 6)
@@ -132,12 +164,15 @@ def elements_per_scale(x: Tensor, role: Role, scales: int) -> int:
 
 
 def one_tensor(values: Tensor | Sequence[Tensor]) -> Tensor:
-    """Values to initialise from, detached: a tensor as it is, batches as one flat tensor.
+    """Returns the values to initialise from, detached: a tensor as it is, batches as one flat tensor.
 
-    Batches are thinned, evenly, to a quarter of a million values together.
+    Batches are thinned evenly to about a quarter of a million values in total.
+
+    Args:
+        values: a weight, or batches of an activation.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are no values.
 
     >>> one_tensor([torch.ones(2, 2), torch.zeros(1)]).tolist()
     [1.0, 1.0, 1.0, 1.0, 0.0]
@@ -148,8 +183,5 @@ def one_tensor(values: Tensor | Sequence[Tensor]) -> Tensor:
         step = max(1, sum(v.numel() for v in values) // _MOST)
         found = torch.cat([v.detach().reshape(-1)[::step] for v in values]) if len(values) else torch.empty(0)
     if not found.numel():
-        raise ConfigError("A quantizer is initialised from at least one value, got none.")
+        raise ConfigError("A quantizer needs at least one value to be initialised from, got an empty tensor or list.")
     return found
-
-
-_MOST: Final = 1 << 18

@@ -1,9 +1,9 @@
-"""DoReFa: weights squeezed by tanh onto even levels from -1 to 1.
+"""DoReFa: weights passed through tanh and rounded to even levels from -1 to 1.
 
-Source: Zhou et al., 2016, as PACT and BMPQ use it: 2·round((t/2 + 1/2)·(2^b - 1))/(2^b - 1) - 1 of
+Source: Zhou et al., 2016, as PACT and BMPQ use it: 2·round((t/2 + 1/2)·(2^b - 1))/(2^b - 1) - 1 with
 t = tanh(w) / max|tanh(w)|.
 Code: written from the equation; no code copied.
-Deviations: at 1 bit the same, not the mean of |w| times its sign.
+Deviations: 1 bit uses the same formula; the paper takes mean|w| times the sign of w.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from torch import Tensor
 from qcompress.artifacts import Artifact
 from qcompress.artifacts.packing import check_bits
 from qcompress.quantizers.base import AbstractQuantizer
-from qcompress.quantizers.half_integer import odd_codes, palette
+from qcompress.quantizers.half_integer import odd_codes, palettized
 from qcompress.quantizers.ste import straight_through
 
 
 def dorefa_weight(w: Tensor, bits: int) -> Tensor:
-    """Fake-quantize a weight to 2^bits even levels from -1 to 1.
+    """Fake-quantizes a weight to 2^bits even levels from -1 to 1.
 
     Args:
         w: float32 or float64, any shape; not modified.
@@ -28,7 +28,7 @@ def dorefa_weight(w: Tensor, bits: int) -> Tensor:
 
     Returns:
         Odd integers in [-(2^bits - 1), 2^bits - 1] times 1 / (2^bits - 1), in the shape of w. The gradient is that of
-        tanh(w) / max|tanh(w)|, the maximum held fixed.
+        tanh(w) / max|tanh(w)| with a constant maximum.
 
     >>> dorefa_weight(torch.tensor([-0.9, -0.1, 0.2]), 2).tolist()
     [-1.0, -0.3333333432674408, 0.3333333432674408]
@@ -51,13 +51,13 @@ def _step(w: Tensor, bits: int) -> Tensor:
 
 @final
 class DoReFa(AbstractQuantizer):
-    """DoReFa of a weight; it has no parameters.
+    """Quantizes a weight with DoReFa; it has no parameters.
 
     Args:
         bits: width of a code, 1 to 8.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: bits is out of range.
 
     >>> DoReFa(bits=1)(torch.tensor([[-0.9, 0.2]])).tolist()
     [[-1.0, 1.0]]
@@ -69,14 +69,14 @@ class DoReFa(AbstractQuantizer):
         self.bits = bits
 
     def forward(self, x: Tensor) -> Tensor:
-        """The fake-quantized weight."""
+        """Returns the fake-quantized weight."""
         return dorefa_weight(x, self.bits)
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
-        """Nothing to set."""
+        """Does nothing: there are no parameters to set."""
 
     def weight_artifact(self, weight: Tensor) -> Artifact:
-        """A table of odd integers and one scale."""
+        """Returns a palette of odd integers and one scale."""
         with torch.no_grad():
             weight = weight.float()
-            return palette(odd_codes(_unit(weight), self.bits), _step(weight, self.bits), self.bits)
+            return palettized(odd_codes(_unit(weight), self.bits), _step(weight, self.bits), self.bits)

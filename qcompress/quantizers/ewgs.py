@@ -1,39 +1,37 @@
-"""EWGS: a uniform grid whose straight-through gradient is scaled, element by element, by how far rounding moved it.
+"""EWGS: a uniform grid whose straight-through gradient is scaled by the rounding error of each element.
 
 Source: Lee, Kim and Ham, CVPR 2021 ("element-wise gradient scaling"): x_n = clip(x / s), x_q = round(x_n),
 g_x = g·(1 + δ·sign(g)·(x_n - x_q)).
 Code: written from the equation; no code copied.
-Deviations: one learned scale as LSQ's in place of two interval bounds, with LSQ's gradient, g and start. δ is a
-constant, which the paper also derives from the Hessian's trace.
+Deviations: one learned scale with LSQ's gradient, g and start replaces the two interval bounds. δ is a constant; the
+paper can also derive it from the Hessian's trace.
 """
 
-from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Unpack, final
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qcompress.errors import ConfigError
-from qcompress.quantizers.base import Role
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.ste import codes, inside, scale_gradient
-from qcompress.quantizers.step import Grid, Step, UniformQuantizer
+from qcompress.quantizers.step import UniformOptions, UniformQuantizer, UniformSpec
 
 
 def ewgs(x: Tensor, scale: Tensor, qmin: int, qmax: int, delta: float) -> Tensor:
-    """Fake-quantize to codes in [qmin, qmax] times a learned scale.
+    """Fake-quantizes to codes in [qmin, qmax] times a learned scale.
 
     Args:
         x: float32 or float64, any shape; not modified.
         scale: > 0, 0-d or broadcastable against x.
         qmin: smallest code.
         qmax: largest code.
-        delta: >= 0; 0 is LSQ.
+        delta: δ, >= 0; with 0 this is LSQ.
 
     Returns:
-        What `lsq` returns. Gradients: g·(1 + delta·sign(g)·(x / scale - round(x / scale))) for x where
-        qmin < x / scale < qmax, else 0; for the scale LSQ's.
+        The same as `lsq`. Gradients: for x, g·(1 + delta·sign(g)·(x / scale - round(x / scale))) where
+        qmin < x / scale < qmax, else 0; for the scale, LSQ's.
 
     >>> x = torch.tensor([0.25, 9.0], requires_grad=True)
     >>> y = ewgs(x, torch.tensor(1.0), -2, 1, 0.2)
@@ -49,14 +47,14 @@ class _Ewgs(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int, delta: float) -> Tensor:
         out = codes(x, scale, qmin, qmax).mul_(scale)
         ctx.save_for_backward(x, scale, out)
-        ctx.settings = qmin, qmax, delta
+        ctx.constants = qmin, qmax, delta
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, out = ctx.saved_tensors
-        qmin, qmax, delta = ctx.settings
+        qmin, qmax, delta = ctx.constants
         v = x / scale
         gx, g_scale = inside(g, v, qmin, qmax), None
         if ctx.needs_input_grad[1]:
@@ -67,20 +65,16 @@ class _Ewgs(torch.autograd.Function):
 
 @final
 class Ewgs(UniformQuantizer):
-    """EWGS of a weight or an activation.
+    """Quantizes a weight or an activation with EWGS.
 
     Args:
-        bits: width of a code: 2 to 8, unsigned 1 to 8.
-        role: what it quantizes.
-        delta: >= 0.
-        signed: whether codes are; None: a weight's are, an activation's are not.
-        axis: the weight's axis that counts output channels, for a scale each; None: one scale.
-        channels: how many there are; None: one scale.
-        features: N of g, per sample, for activations; None: those of the tensor that comes, batch first.
-        init: "lsq", "min_max" or "lsq_plus".
+        delta: δ, >= 0.
+        signed: whether there are negative codes; None: for weights only.
+        init: the start of the scale: "lsq", "min_max" or "lsq_plus".
+        options: `bits`, `role`, `axis`, `channels` and `features`, as in `UniformSpec`.
 
     Raises:
-        ConfigError: one of them is none, or does not go with another.
+        ConfigError: an argument is invalid, or two of them conflict.
 
     >>> quantizer = Ewgs(bits=2, role="weight")
     >>> quantizer.initialise(torch.tensor([[-0.5, 0.5]]))
@@ -91,36 +85,16 @@ class Ewgs(UniformQuantizer):
     def __init__(
         self,
         *,
-        bits: int,
-        role: Role,
         delta: float = 1e-3,
         signed: bool | None = None,
-        axis: int | None = None,
-        channels: int | None = None,
-        features: int | None = None,
         init: Init = "lsq",
+        **options: Unpack[UniformOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(UniformSpec(who="Ewgs", signed=signed, init=init, **options))
         if not 0 <= delta < float("inf"):
             raise ConfigError(f"Ewgs.delta must be finite and at least 0, got {delta!r}.")
-        self.bits, self.delta = bits, delta
-        self.grid = Grid("Ewgs", bits, role, signed=signed, axis=axis, channels=channels, features=features, init=init)
-        self.scale = Step(self.grid)
+        self.delta = delta
 
     def forward(self, x: Tensor) -> Tensor:
-        """The fake-quantized tensor."""
-        return ewgs(x, self.scale(x), self.grid.limits.n, self.grid.limits.p, self.delta)
-
-    def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
-        """Sets the scale from the weight or from batches of the activation."""
-        self.scale.value.set(self.grid.start(values)[0])
-
-    def step_size(self, weight: Tensor) -> Tensor:
-        """The scale, its gradient multiplied by g."""
-        scale: Tensor = self.scale(weight)
-        return scale
-
-    def learned_scale(self) -> Tensor:
-        """Of the last step."""
-        scale: Tensor = self.scale.value()
-        return scale
+        """Returns the fake-quantized tensor."""
+        return ewgs(x, self.scale(x), self.spec.limits.n, self.spec.limits.p, self.delta)

@@ -1,9 +1,9 @@
-"""Where a uniform grid starts: min-max, LSQ's and LSQ+'s initialisations.
+"""The start of a uniform grid's scale and offset: the min-max, LSQ and LSQ+ initialisations.
 
-Source: LSQ+ (Bhalgat et al., CVPRW 2020) section 3.2, (7) and (8), and the LSQ initialisation that it names.
+Source: LSQ+ (Bhalgat et al., CVPRW 2020) section 3.2, (7) and (8), and the LSQ initialisation cited there.
 Code: written from the paper; no code copied.
-Deviations: μ of the 3σ rule is the mean of w, not of |w|. (8) is descended with Adam, scale and offset in parts of
-their start, from whichever of (7) and narrower ranges errs least, and keeps the best that was seen.
+Deviations: μ of the 3σ rule is the mean of w, not of |w|. (8) is minimised with Adam over scale and offset relative to
+their start. The start is (7) or a narrower range, whichever has the least error; the best values seen are kept.
 
 Shape suffixes: O = output channels, R = elements of one output channel.
 """
@@ -27,13 +27,13 @@ _RATE: Final = 0.03
 
 
 def weight_scale(rows_OR: Tensor, limits: IntegerRange, init: Init) -> Tensor:
-    """The scale of each row's signed grid, [O].
+    """Returns the scale of each row's signed grid, [O].
 
     Args:
-        rows_OR: weights; one row where they share a scale.
+        rows_OR: weights; one row if they share a scale.
         limits: the grid's codes.
-        init: "lsq": 2·mean|w| / sqrt(p); "min_max": the largest weight on the last code; "lsq_plus": three standard
-            deviations from the mean on 2^(b-1).
+        init: "lsq": 2·mean|w| / sqrt(p); "min_max": the extremes lie on the first and the last code; "lsq_plus": three
+            standard deviations from the mean lie on code 2^(b-1).
 
     >>> weight_scale(torch.tensor([[-1.0, 3.0]]), IntegerRange(3, signed=True), "min_max").tolist()
     [1.0]
@@ -42,19 +42,19 @@ def weight_scale(rows_OR: Tensor, limits: IntegerRange, init: Init) -> Tensor:
         return rows_OR.abs().mean(1) * (2 / math.sqrt(limits.p))
     if init == "min_max":
         return torch.maximum(-rows_OR.amin(1) / -limits.n, rows_OR.amax(1) / limits.p)
-    mean, spread = rows_OR.mean(1), 3 * rows_OR.std(1, correction=0)
-    return torch.maximum((mean - spread).abs(), (mean + spread).abs()) / -limits.n
+    mean_O, three_sigma_O = rows_OR.mean(1), 3 * rows_OR.std(1, correction=0)
+    return torch.maximum((mean_O - three_sigma_O).abs(), (mean_O + three_sigma_O).abs()) / -limits.n
 
 
 def activation_scale(x: Tensor, limits: IntegerRange, init: Init, *, has_offset: bool) -> tuple[Tensor, Tensor]:
-    """Scale and offset of an activation's grid, both 0-d.
+    """Returns scale and offset of an activation's grid, both 0-d.
 
     Args:
         x: values, flat.
         limits: the grid's codes.
-        init: "lsq": 2·mean|x| / sqrt(p), offset as min-max has it; "min_max": the extremes on the first and the last
-            code; "lsq_plus": from there, or from a part of that range, downhill in ‖x_hat - x‖².
-        has_offset: whether there is an offset; without one it is 0.
+        init: "lsq": scale 2·mean|x| / sqrt(p), offset as in min-max; "min_max": the extremes lie on the first and the
+            last code; "lsq_plus": minimises ‖x_hat - x‖², starting from min-max or a narrower range.
+        has_offset: whether there is an offset; otherwise it is 0.
 
     >>> scale, offset = activation_scale(torch.tensor([-1.0, 5.0]), IntegerRange(2, False), "min_max", has_offset=True)
     >>> float(scale), float(offset)
@@ -78,7 +78,7 @@ def _least_error(
     def error(scale: Tensor, offset: Tensor) -> Tensor:
         return (fake_quantize(x, scale, offset if has_offset else None, limits.n, limits.p) - x).square().mean()
 
-    # Of narrower ranges some keep their lower end, as an activation with a tail on one side needs it.
+    # Some of the narrower ranges keep the lower end: activations with a tail on one side need that.
     low = offset + limits.n * scale
     parts = [_NARROWER**k * scale for k in range(_RANGES)]
     starts = [(s, s / scale * offset) for s in parts]

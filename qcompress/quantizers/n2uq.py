@@ -1,17 +1,17 @@
-"""N2UQ: activations with learned thresholds on even output levels, weights normalised for entropy.
+"""N2UQ: activations with learned thresholds and even output levels; weights normalised to use all codes evenly.
 
 Source: Liu et al., CVPR 2022: forward (12), generalised straight-through estimator (11), gradients of the intervals
-(13), learned scales β1, β2 and the intervals' start section 3.2.2, weights 3.2.3.
+(13); section 3.2.2 for the learned scales β1, β2 and the intervals' start, 3.2.3 for weights.
 Code: written from the paper; no code copied.
-Deviations: β1·x is compared with a threshold as x with threshold / β1, which is what is stored. γ is
-(2^b - 1) / 2^(b-1), of which the printed formula lost an exponent. β1, β2 have a floor, a thousandth of their start;
-init "lsq" starts at LSQ's grid where the paper's start is for inputs in [0, 2].
+Deviations: x is compared with threshold / β1, which is stored, instead of β1·x with the threshold. γ is
+(2^b - 1) / 2^(b-1); the printed formula lost an exponent. β1 and β2 cannot fall below a thousandth of their start.
+Training starts from LSQ+'s or LSQ's uniform grid; the paper's start, for inputs in [0, 2], is init "n2uq".
 
 Shape suffixes: L = segments, 2^bits - 1 of them, E = their edges, one more.
 """
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal, final
+from typing import Any, Final, Literal, final, get_args
 
 import numpy as np
 import torch
@@ -19,33 +19,35 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qcompress.artifacts import Artifact, ThresholdGrid
-from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.artifacts.packing import check_bits
 from qcompress.errors import ConfigError
-from qcompress.quantizers.base import AbstractQuantizer, Site, check_init, one_tensor
-from qcompress.quantizers.half_integer import odd_codes, palette
-from qcompress.quantizers.initial import activation_scale
+from qcompress.graph.conversion import to_numpy
+from qcompress.quantizers.base import AbstractQuantizer, SiteKey, check_init
+from qcompress.quantizers.half_integer import odd_codes, palettized
 from qcompress.quantizers.positive import Positive
 from qcompress.quantizers.ste import inside, straight_through
+from qcompress.quantizers.step import UniformSpec
 
 _SHORTEST: Final = 1e-3
-_INITS: Final = ("n2uq", "lsq")
+
+# Where training starts: from the paper's thresholds, or from the uniform grid of "lsq_plus" or "lsq".
+ThresholdInit = Literal["n2uq", "lsq_plus", "lsq"]
 
 
 def n2uq_activation(x: Tensor, start: Tensor, intervals: Tensor, input_scale: Tensor, output_scale: Tensor) -> Tensor:
-    """Fake-quantize by learned thresholds to even levels, (12).
+    """Fake-quantizes to even levels by learned thresholds, (12).
 
     Args:
         x: float32 or float64, any shape; not modified.
-        start: s, 0-d: where the first segment begins.
+        start: s, 0-d: the beginning of the first segment.
         intervals: a, [2^b - 1], > 0: the segments' lengths.
         input_scale: β1, 0-d, > 0.
         output_scale: β2, 0-d, > 0.
 
     Returns:
         β2 · 2 / (2^b - 1) times the number of thresholds that β1·x reaches, in the shape of x. Thresholds are the
-        middles of the segments; one that is met counts. Gradients are those of the function that rises by 1 along each
-        segment, evenly: (11) for x, (13) for start and intervals.
+        middles of the segments; a value equal to a threshold reaches it. Gradients are those of the function that rises
+        linearly by 1 along each segment: (11) for x, (13) for start and intervals.
 
     >>> intervals = torch.tensor([0.5, 0.5, 1.0])
     >>> one = torch.tensor(1.0)
@@ -57,10 +59,10 @@ def n2uq_activation(x: Tensor, start: Tensor, intervals: Tensor, input_scale: Te
 
 
 def n2uq_weight(w: Tensor, bits: int) -> Tensor:
-    """Fake-quantize a weight, normalised so that its codes are spread evenly.
+    """Fake-quantizes a weight, normalised so that all codes are used evenly.
 
     Args:
-        w: float32 or float64, the first axis counting output channels; not modified.
+        w: float32 or float64; its first axis counts output channels; not modified.
         bits: width of a code, 1 to 8.
 
     Returns:
@@ -76,7 +78,7 @@ def n2uq_weight(w: Tensor, bits: int) -> Tensor:
 
 
 def thresholds(start: Tensor, intervals: Tensor, input_scale: Tensor) -> Tensor:
-    """T_i / β1, [L]: the thresholds on x itself.
+    """Returns T_i / β1, [L]: the thresholds for x itself.
 
     >>> thresholds(torch.tensor(0.0), torch.tensor([0.5, 0.5, 1.0]), torch.tensor(2.0)).tolist()
     [0.125, 0.375, 0.75]
@@ -99,7 +101,7 @@ class _N2uq(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, start, intervals, beta1, beta2 = ctx.saved_tensors
         edges_E, z = _edges(start, intervals), x * beta1
-        below_E = edges_E.nextafter(torch.full_like(edges_E, -torch.inf))  # a segment holds its first edge
+        below_E = edges_E.nextafter(torch.full_like(edges_E, -torch.inf))  # a segment contains its first edge
         rise, rises, ways = torch.zeros_like(z), [], []
         ends = zip(below_E[:-1].tolist(), edges_E[:-1].tolist(), edges_E[1:].tolist(), intervals.tolist(), strict=True)
         for below, first, last, length in ends:
@@ -116,7 +118,7 @@ class _N2uq(torch.autograd.Function):
 
 
 def _code(x: Tensor, start: Tensor, intervals: Tensor, beta1: Tensor) -> Tensor:
-    """How many thresholds are reached; a comparison for each is faster than a search as long as they are few."""
+    """Counts the thresholds that are reached; for so few of them comparisons are faster than a search."""
     code = torch.zeros_like(x, dtype=torch.uint8)
     for threshold in thresholds(start, intervals, beta1):
         code.add_((x >= threshold).view(torch.uint8))
@@ -136,26 +138,30 @@ def _odd_step_mask(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @final
 class N2uqActivation(AbstractQuantizer):
-    """N2UQ of an activation that is not negative, or hardly.
+    """Quantizes an activation with N2UQ; the lowest code is 0.
 
     Args:
         bits: width of a code, 2 to 4.
-        init: "n2uq": the paper's, for inputs in [0, 2]; "lsq": equal intervals at the scale that LSQ starts with.
+        init: "lsq_plus" or "lsq": equal intervals at the scale that LSQ+ (least squared error) or LSQ starts from;
+            "n2uq": the paper's start, for inputs in [0, 2].
 
     Raises:
-        ConfigError: one of them is none.
+        ConfigError: an argument is invalid.
 
     >>> quantizer = N2uqActivation(bits=2)
     >>> quantizer(torch.tensor([-1.0, 0.4, 1.0, 9.0])).tolist()
     [0.0, 0.6666666865348816, 1.3333333730697632, 2.0]
     """
 
-    def __init__(self, *, bits: int, init: Literal["n2uq", "lsq"] = "n2uq") -> None:
+    def __init__(self, *, bits: int, init: ThresholdInit = "lsq_plus") -> None:
         super().__init__()
         if bits not in range(2, 5):
             raise ConfigError(f"N2uqActivation.bits must be in [2, 4], got {bits!r}.")
-        check_init("N2uqActivation", init, _INITS)
-        self.bits, self.init = bits, init
+        check_init("N2uqActivation", init, get_args(ThresholdInit))
+        self.bits = bits
+        self.uniform = None
+        if init != "n2uq":
+            self.uniform = UniformSpec(who="N2uqActivation", bits=bits, role="activation", init=init)
         self.start = nn.Parameter(torch.zeros(()))
         self.intervals = Positive(((1 << bits) - 1,))
         self.input_scale, self.output_scale = Positive(()), Positive(())
@@ -170,25 +176,24 @@ class N2uqActivation(AbstractQuantizer):
         self.output_scale.set(top)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The fake-quantized tensor."""
+        """Returns the fake-quantized tensor."""
         return n2uq_activation(x, self.start, self.intervals(), self.input_scale(), self.output_scale())
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
-        """Sets thresholds and scales; with init "n2uq" they do not depend on the activation."""
+        """Sets thresholds and scales; with init "n2uq" they do not depend on the values."""
         top = torch.ones(())
-        if self.init == "lsq":
-            limits = IntegerRange(self.bits, signed=False)
-            scale, _ = activation_scale(one_tensor(values).reshape(-1), limits, "lsq", has_offset=False)
-            top = torch.where(scale > 0, scale * limits.p / 2, 1.0)
+        if self.uniform is not None:
+            scale, _ = self.uniform.start(values)
+            top = torch.where(scale > 0, scale * self.uniform.limits.p / 2, 1.0)
         self._set(top)
 
-    def activation_grid(self, site: Site) -> ThresholdGrid:
-        """The thresholds and what levels differ by."""
+    def activation_grid(self, site: SiteKey) -> ThresholdGrid:
+        """Returns the thresholds and the distance between levels."""
         intervals = self.intervals().detach()
         on_x = thresholds(self.start.detach(), intervals, self.input_scale().detach())
         return ThresholdGrid(
             site=site,
-            thresholds=on_x.float().cpu().numpy(),
+            thresholds=to_numpy(on_x.float()),
             scale=np.asarray(float(_level(self.output_scale().detach(), intervals)), np.float32),
             bits=self.bits,
         )
@@ -196,14 +201,14 @@ class N2uqActivation(AbstractQuantizer):
 
 @final
 class N2uqWeight(AbstractQuantizer):
-    """N2UQ of a weight, each output channel normalised by itself; it has no parameters.
+    """Quantizes a weight with N2UQ, each output channel normalised by itself; it has no parameters.
 
     Args:
         bits: width of a code, 1 to 8.
         axis: the weight's axis that counts output channels.
 
     Raises:
-        ConfigError: bits are none.
+        ConfigError: bits is out of range.
 
     >>> N2uqWeight(bits=1)(torch.tensor([[-1.0, 3.0]])).tolist()
     [[-2.0, 2.0]]
@@ -215,14 +220,14 @@ class N2uqWeight(AbstractQuantizer):
         self.bits, self.axis = bits, axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """The fake-quantized weight."""
+        """Returns the fake-quantized weight."""
         return n2uq_weight(x.movedim(self.axis, 0), self.bits).movedim(0, self.axis)
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
-        """Nothing to set."""
+        """Does nothing: there are no parameters to set."""
 
     def weight_artifact(self, weight: Tensor) -> Artifact:
-        """A table of odd integers, and a scale for each output channel."""
+        """Returns a palette of odd integers, and a scale for each output channel."""
         with torch.no_grad():
             odd, step, _ = _odd_step_mask(weight.float().movedim(self.axis, 0), self.bits)
-        return palette(odd.movedim(0, self.axis), step.reshape(-1), self.bits, self.axis % weight.ndim)
+        return palettized(odd.movedim(0, self.axis), step.reshape(-1), self.bits, self.axis % weight.ndim)

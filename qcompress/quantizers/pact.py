@@ -1,9 +1,9 @@
-"""PACT: activations clipped at a learned level, then quantized uniformly.
+"""PACT: activations are clipped at a learned level, then quantized uniformly.
 
 Source: Choi et al., 2018, as written down by Kundu et al. ("BMPQ"), section II-B, (1) and (2).
 Code: written from the papers; no code copied.
 Deviations: (2) divides by the scale α / (2^k - 1), as onnxruntime does, where the paper multiplies by its reciprocal. α
-starts at the end of a uniform grid that is chosen like LSQ+'s, and has a floor, a thousandth of its start.
+starts at the end of a uniform grid chosen as in LSQ+, and cannot fall below a thousandth of its start.
 """
 
 import math
@@ -16,15 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from qcompress.artifacts import SiteGrid
 from qcompress.artifacts.integer_range import IntegerRange
-from qcompress.quantizers.base import AbstractQuantizer, Site
+from qcompress.quantizers.base import AbstractQuantizer, SiteKey
 from qcompress.quantizers.initial import Init
 from qcompress.quantizers.positive import Positive
 from qcompress.quantizers.ste import codes, inside
-from qcompress.quantizers.step import Grid
+from qcompress.quantizers.step import UniformSpec
 
 
 def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
-    """Clip to [0, alpha] (1) and round to 2^bits levels (2).
+    """Clips to [0, alpha] (1) and rounds to 2^bits levels (2).
 
     Args:
         x: float32 or float64, any shape; not modified.
@@ -55,7 +55,7 @@ class _Pact(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha = ctx.saved_tensors
-        v, g_alpha = x / alpha, None  # 1 exactly where x is alpha, and below where it is below
+        v, g_alpha = x / alpha, None  # exactly 1 where x is alpha, and less than 1 where x is less
         if ctx.needs_input_grad[1]:
             g_alpha = (g - inside(g, v, -math.inf, 1)).sum_to_size(alpha.shape)
         return inside(g, v, 0, 1).sum_to_size(x.shape), g_alpha, None
@@ -63,14 +63,14 @@ class _Pact(torch.autograd.Function):
 
 @final
 class Pact(AbstractQuantizer):
-    """PACT of an activation, in place of the ReLU before it or behind it.
+    """Quantizes an activation with PACT, in place of a ReLU or after one.
 
     Args:
         bits: width of a code, 1 to 8.
-        init: where alpha starts: 2^bits - 1 times the scale of "lsq", "min_max" or "lsq_plus".
+        init: the start of alpha: 2^bits - 1 times the scale of "lsq", "min_max" or "lsq_plus".
 
     Raises:
-        ConfigError: one of them is none.
+        ConfigError: an argument is invalid.
 
     >>> quantizer = Pact(bits=2, init="min_max")
     >>> quantizer.initialise([torch.tensor([-1.0, 6.0])])
@@ -81,17 +81,17 @@ class Pact(AbstractQuantizer):
     def __init__(self, *, bits: int, init: Init = "lsq_plus") -> None:
         super().__init__()
         self.bits = bits
-        self.grid = Grid("Pact", bits, "activation", signed=False, axis=None, channels=None, features=None, init=init)
+        self.spec = UniformSpec(who="Pact", bits=bits, role="activation", init=init)
         self.alpha = Positive(())
 
     def forward(self, x: Tensor) -> Tensor:
-        """The fake-quantized tensor."""
+        """Returns the fake-quantized tensor."""
         return pact(x, self.alpha(), self.bits)
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Sets alpha from batches of the activation."""
-        self.alpha.set(self.grid.start(values)[0] * self.grid.limits.p)
+        self.alpha.set(self.spec.start(values)[0] * self.spec.limits.p)
 
-    def activation_grid(self, site: Site) -> SiteGrid:
-        """The unsigned grid from 0 to alpha."""
-        return self.grid.activation_grid(site, self.alpha() / self.grid.limits.p)
+    def activation_grid(self, site: SiteKey) -> SiteGrid:
+        """Returns the unsigned grid from 0 to alpha."""
+        return self.spec.activation_grid(site, self.alpha() / self.spec.limits.p)

@@ -1,11 +1,11 @@
-"""Rounding onto a uniform grid with straight-through gradients: what several quantizers share.
+"""Rounding to a uniform grid with straight-through gradients, shared by several quantizers.
 
 Forward is the arithmetic of `ActivationGrid` and `IntegerWeight`, bit for bit: divide, round half to even, clip,
-multiply, add. Zero is +0.0, as it is where integers become floats.
+multiply, add. Zero is +0.0, as it is after integers are converted to floats.
 
-Backward takes few passes over the data and saves input and output only, which the layers beside save, too. Inside the
-range x_hat's derivative is code - v by the scale and 0 by the offset, outside it is code and 1; with out = x_hat and
-gx = g where inside, else 0, summed:
+Backward takes few passes over the data. It saves input and output only, which the neighbouring layers save, too. The
+derivative of x_hat by the scale is code - v inside the range and code outside it; by the offset it is 0 inside and 1
+outside. With out = x_hat, and gx = g inside and 0 outside, the sums are:
 
     d/d offset = Σ(g - gx),    d/d scale = (Σ(g·out - gx·x) - offset · d/d offset) / scale.
 """
@@ -18,14 +18,14 @@ from torch.autograd.function import once_differentiable
 
 
 class _Shift(NamedTuple):
-    """An offset in two parts, offset - steps * scale: one of them is 0."""
+    """An offset in two parts, offset - steps * scale; one of them is 0."""
 
     offset: Tensor
     steps: Tensor
 
 
 def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> Tensor:
-    """The nearest point of a uniform grid, with gradients for x, scale and offset.
+    """Rounds to the closest value of a uniform grid, with gradients for x, scale and offset.
 
     Args:
         x: any shape; not modified.
@@ -35,8 +35,8 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qm
         qmax: largest code.
 
     Returns:
-        clip(round((x - offset) / scale), qmin, qmax) * scale + offset. Where the offset is a multiple of the scale that
-        a zero point z in [0, 255] stands for, this is (clip(round(x / scale) + z) - z) * scale.
+        clip(round((x - offset) / scale), qmin, qmax) * scale + offset. If a zero point z in [0, 255] can store the
+        offset, which is then a multiple of the scale, this is (clip(round(x / scale) + z) - z) * scale.
 
     >>> fake_quantize(torch.tensor([-9.0, 0.5, 1.5]), torch.tensor(1.0), None, -2, 1).tolist()
     [-2.0, 0.0, 1.0]
@@ -46,7 +46,7 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qm
 
 
 def codes(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Integers in [qmin, qmax], in the dtype of x, of a grid without an offset.
+    """Returns the codes in [qmin, qmax] of a grid without an offset, in the dtype of x.
 
     >>> codes(torch.tensor([-9.0, 0.5, 1.5]), torch.tensor(1.0), -2, 1).tolist()
     [-2.0, 0.0, 1.0]
@@ -55,7 +55,7 @@ def codes(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
 
 
 def inside(gradient: Tensor, v: Tensor, qmin: float, qmax: float) -> Tensor:
-    """The gradient where qmin < v < qmax, else 0, in one pass.
+    """Returns the gradient where qmin < v < qmax, else 0, in one pass.
 
     >>> inside(torch.ones(3), torch.tensor([0.0, 0.5, 1.0]), 0, 1).tolist()
     [0.0, 1.0, 0.0]
@@ -64,25 +64,25 @@ def inside(gradient: Tensor, v: Tensor, qmin: float, qmax: float) -> Tensor:
 
 
 def scale_gradient(gradient: Tensor, masked: Tensor, x: Tensor, out: Tensor, shape: torch.Size) -> Tensor:
-    """Σ(g·out - gx·x), elementwise first: two long sums would cancel.
+    """Returns Σ(g·out - gx·x), subtracting before summing: two long sums would cancel.
 
     Args:
-        gradient: that of `out`.
-        masked: the same, 0 outside.
-        x: input.
-        out: output.
-        shape: what to sum to.
+        gradient: g, the gradient by `out`.
+        masked: gx, the same gradient, 0 outside the range.
+        x: input of the quantizer.
+        out: its output.
+        shape: shape of the sum.
     """
     return (gradient * out).addcmul_(masked, x, value=-1).sum_to_size(shape)
 
 
 def straight_through(x: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Some value, as if it were x: gradients pass to x where the mask says so.
+    """Returns a value and passes its gradient to x where the mask is true.
 
     Args:
-        x: what gets the gradient.
-        value: what is returned, in the shape of x.
-        mask: bool, in the shape of x; None: everywhere.
+        x: receives the gradient.
+        value: the result, in the shape of x.
+        mask: bool, in the shape of x; None: true everywhere.
 
     >>> x = torch.tensor([0.4, 7.0], requires_grad=True)
     >>> y = straight_through(x, x.detach().round(), x < 1)
@@ -132,7 +132,7 @@ class _FakeQuantize(torch.autograd.Function):
         gx = inside(g, v, qmin, qmax)
         g_scale = g_offset = None
         if offset is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            # Sums of equal values are equal: exactly 0 where nothing is outside.
+            # Sums of equal values are equal: the difference is exactly 0 if no value is outside.
             shape = (scale + offset).shape
             outside = g.sum_to_size(shape) - gx.sum_to_size(shape)
             g_offset = outside.sum_to_size(offset.shape)
@@ -145,7 +145,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _shift(scale: Tensor, offset: Tensor, qmin: int) -> _Shift:
-    """Where `ActivationGrid` has a zero point it rounds x / scale, and else (x - offset) / scale."""
+    """Splits an offset: `ActivationGrid` rounds x / scale if it has a zero point, else (x - offset) / scale."""
     steps = (-offset / scale).round_()
     zero_point = steps - qmin
     is_multiple = (offset == -steps * scale) & (zero_point >= 0) & (zero_point <= 255)

@@ -1,6 +1,6 @@
-"""Ternary weights: -α, 0 or α.
+"""TWN: ternary weights, each -α, 0 or α.
 
-Source: Li et al., 2016 ("ternary weight networks"), which BMPQ (Kundu et al.) takes at 2 bits: Δ = 0.7·mean|w|, α the
+Source: Li et al., 2016 ("ternary weight networks"), which BMPQ (Kundu et al.) uses at 2 bits: Δ = 0.7·mean|w|, α the
 mean of |w| above Δ.
 Code: written from the equations; no code copied.
 Deviations: none.
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from qcompress.artifacts import Artifact, IntegerWeight
 from qcompress.errors import ConfigError
+from qcompress.graph.conversion import to_numpy
 from qcompress.quantizers.base import AbstractQuantizer
 from qcompress.quantizers.ste import straight_through
 
 
 def ternary(w: Tensor) -> Tensor:
-    """Fake-quantize a weight to -α, 0 and α.
+    """Fake-quantizes a weight to -α, 0 and α.
 
     Args:
         w: float32 or float64, any shape; not modified.
@@ -47,13 +48,13 @@ def _signs_and_alpha(w: Tensor) -> tuple[Tensor, Tensor]:
 
 @final
 class Ternary(AbstractQuantizer):
-    """Ternary weights; it has no parameters.
+    """Quantizes a weight to -α, 0 and α; it has no parameters.
 
     Args:
         bits: 2.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: bits is not 2.
 
     >>> Ternary(bits=2).weight_artifact(torch.tensor([[-2.0, 0.5, 1.0, 3.0]])).codes.tolist()
     [[-1, 0, 0, 1]]
@@ -66,16 +67,14 @@ class Ternary(AbstractQuantizer):
         self.bits = bits
 
     def forward(self, x: Tensor) -> Tensor:
-        """The fake-quantized weight."""
+        """Returns the fake-quantized weight."""
         return ternary(x)
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
-        """Nothing to set."""
+        """Does nothing: there are no parameters to set."""
 
     def weight_artifact(self, weight: Tensor) -> Artifact:
-        """Codes -1, 0 and 1, and one scale."""
+        """Returns codes -1, 0 and 1, and one scale."""
         with torch.no_grad():
             signs, alpha = _signs_and_alpha(weight.float())
-        return IntegerWeight(
-            codes=signs.cpu().numpy().astype(np.int8), scale=alpha.cpu().numpy().copy(), bits=self.bits
-        )
+        return IntegerWeight(codes=to_numpy(signs).astype(np.int8), scale=to_numpy(alpha).copy(), bits=self.bits)

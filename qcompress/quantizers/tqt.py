@@ -1,30 +1,29 @@
-"""TQT: a uniform grid whose scale is a power of two, its exponent learned.
+"""TQT: a uniform grid whose scale is a power of two with a learned exponent.
 
 Source: Jain et al., MLSys 2020 ("trained quantization thresholds"): s = 2^⌈log2_scale⌉, straight through the ceiling,
 ∂x_hat/∂log2_scale = s·ln2·∂x_hat/∂s with LSQ's ∂x_hat/∂s.
 Code: written from the equations; no code copied.
-Deviations: the exponent of the scale is learned, which is that of the threshold less a constant. Its gradient is
-multiplied by LSQ's g where the paper has Adam normalise it; it starts as LSQ+'s scale and stays within 2^±10 of that.
+Deviations: the exponent of the scale is learned; it differs from the threshold's by a constant. Its gradient is
+multiplied by LSQ's g; the paper leaves the normalisation to Adam. It starts from LSQ+'s scale and stays within 2^±10
+of it.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, Final, final
+from typing import Any, Final, Unpack, final
 
 import torch
 from torch import Tensor, nn
 
-from qcompress.quantizers.base import Role
 from qcompress.quantizers.initial import Init
-from qcompress.quantizers.positive import SMALLEST
+from qcompress.quantizers.positive import SMALLEST, LearnedValues
 from qcompress.quantizers.ste import fake_quantize
-from qcompress.quantizers.step import Grid, UniformQuantizer
+from qcompress.quantizers.step import UniformOptions, UniformQuantizer, UniformSpec
 
 _RANGE: Final = 10.0
 
 
 def tqt(x: Tensor, log2_scale: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Fake-quantize to codes in [qmin, qmax] times a power of two.
+    """Fake-quantizes to codes in [qmin, qmax] times a power of two.
 
     Args:
         x: float32 or float64, any shape; not modified.
@@ -33,8 +32,8 @@ def tqt(x: Tensor, log2_scale: Tensor, qmin: int, qmax: int) -> Tensor:
         qmax: largest code.
 
     Returns:
-        clip(round(x / s), qmin, qmax) * s with s = 2^⌈log2_scale⌉, in the shape of x. Gradients: LSQ's for x; for
-        log2_scale LSQ's of the scale times s·ln2.
+        clip(round(x / s), qmin, qmax) * s with s = 2^⌈log2_scale⌉, in the shape of x. Gradients: for x, LSQ's;
+        for log2_scale, LSQ's gradient of the scale times s·ln2.
 
     >>> tqt(torch.tensor([0.3, 0.8, 9.0]), torch.tensor(-1.3), 0, 3).tolist()
     [0.5, 1.0, 1.5]
@@ -43,7 +42,7 @@ def tqt(x: Tensor, log2_scale: Tensor, qmin: int, qmax: int) -> Tensor:
 
 
 def power_of_two(log2_scale: Tensor) -> Tensor:
-    """2^⌈log2_scale⌉, exactly, straight through the ceiling.
+    """Returns 2^⌈log2_scale⌉, exactly; the gradient passes straight through the ceiling.
 
     >>> power_of_two(torch.tensor([-1.3, 0.0, 2.5])).tolist()
     [0.5, 1.0, 8.0]
@@ -77,20 +76,56 @@ class _Within(torch.autograd.Function):
 
 
 @final
-class Tqt(UniformQuantizer):
-    """TQT of a weight or an activation.
+class PowerOfTwo(LearnedValues):
+    """2^⌈log2⌉; log2 is learned and stays within 10 of its start.
 
     Args:
-        bits: width of a code: 2 to 8, unsigned 1 to 8.
-        role: what it quantizes.
-        signed: whether codes are; None: a weight's are, an activation's are not.
-        axis: the weight's axis that counts output channels, for a scale each; None: one scale.
-        channels: how many there are; None: one scale.
-        features: N of g, per sample, for activations; None: those of the tensor that comes, batch first.
-        init: "lsq", "min_max" or "lsq_plus".
+        shape: shape of the parameter; its values are 1.0 until they are set.
+
+    >>> scale = PowerOfTwo(())
+    >>> scale.set(torch.tensor(0.3))
+    >>> scale().item()
+    0.5
+    """
+
+    start: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.log2 = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("start", torch.zeros(shape))
+
+    def set(self, values: Tensor) -> None:
+        """Sets the exponents.
+
+        Args:
+            values: >= 0, broadcastable to the parameter's shape; 0 (there is nothing to scale) becomes 1.
+        """
+        with torch.no_grad():
+            self.log2.copy_(torch.where(values > SMALLEST, values, 1.0).log2())
+            self.start.copy_(self.log2)
+
+    def forward(self, factor: float = 1.0) -> Tensor:
+        """Returns the powers of two; gradients are multiplied by `factor`."""
+        return power_of_two(_Within.apply(self.log2, self.start, factor))  # type: ignore[no-untyped-call]
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether most exponents have reached the end of their range."""
+        return bool(((self.log2 - self.start).abs() >= _RANGE).double().mean() > 0.5)
+
+
+@final
+class Tqt(UniformQuantizer):
+    """Quantizes a weight or an activation with TQT.
+
+    Args:
+        signed: whether there are negative codes; None: for weights only.
+        init: the start of the scale: "lsq", "min_max" or "lsq_plus".
+        options: `bits`, `role`, `axis`, `channels` and `features`, as in `UniformSpec`.
 
     Raises:
-        ConfigError: one of them is none, or does not go with another.
+        ConfigError: an argument is invalid, or two of them conflict.
 
     >>> quantizer = Tqt(bits=2, role="weight", init="min_max")
     >>> quantizer.initialise(torch.tensor([[-0.3, 0.7]]))
@@ -98,50 +133,12 @@ class Tqt(UniformQuantizer):
     [[-1.0, 1.0]]
     """
 
-    start: Tensor
-
     def __init__(
-        self,
-        *,
-        bits: int,
-        role: Role,
-        signed: bool | None = None,
-        axis: int | None = None,
-        channels: int | None = None,
-        features: int | None = None,
-        init: Init = "lsq_plus",
+        self, *, signed: bool | None = None, init: Init = "lsq_plus", **options: Unpack[UniformOptions]
     ) -> None:
-        super().__init__()
-        self.bits = bits
-        self.grid = Grid("Tqt", bits, role, signed=signed, axis=axis, channels=channels, features=features, init=init)
-        self.log2_scale = nn.Parameter(torch.zeros(self.grid.shape))
-        self.register_buffer("start", torch.zeros(self.grid.shape))
+        spec = UniformSpec(who="Tqt", signed=signed, init=init, **options)
+        super().__init__(spec, PowerOfTwo(spec.shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The fake-quantized tensor."""
-        log2_scale = self.grid.spread(self._log2_scale(self.grid.gradient_factor(x)), x.ndim)
-        return tqt(x, log2_scale, self.grid.limits.n, self.grid.limits.p)
-
-    def _log2_scale(self, factor: float = 1.0) -> Tensor:
-        out: Tensor = _Within.apply(self.log2_scale, self.start, factor)  # type: ignore[no-untyped-call]
-        return out
-
-    def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
-        """Sets the exponent from the weight or from batches of the activation."""
-        scale = self.grid.start(values)[0]
-        with torch.no_grad():
-            self.log2_scale.copy_(torch.where(scale > SMALLEST, scale, 1.0).log2())
-            self.start.copy_(self.log2_scale)
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether most exponents sit at the end of what they can be."""
-        return bool(((self.log2_scale - self.start).abs() >= _RANGE).double().mean() > 0.5)
-
-    def step_size(self, weight: Tensor) -> Tensor:
-        """The scale, its gradient multiplied by g."""
-        return self.grid.spread(power_of_two(self._log2_scale(self.grid.gradient_factor(weight))), weight.ndim)
-
-    def learned_scale(self) -> Tensor:
-        """Of the last step."""
-        return power_of_two(self._log2_scale())
+        """Returns the fake-quantized tensor."""
+        return fake_quantize(x, self.scale(x), None, self.spec.limits.n, self.spec.limits.p)

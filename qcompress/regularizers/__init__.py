@@ -1,4 +1,4 @@
-"""Penalties on weights: pure functions of one weight, and modules over a whole model for any training loop."""
+"""Penalties on weights: pure functions of one weight, and modules over a whole model for use in any training loop."""
 
 from qcompress.regularizers.bins import BinRegularizer, bin_regularization
 from qcompress.regularizers.distance import kl, l2

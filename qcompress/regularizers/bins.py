@@ -1,9 +1,9 @@
-"""BR: each bin of a quantized weight pulled to a spike at its grid point.
+"""BR: a penalty that gathers the weights of each bin at its grid point.
 
 Source: Han et al., ICCV 2021 ("bin regularization"), section 3.2, (5) and (6); λ = 0.5.
 Code: written from the paper; no code copied.
-Deviations: computed as Σ (v - v_hat)² / (weights in the bin), which is (mean(v) - v_hat)² + var(v) of each bin. Where
-channels have scales of their own they have bins of their own. Which bin a weight is in carries no gradient.
+Deviations: computed as Σ (v - v_hat)² / (weights in the bin), which equals (mean(v) - v_hat)² + var(v) of each bin.
+Channels with their own scales have their own bins. The choice of the bin carries no gradient.
 """
 
 import math
@@ -22,16 +22,16 @@ from qcompress.regularizers.places import weights
 
 
 def bin_regularization(w: Tensor, scale: Tensor, bits: int, detach_targets: bool = True) -> Tensor:
-    """(mean - grid point)² + variance of each bin, summed over bins, (5).
+    """Returns (mean - grid point)² + variance of each bin, summed over bins, (5).
 
     Args:
         w: any shape.
-        scale: > 0, 0-d or broadcastable against w; bins are those of its LSQ codes, signed.
+        scale: > 0, 0-d or broadcastable against w; a bin holds the weights with the same signed LSQ code.
         bits: width of a code, 1 to 8.
-        detach_targets: whether the scale gets no gradient.
+        detach_targets: whether to keep the gradient from the scale.
 
     Returns:
-        0-d; 0 exactly where every weight sits on its grid point.
+        0-d; exactly 0 if every weight lies on its grid point.
 
     >>> bin_regularization(torch.tensor([0.5, 1.0, -2.0]), torch.tensor(1.0), 2).item()
     0.25
@@ -48,19 +48,19 @@ def bin_regularization(w: Tensor, scale: Tensor, bits: int, detach_targets: bool
 
 @final
 class BinRegularizer(nn.Module):
-    """BR over a model's weights, in any training loop.
+    """Applies BR to a model's weights, in any training loop.
 
-    Weights that a quantizer with a learned scale fake-quantizes are regularized onto its grid, others onto a grid of
-    `bits` whose scale starts as LSQ's.
+    Weights with a quantizer whose scale is learned are pulled to its grid, weights without a quantizer to a grid of
+    `bits` whose scale starts as in LSQ.
 
     Args:
         model: a model, quantized or not; tied weights count once.
-        bits: of the grids of weights without a quantizer; None: those are left out.
-        weight: λ.
-        detach_targets: whether the term leaves the scales alone.
+        bits: width of the grids of weights without a quantizer; None: those weights are not regularized.
+        weight: λ, the factor of the term in the loss.
+        detach_targets: whether to keep the gradient from the scales.
 
     Raises:
-        ConfigError: one of them is none, or the model has nothing to regularize.
+        ConfigError: an argument is invalid, or the model has no weight to regularize.
 
     >>> model = nn.Linear(2, 2)
     >>> BinRegularizer(model, bits=2).penalty().shape
@@ -89,7 +89,7 @@ class BinRegularizer(nn.Module):
         return scale
 
     def penalty(self) -> Tensor:
-        """The term of all layers, 0-d."""
+        """Returns the sum over all layers times `weight`, 0-d."""
         found = [(p.weight(), q.step_size(p.weight()), q.bits) for p, q in self._quantized]
         found += [(p.weight(), s(), self.bits or 0) for p, s in zip(self._plain, self.scales, strict=True)]
         terms = [bin_regularization(w, s, bits, self.detach_targets) for w, s, bits in found if s is not None]

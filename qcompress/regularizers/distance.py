@@ -1,16 +1,16 @@
-"""L2 and KL: weights pulled towards what they are quantized to.
+"""L2 and KL: penalties that pull weights towards their quantized values.
 
 Source: Han et al., ICCV 2021 ("bin regularization"), Table 4.
 Code: written from the paper; no code copied.
-Deviations: the paper names the terms and writes none down: mean((w - w_hat)²), and KL(softmax(w) ‖ softmax(w_hat)) over
-all elements; w_hat gets no gradient.
+Deviations: the paper names the terms without formulas; these are mean((w - w_hat)²) and KL(softmax(w) ‖ softmax(w_hat))
+over all elements. w_hat gets no gradient.
 """
 
 from torch import Tensor
 
 
 def l2(w: Tensor, w_hat: Tensor) -> Tensor:
-    """mean((w - w_hat)²).
+    """Returns mean((w - w_hat)²).
 
     Args:
         w: any shape, not empty.
@@ -27,7 +27,7 @@ def l2(w: Tensor, w_hat: Tensor) -> Tensor:
 
 
 def kl(w: Tensor, w_hat: Tensor) -> Tensor:
-    """KL(softmax(w) ‖ softmax(w_hat)) over all elements.
+    """Returns KL(softmax(w) ‖ softmax(w_hat)) over all elements.
 
     Args:
         w: any shape, not empty.

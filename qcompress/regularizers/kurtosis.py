@@ -1,7 +1,7 @@
-"""KURE: weights pulled towards the kurtosis of an even distribution.
+"""KURE: a penalty that pulls weights towards the kurtosis of a uniform distribution.
 
-Source: Chmiel et al., NeurIPS 2020 ("robust quantization"), as compared with by Han et al., ICCV 2021, Table 4:
-(kurtosis - 1.8)², mean over layers.
+Source: Chmiel et al., NeurIPS 2020 ("robust quantization"), as in the comparison of Han et al., ICCV 2021, Table 4:
+(kurtosis - 1.8)², averaged over layers.
 Code: written from the equation; no code copied.
 Deviations: none.
 """
@@ -17,11 +17,11 @@ from qcompress.regularizers.places import weights
 
 
 def kurtosis(w: Tensor, target: float = 1.8) -> Tensor:
-    """(fourth standardised moment - target)².
+    """Returns (fourth standardised moment - target)².
 
     Args:
         w: any shape, not empty; the moment of a constant counts as 0.
-        target: 1.8 is that of an even distribution, 3 that of a normal one.
+        target: 1.8 for a uniform distribution, 3 for a normal one.
 
     Returns:
         0-d.
@@ -37,15 +37,15 @@ def kurtosis(w: Tensor, target: float = 1.8) -> Tensor:
 
 @final
 class KurtosisRegularizer(nn.Module):
-    """KURE over a model's weights, in any training loop; it has no parameters.
+    """Applies KURE to a model's weights, in any training loop; it has no parameters.
 
     Args:
         model: a model; tied weights count once.
         target: as in `kurtosis`.
-        weight: of the term in the loss.
+        weight: factor of the term in the loss.
 
     Raises:
-        ConfigError: weight is none, or the model has no weights.
+        ConfigError: weight is invalid, or the model has no weights.
 
     >>> KurtosisRegularizer(nn.Linear(2, 2)).penalty().shape
     torch.Size([])
@@ -59,5 +59,5 @@ class KurtosisRegularizer(nn.Module):
         self._places = weights(model)
 
     def penalty(self) -> Tensor:
-        """The mean term of all layers, 0-d."""
+        """Returns the mean over all layers times `weight`, 0-d."""
         return self.weight * torch.stack([kurtosis(p.weight(), self.target) for p in self._places]).mean()

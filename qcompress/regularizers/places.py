@@ -1,4 +1,4 @@
-"""Where a model keeps its weights."""
+"""Finds the weights of a model and the quantizers attached to them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ _LAYERS: Final = (
 @final
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One weight of a model.
+    """The module and attribute that hold a tensor of a model.
 
     Args:
-        name: qualified, as in `named_parameters` of the plain model.
-        module: the layer.
-        attribute: what the layer calls it.
+        name: the tensor's qualified name, as in `named_parameters` of the plain model.
+        module: the module that holds it.
+        attribute: its name there.
     """
 
     name: str
@@ -32,15 +32,19 @@ class Place:
     attribute: str
 
     def weight(self) -> Tensor:
-        """The float weight, behind a parametrization too."""
+        """Returns the float tensor, without any parametrization."""
         if not parametrize.is_parametrized(self.module, self.attribute):
-            found: Tensor = getattr(self.module, self.attribute)
-            return found
+            return self.used()
         original: Tensor = self._parametrizations().original
         return original
 
+    def used(self) -> Tensor:
+        """Returns the tensor that the module computes with: the quantized one, if there is a quantizer."""
+        found: Tensor = getattr(self.module, self.attribute)
+        return found
+
     def quantizer(self) -> AbstractQuantizer | None:
-        """What the weight is fake-quantized by."""
+        """Returns the quantizer of the tensor; None: it has no quantizer."""
         if not parametrize.is_parametrized(self.module, self.attribute):
             return None
         found = [part for part in self._parametrizations() if isinstance(part, AbstractQuantizer)]
@@ -53,10 +57,10 @@ class Place:
 
 
 def weights(model: nn.Module) -> list[Place]:
-    """The weights of convolutions, matrix products, embeddings, attention and recurrent layers; tied ones once.
+    """Returns the weights of convolutions, linear layers, embeddings, attention and recurrent layers; tied ones once.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the model has no such weights.
 
     >>> [place.name for place in weights(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)))]
     ['0.weight', '2.weight']
@@ -67,6 +71,16 @@ def weights(model: nn.Module) -> list[Place]:
     if not seen:
         raise ConfigError(f"{type(model).__name__} has no weights of convolutions, matrix products or embeddings.")
     return list(seen.values())
+
+
+def place_of(model: nn.Module, name: str) -> Place | None:
+    """Returns the place in a model that holds a tensor; None: the model has no tensor of that name."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return Place(name, module, attribute) if isinstance(getattr(module, attribute, None), Tensor) else None
 
 
 def _all(model: nn.Module) -> Iterator[Place]:

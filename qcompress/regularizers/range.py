@@ -1,13 +1,13 @@
-"""R²: penalties on the range of weights, for training the float model that is quantized or palettized afterwards.
+"""R²: penalties on the range of weights, for training a float model that is quantized or palettized afterwards.
 
 Source: Kundu et al., "R²: range regularization", section 2: L∞ (1), margin (2), soft-min-max (3).
 Code: written from the paper; no code copied.
-Deviations: in (2) the excess is summed over elements. `RangeRegularizer` multiplies the gradient of M by 1 / N of the
-layer and keeps M at least 0 and just below max|W|: M gets N times a weight's gradient, one step would throw it out of
-the range, and the term would fall silent.
+Deviations: in (2) the excess is summed over elements. `RangeRegularizer` divides the gradient of M by the N weights of
+the layer, and keeps M between 0 and just below max|W|. Otherwise M would get N times the gradient of a weight, one step
+would move it beyond all weights, and the term would stop acting.
 
-With dim above 1 a weight is seen as vectors of dim (`granularity.vectors`), the term is taken for each dimension and
-summed; M and α are one for all of them.
+With dim above 1 a weight is split into vectors of dim weights (`granularity.vectors`), and the term is summed over the
+dimensions, which share one M or α.
 
 Shape suffixes: V = vectors, D = dim.
 """
@@ -30,11 +30,11 @@ _ALPHA: Final = 0.1
 
 
 def linf(w: Tensor, dim: int = 1) -> Tensor:
-    """max|w|, (1); gradients of several largest are shared evenly.
+    """Returns max|w|, (1); equal largest weights share the gradient evenly.
 
     Args:
         w: any shape, not empty.
-        dim: weights in a vector.
+        dim: number of weights in a vector.
 
     Returns:
         0-d.
@@ -46,12 +46,12 @@ def linf(w: Tensor, dim: int = 1) -> Tensor:
 
 
 def margin(w: Tensor, m: Tensor, dim: int = 1) -> Tensor:
-    """|m| + Σ max(|w| - |m|, 0), (2).
+    """Returns |m| + Σ max(|w| - |m|, 0), (2).
 
     Args:
         w: any shape, not empty.
-        m: 0-d; its gradient is sign(m)·(dim - how many |w| are above |m|).
-        dim: weights in a vector.
+        m: 0-d; its gradient is sign(m)·(dim - number of |w| above |m|).
+        dim: number of weights in a vector.
 
     Returns:
         0-d.
@@ -66,12 +66,12 @@ def margin(w: Tensor, m: Tensor, dim: int = 1) -> Tensor:
 
 
 def soft_min_max(w: Tensor, alpha: Tensor, dim: int = 1) -> Tensor:
-    """s_max - s_min + e^-α, (3): the extremes as means that e^±αw weighs.
+    """Returns s_max - s_min + e^-α, (3); s_max and s_min are means of w weighted by e^αw and e^-αw.
 
     Args:
         w: any shape, not empty.
         alpha: 0-d.
-        dim: weights in a vector.
+        dim: number of weights in a vector.
 
     Returns:
         0-d.
@@ -88,16 +88,16 @@ def soft_min_max(w: Tensor, alpha: Tensor, dim: int = 1) -> Tensor:
 
 @final
 class RangeRegularizer(nn.Module):
-    """R² over a model's weights, in any training loop: add `penalty()` to the loss, train `parameters()`, too.
+    """Applies R² to a model's weights, in any training loop: add `penalty()` to the loss, and train `parameters()`.
 
     Args:
-        model: a float model; its weights are found by their layers, tied ones count once.
+        model: a float model; tied weights count once.
         kind: "linf", "margin" or "soft_min_max".
-        dim: weights in a vector.
-        weight: of the term in the loss.
+        dim: number of weights in a vector.
+        weight: factor of the term in the loss.
 
     Raises:
-        ConfigError: one of them is none, or the model has no weights.
+        ConfigError: an argument is invalid, or the model has no weights.
 
     >>> model = nn.Linear(2, 2)
     >>> regularizer = RangeRegularizer(model, kind="margin")
@@ -121,7 +121,7 @@ class RangeRegularizer(nn.Module):
         self.learned = nn.ParameterList([nn.Parameter(value) for value in made])
 
     def penalty(self) -> Tensor:
-        """The term of all layers, 0-d."""
+        """Returns the sum over all layers times `weight`, 0-d."""
         learned: list[Tensor | None] = [*self.learned] or [None] * len(self._places)
         terms = [self._term(p.weight(), value, self.dim) for p, value in zip(self._places, learned, strict=True)]
         return self.weight * torch.stack(terms).sum()
@@ -152,7 +152,7 @@ def _first_alpha(w: Tensor) -> Tensor:
     return w.new_full((), _ALPHA)
 
 
-# What is learned, from what it starts, and the term.
+# By kind: the start of what is learned, from the weight (None: nothing is learned), and the term.
 _Start = Callable[[Tensor], Tensor]
 _Term = Callable[[Tensor, Tensor | None, int], Tensor]
 _TERMS: Final[Mapping[str, tuple[_Start | None, _Term]]] = {

@@ -1,4 +1,4 @@
-"""Solvers: from a weight and the second moments of its inputs to codes on the levels of a palette or a grid."""
+"""Solvers: codes on the levels of a palette or an even grid, from a weight and the second moments of its inputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ __all__ = ["SOLVERS", "Levels", "Problem", "Solver", "check_solver"]
 @final
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """How codes are found.
+    """One way to find codes.
 
     Args:
-        solve: from levels to codes, and to levels that suit them better.
-        is_weighted: whether levels are fitted to weights by how much each counts, E[x²] of what it is multiplied with.
+        solve: finds codes for levels, and levels that suit the codes better.
+        is_weighted: whether levels are first fitted with each weight's importance, the E[x²] of its inputs.
     """
 
     solve: Solve
@@ -33,10 +33,10 @@ SOLVERS: Final[Mapping[str, Solver]] = {
 
 
 def check_solver(name: str) -> None:
-    """Refuse a solver that there is not.
+    """Refuse an unknown solver.
 
     Raises:
-        ConfigError: names those that there are.
+        ConfigError: names the known ones.
     """
     if name not in SOLVERS:
         raise ConfigError(f"solver must be one of {', '.join(SOLVERS)}, got {name!r}.{did_you_mean(name, SOLVERS)}")

@@ -1,12 +1,12 @@
-"""Error feedback onto levels, coordinate descent, and levels refitted to the codes, in turns.
+"""Rounding with error feedback, then coordinate descent and refitting of the levels in turns.
 
-Source: GPTQ (Frantar et al. 2023) with activation order: weights of a row are rounded one after another, and what each
-rounding costs is made good by those that are still free. Then coordinate descent: each weight in turn to the level that
-is best beside all others as they are, until hardly any moves. Levels are refitted in closed form in between.
-Deviations: the levels are any, not only an even grid; the target is not the float weight but the one that gives the
-float layer's outputs from the compressed net's inputs (`posthoc.solve`).
+Source: GPTQ (Frantar et al. 2023) with activation order: the weights of a row are rounded one after another, and those
+still free compensate for each rounding error. Then coordinate descent moves each weight in turn to the level that is
+best with all others fixed, until hardly any weight moves. In between, levels are refitted in closed form.
+Deviations: levels need not be evenly spaced; the target is not the float weight but the weight that best reproduces the
+float layer's outputs from the compressed network's inputs (`posthoc.solve`).
 
-Shape suffixes: as in `base`, B = columns of a block, J = columns.
+Shape suffixes: as in `base`, J = columns.
 """
 
 from collections.abc import Iterator
@@ -16,34 +16,31 @@ from typing import Self
 
 import torch
 
-from qcompress.solvers.base import AnyLevels, Levels, Problem, looked_up, middles_of, nearest
+from qcompress.solvers.base import AnyLevels, Levels, Problem, middles_of, nearest_codes, values_of
 
-_DAMPING = 0.01  # of the mean diagonal, for error feedback
+_DAMPING = 0.01  # share of the mean diagonal, for error feedback
 _LEAST_DAMPING = 1e-6  # the same for coordinate descent
-_BLOCK = 32
+_BLOCK = 32  # columns
 _ROUNDS = 3
 _PASSES = 4
-_HARDLY_ANY = 1e-3  # share of the weights that move in the last pass
+_HARDLY_ANY = 1e-3  # share of the weights; a pass that moves fewer is the last
 
 
 def solve(problem: Problem, levels: AnyLevels, *, rounds: int = _ROUNDS) -> tuple[AnyLevels, torch.Tensor]:
-    """Levels and codes with a small error: never a larger one than that of the nearest levels.
+    """Return levels and codes, int64 [G, R, K], whose error is never larger than that of the nearest levels.
 
     Args:
-        problem: what to minimise.
-        levels: to begin with.
-        rounds: how often codes and levels take turns.
-
-    Returns:
-        The levels, and int64 [G, R, K] codes.
+        problem: the objective.
+        levels: the levels to start from.
+        rounds: how often levels are refitted.
     """
-    plain = nearest(levels, problem.target)
-    best = problem.error(looked_up(levels, plain)), levels, plain
+    plain = nearest_codes(levels, problem.target)
+    best = problem.error(values_of(levels, plain)), levels, plain
     with _one_thread():
         codes = error_feedback(problem, levels)
         for i in range(rounds + 1):
             codes = descend(problem, levels, codes)
-            error = problem.error(looked_up(levels, codes))
+            error = problem.error(values_of(levels, codes))
             if error < best[0]:
                 best = error, levels, codes.clone()
             if i < rounds:
@@ -53,7 +50,7 @@ def solve(problem: Problem, levels: AnyLevels, *, rounds: int = _ROUNDS) -> tupl
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Column after column is many small steps: more threads gain little, and wait long for each other on a busy CPU."""
+    """Run torch in one thread: for many small steps, more threads gain little and wait for each other on a busy CPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -63,7 +60,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def error_feedback(problem: Problem, levels: Levels) -> torch.Tensor:
-    """Codes by GPTQ: int64 [G, R, K]."""
+    """Return codes by GPTQ, int64 [G, R, K]."""
     damped = _definite(problem)
     groups, rows, columns = problem.target.shape
     order_GK = torch.argsort(damped.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
@@ -72,15 +69,17 @@ def error_feedback(problem: Problem, levels: Levels) -> torch.Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)
     left = torch.gather(problem.target, 2, order_GK[:, None, :].expand(-1, rows, -1)).clone()
-    grid = _Grid.of(levels, problem)
-    if grid.factor is not None:
-        grid = replace(grid, factor=torch.gather(grid.factor, 2, order_GK[:, None, :].expand(-1, rows, -1)))
+    by_column = _ColumnLevels.of(levels, problem)
+    if by_column.factor is not None:
+        by_column = replace(
+            by_column, factor=torch.gather(by_column.factor, 2, order_GK[:, None, :].expand(-1, rows, -1))
+        )
     codes = torch.zeros_like(left, dtype=torch.int64)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
         errors = torch.zeros(groups, rows, end - start, dtype=torch.float64)
         for j in range(start, end):
-            codes[:, :, j], values = grid.nearest(left[:, :, j], j)
+            codes[:, :, j], values = by_column.round(left[:, :, j], j)
             errors[:, :, j - start] = (left[:, :, j] - values) / upper[:, j, j, None]
             left[:, :, j:end] -= errors[:, :, j - start, None] * upper[:, None, j, j:end]
         left[:, :, end:] -= errors @ upper[:, start:end, end:]
@@ -88,13 +87,13 @@ def error_feedback(problem: Problem, levels: Levels) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Grid:
-    """Levels as columns meet them.
+class _ColumnLevels:
+    """Levels, reshaped for going through columns.
 
     Args:
         values: float64 [G, R, L].
         middles: float64 [G, R, L - 1].
-        factor: float64 [G, R, K]; None: 1.
+        factor: float64 [G, R, K]; None: 1 each.
     """
 
     values: torch.Tensor
@@ -103,12 +102,13 @@ class _Grid:
 
     @classmethod
     def of(cls, levels: Levels, problem: Problem) -> Self:
+        """Return the levels of a problem."""
         shape = problem.target.shape
         values, middles = (v.reshape(*shape[:2], -1) for v in (levels.values, middles_of(levels)))
         return cls(values, middles, None if levels.factor is None else levels.factor.reshape(shape))
 
-    def nearest(self, wanted_GR: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes [G, R] in a column, and what they stand for there."""
+    def round(self, wanted_GR: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the nearest codes [G, R] for a column, and their values."""
         factor_GR = None if self.factor is None else self.factor[:, :, column]
         steps_GR = wanted_GR if factor_GR is None else wanted_GR / factor_GR
         code = torch.searchsorted(self.middles, steps_GR.unsqueeze(2).contiguous())
@@ -117,7 +117,7 @@ class _Grid:
 
 
 def _definite(problem: Problem) -> torch.Tensor:
-    """H with as much damping as it takes: the moments of float32 values can have eigenvalues a little below 0."""
+    """Return H, damped until it is positive definite: moments of float32 values can be slightly indefinite."""
     for share in (_DAMPING, 10 * _DAMPING, 100 * _DAMPING):
         damped = problem.damped(share)
         if not torch.linalg.cholesky_ex(damped).info.any():
@@ -126,10 +126,10 @@ def _definite(problem: Problem) -> torch.Tensor:
 
 
 def descend(problem: Problem, levels: Levels, codes_GRK: torch.Tensor, passes: int = _PASSES) -> torch.Tensor:
-    """Codes after passes of coordinate descent: int64 [G, R, K]; the error never grows."""
+    """Return codes after passes of coordinate descent, int64 [G, R, K]; the error never grows."""
     hessian = problem.damped(_LEAST_DAMPING)
-    columns, grid = problem.target.shape[2], _Grid.of(levels, problem)
-    codes, now = codes_GRK.clone(), looked_up(levels, codes_GRK)
+    columns, by_column = problem.target.shape[2], _ColumnLevels.of(levels, problem)
+    codes, now = codes_GRK.clone(), values_of(levels, codes_GRK)
     pull = (problem.target - now) @ hessian  # half the error's slope
     stiffness = hessian.diagonal(dim1=1, dim2=2)
     for _ in range(passes):
@@ -140,7 +140,7 @@ def descend(problem: Problem, levels: Levels, codes_GRK: torch.Tensor, passes: i
             steps = torch.zeros_like(inner)
             for j in range(end - start):
                 wanted = now[:, :, start + j] + inner[:, :, j] / stiffness[:, start + j, None]
-                code, value = grid.nearest(wanted, start + j)
+                code, value = by_column.round(wanted, start + j)
                 step = value - now[:, :, start + j]
                 codes[:, :, start + j] = torch.where(step != 0, code, codes[:, :, start + j])
                 now[:, :, start + j] += step

@@ -1,6 +1,6 @@
-"""Levels of the schemes: palettes of floats, palettes of integers, even grids.
+"""The levels of each kind of codes: palettes of floats, int8 palettes, even grids.
 
-Shape suffixes: as in `base`, T = tables (LUT groups), N, M = blocks of inputs that share a scale, B = block_size.
+Shape suffixes: as in `base`, T = tables (LUT groups), N = blocks of inputs that share a scale.
 """
 
 from dataclasses import dataclass, replace
@@ -13,29 +13,30 @@ from torch.nn import functional
 
 from qcompress.artifacts import IntegerWeight, PalettizedWeight, granularity
 from qcompress.artifacts.integer_range import IntegerRange
+from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.palettes.even_grid import clipped_scale
 from qcompress.palettes.scalar import fit_lut
 from qcompress.solvers.base import Problem
 
 Doubles = npt.NDArray[np.float64]
 
-_RIDGE: Final = 1e-4  # of the mean diagonal, towards the levels as they were
-_MOST_REFITTED: Final = 16  # levels of a table: more are dense enough
-_REFITTED_AT_ONCE: Final = 1 << 22  # numbers
-_LEAST_KEPT: Final = 0.1  # of a scale, however small the best one would be
+_RIDGE: Final = 1e-4  # share of the mean diagonal, towards the old levels
+_MOST_REFITTED: Final = 16  # levels of a table; larger tables are dense enough
+_REFITTED_AT_ONCE: Final = 1 << 22  # numbers in memory
+_LEAST_KEPT: Final = 0.1  # share of the old scale that a new one keeps at least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaletteLevels:
-    """Tables of values, times a scale for each output channel.
+    """Levels of a palette: tables of floats, times a scale for each output channel.
 
     Args:
         lut: float64 [T, L], sorted; a table with fewer entries repeats its last.
-        scale: float64 [O], > 0; None: none.
+        scale: float64 [O], > 0; None: 1 each.
         rows_per_lut: output channels that share a table; None: all.
         bits: width of a code.
         channels: output channels, O.
-        halves: whether tables hold what float16 can hold, and nothing else.
+        halves: whether entries are rounded to float16.
     """
 
     lut: torch.Tensor
@@ -56,15 +57,15 @@ class PaletteLevels:
         scaled: bool,
         halves: bool = False,
     ) -> "PaletteLevels":
-        """Tables by k-means on the values, each weighted by how much it counts.
+        """Return tables found by weighted k-means on the values.
 
         Args:
             rows_OK: values.
-            importance_OK: not negative.
+            importance_OK: weight of each value's squared error, at least 0.
             bits: width of a code.
             rows_per_lut: as in the class.
-            scaled: whether each output channel has a scale, at first its largest magnitude.
-            halves: as in the class; for tables with scales, whose entries are near 1.
+            scaled: whether each output channel has a scale; the first one is its largest magnitude.
+            halves: as in the class; needs scales, so that entries are close to 1.
         """
         scale_O = np.abs(rows_OK).max(axis=1, initial=0)
         scale_O = np.where((scale_O > 0) & scaled, scale_O, 1.0)
@@ -76,7 +77,7 @@ class PaletteLevels:
             entries = fit_lut(values[members].astype(np.float32), bits, importance[members].astype(np.float32))
             lut[table] = np.pad(entries, (0, lut.shape[1] - len(entries)), mode="edge")
         return cls(
-            lut=torch.from_numpy(lut), scale=torch.from_numpy(scale_O) if scaled else None,
+            lut=to_torch(lut), scale=to_torch(scale_O) if scaled else None,
             rows_per_lut=rows_per_lut, bits=bits, channels=len(rows_OK), halves=halves,
         )._rounded()  # fmt: skip
 
@@ -85,7 +86,7 @@ class PaletteLevels:
 
     @property
     def _table_of(self) -> torch.Tensor:
-        return torch.from_numpy(granularity.group_of_row(self.channels, self.rows_per_lut).astype(np.int64))
+        return to_torch(granularity.group_of_row(self.channels, self.rows_per_lut).astype(np.int64))
 
     @property
     def values(self) -> torch.Tensor:
@@ -98,7 +99,7 @@ class PaletteLevels:
         """None: scales are in the values."""
 
     def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
-        """Tables by least squares for the codes, then scales."""
+        """Return tables fitted to the codes by least squares, then scales."""
         groups, rows, columns = codes_GRK.shape
         entries = self.lut.shape[1]
         if entries > _MOST_REFITTED:
@@ -133,10 +134,10 @@ class PaletteLevels:
         return replace(self, scale=torch.where(torch.isfinite(best) & (best > 0), best, self.scale))
 
     def artifact(self, codes_OK: npt.NDArray[np.uint8], shape: tuple[int, ...], axis: int) -> PalettizedWeight:
-        """The weight that codes stand for; entries that no code points to are dropped."""
+        """Return the weight of the codes; unused entries are dropped."""
         group_O = granularity.group_of_row(self.channels, self.rows_per_lut)
         codes_OK, luts = codes_OK.copy(), []
-        for table, lut in enumerate(self.lut.numpy().astype(np.float32)):
+        for table, lut in enumerate(to_numpy(self.lut).astype(np.float32)):
             members = group_O == table
             is_used = np.bincount(codes_OK[members].ravel(), minlength=len(lut)) > 0
             codes_OK[members] = (np.cumsum(is_used) - 1).astype(np.uint8)[codes_OK[members]]
@@ -149,16 +150,16 @@ class PaletteLevels:
             bits=self.bits,
             axis=axis,
             rows_per_lut=self.rows_per_lut,
-            scale=None if self.scale is None else self.scale.numpy().astype(np.float32),
+            scale=None if self.scale is None else to_numpy(self.scale).astype(np.float32),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntegerPaletteLevels:
-    """Tables of integers, times a scale for each output channel; for kernels that compute in int8.
+    """Levels of an int8 palette: tables of integers, times a scale for each output channel; for int8 kernels.
 
     Args:
-        floats: the tables before rounding, in steps: entries in [-largest, largest].
+        floats: the tables, in steps: entries in [-largest, largest].
         largest: the largest magnitude of an entry.
     """
 
@@ -169,7 +170,7 @@ class IntegerPaletteLevels:
     def fit(
         cls, rows_OK: Doubles, importance_OK: Doubles, bits: int, rows_per_lut: int | None, *, largest: int
     ) -> "IntegerPaletteLevels":
-        """Tables of floats, rounded."""
+        """Return tables found by weighted k-means and rounded; see `PaletteLevels.fit`."""
         floats = PaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, scaled=True)
         assert floats.scale is not None
         return cls(
@@ -177,7 +178,7 @@ class IntegerPaletteLevels:
         )._rounded()
 
     def _rounded(self) -> Self:
-        """With integers; one step of a table for its entries to be as far apart as they may be."""
+        """Return the levels with integer entries, which are first scaled to use the whole range."""
         assert self.floats.scale is not None
         lut = self.floats.lut
         size = lut.abs().amax()
@@ -195,27 +196,27 @@ class IntegerPaletteLevels:
         """None: scales are in the values."""
 
     def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
-        """Tables by least squares, rounded, then scales for what they were rounded to."""
+        """Return tables fitted by least squares and rounded, then scales for the rounded tables."""
         floats, codes = self.floats.refit(problem, codes_GRK)
         rounded = replace(self, floats=floats)._rounded()
         return replace(rounded, floats=rounded.floats._with_scales(problem, codes)), codes
 
     def artifact(self, codes_OK: npt.NDArray[np.uint8], shape: tuple[int, ...], axis: int) -> PalettizedWeight:
-        """The weight that codes stand for."""
+        """Return the weight of the codes."""
         small = self.floats.artifact(codes_OK, shape, axis)
         return replace(small, lut=small.lut.astype(np.int8))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UniformLevels:
-    """Steps of an even grid about 0, one size for each output channel or for each block of its inputs.
+    """Levels of an even grid around 0, with a scale for each output channel or for each block of its inputs.
 
     Args:
         scale: float64 [O], > 0, or [O, N] with blocks.
         bits: width of a code.
-        limits: the codes that may occur.
+        limits: the legal codes.
         columns: weights of one output channel, K.
-        block_size: consecutive inputs that share a scale; None: all.
+        block_size: consecutive inputs that share a scale; None: all inputs.
     """
 
     scale: torch.Tensor
@@ -233,7 +234,7 @@ class UniformLevels:
         limits: IntegerRange,
         block_size: int | None = None,
     ) -> "UniformLevels":
-        """The step of each row, or of each block of it, with the least weighted squared error."""
+        """Return the scale of each row or block with the least weighted squared error."""
         if block_size is None:
             scale = clipped_scale(rows_OK, limits, importance_OK)
         else:
@@ -241,9 +242,7 @@ class UniformLevels:
             importance: Any = granularity.blocks(importance_OK, block_size)
             flat = (-1, blocks.shape[2])
             scale = clipped_scale(blocks.reshape(flat), limits, importance.reshape(flat)).reshape(blocks.shape[:2])
-        return cls(
-            scale=torch.from_numpy(scale), bits=bits, limits=limits, columns=rows_OK.shape[1], block_size=block_size
-        )
+        return cls(scale=to_torch(scale), bits=bits, limits=limits, columns=rows_OK.shape[1], block_size=block_size)
 
     @property
     def _integers(self) -> torch.Tensor:
@@ -251,7 +250,7 @@ class UniformLevels:
 
     @property
     def values(self) -> torch.Tensor:
-        """float64 [O, L], sorted in each row; integers where blocks have factors."""
+        """float64 [O, L], sorted in each row; integers if blocks have factors."""
         if self.block_size is None:
             return self.scale[:, None] * self._integers
         return self._integers.expand(len(self.scale), -1)
@@ -264,7 +263,7 @@ class UniformLevels:
         return self.scale.repeat_interleave(min(self.block_size, self.columns), dim=1)[:, : self.columns]
 
     def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
-        """Scales by least squares for the codes."""
+        """Return scales fitted to the codes by least squares."""
         integers = self._integers[codes_GRK]
         if self.block_size is not None:
             block_size = min(self.block_size, self.columns)
@@ -274,7 +273,7 @@ class UniformLevels:
         return replace(self, scale=torch.where(torch.isfinite(best) & (best > 0), best, self.scale)), codes_GRK
 
     def _block_scales(self, problem: Problem, integers_GRK: torch.Tensor, block_size: int) -> torch.Tensor:
-        """float64 [O, N]: the scales of each row's blocks together, or as near to them as all stay above 0."""
+        """Return [O, N]: the best scales of each row's blocks together, or as close to them as all stay above 0."""
         groups, rows, columns = integers_GRK.shape
         scale_GRN = self.scale.reshape(groups, rows, -1)
         count = scale_GRN.shape[2]
@@ -296,16 +295,16 @@ class UniformLevels:
             ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))[..., None]
             before = scale_GRN[:, piece]
             best = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * before)
-            # The error falls all the way from the scales as they were to the best ones.
+            # The error falls all the way from the old scales to the best ones.
             least = _LEAST_KEPT * before
             way = torch.where(best < least, (before - least) / (before - best), 1.0).amin(2, keepdim=True)
             found[:, piece] = before + way * (best - before)
         return found.reshape(self.scale.shape)
 
     def artifact(self, codes_OK: npt.NDArray[np.uint8], shape: tuple[int, ...], axis: int) -> IntegerWeight:
-        """The weight that codes stand for."""
+        """Return the weight of the codes."""
         integers = (codes_OK.astype(np.int16) + self.limits.n).astype(np.int8)
-        codes, scale = _shaped(integers, shape, axis), self.scale.numpy().astype(np.float32)
+        codes, scale = _shaped(integers, shape, axis), to_numpy(self.scale).astype(np.float32)
         if self.block_size is None:
             return IntegerWeight(codes=codes, scale=scale, bits=self.bits, axis=axis)
         inputs = granularity.input_axis(len(shape), axis)

@@ -1,15 +1,15 @@
-"""Each weight to its nearest level, one by one."""
+"""Each weight goes to its nearest level."""
 
 import torch
 
-from qcompress.solvers.base import AnyLevels, Problem, nearest
+from qcompress.solvers.base import AnyLevels, Problem, nearest_codes
 
 
 def solve(problem: Problem, levels: AnyLevels) -> tuple[AnyLevels, torch.Tensor]:
-    """The levels as they are, and int64 [G, R, K], the codes of those that are nearest to the target.
+    """Return the unchanged levels, and the codes of those that are nearest to the target, int64 [G, R, K].
 
     Args:
-        problem: what to minimise.
-        levels: what codes stand for.
+        problem: its target is used.
+        levels: the levels.
     """
-    return levels, nearest(levels, problem.target)
+    return levels, nearest_codes(levels, problem.target)

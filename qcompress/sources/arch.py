@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from qcompress.errors import SourceError, did_you_mean
+from qcompress.graph.conversion import to_torch
 from qcompress.graph.options import ProgramOptions
 from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
 from qcompress.user_code import build_module
@@ -58,7 +58,7 @@ def with_kinds_of(tensors: Iterable[SourceTensor], source: SourceOptions, label:
     if source.arch is None:
         yield from tensors
         return
-    from qcompress.sources.memory.module import kinds_of
+    from qcompress.graph.symbolic import kinds_of
 
     kept = list(tensors)
     kinds = kinds_of(module_of_state_dict(kept, source, label))
@@ -102,23 +102,6 @@ def load_state(module: "torch.nn.Module", arrays: Mapping[str, LazyArray], label
         raise SourceError(f"{label} does not fit {who}: {len(wrong)} shapes differ ({examples}). Check --arch-kwargs.")
     state = {name: to_torch(np.asarray(array)) for name, array in arrays.items()}
     module.load_state_dict(state, strict=False)
-
-
-def to_torch(values: npt.NDArray[Any]) -> "torch.Tensor":
-    """A tensor of its own memory from an array, bfloat16 and float8 included.
-
-    >>> import ml_dtypes
-    >>> to_torch(np.ones(2, ml_dtypes.bfloat16)).dtype
-    torch.bfloat16
-    """
-    import torch
-
-    copied = np.array(values, order="C")
-    if copied.dtype.isbuiltin == 1:  # 2: added by ml_dtypes
-        return torch.from_numpy(copied)
-    raw = torch.from_numpy(copied.reshape(-1).view(np.uint8))
-    dtype: torch.dtype = getattr(torch, copied.dtype.name)
-    return raw.view(dtype).reshape(copied.shape)
 
 
 def _difference(missing: list[str], unexpected: list[str]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +12,6 @@ from qcompress.graph.options import ProgramOptions
 
 if TYPE_CHECKING:
     from qcompress.graph.program import FloatProgram
-
-# One fixed list, the same for modules, exported programs and ONNX; `unknown` in a bare state dict.
-KINDS: Final = ("conv", "depthwise", "conv_transpose", "linear", "embedding", "recurrent", "other")
-UNKNOWN: Final = "unknown"
-# The kinds whose weights a plan compresses.
-WEIGHT_KINDS: Final = ("conv", "depthwise", "conv_transpose", "linear", "embedding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +44,7 @@ class SourceTensor:
 
     Args:
         name: qualified name, as in `named_parameters`.
-        kind: one of KINDS, of the layer that uses it as its weight (biases and statistics: `other`), or `unknown`.
+        kind: of the layer that uses it as its weight, one of `kinds.KINDS` (`other`: a bias, say), or `unknown`.
         array: its values, read on demand.
         aliases: further names of the same (tied) tensor.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from qcompress.errors import SourceError, did_you_mean
-from qcompress.sources._zip import ZipArchive
+from qcompress.zip_archive import ZipArchive
 
 Content = Literal[
     "empty",
@@ -83,7 +83,7 @@ def content_of(path: Path) -> Content:
 
 
 def _zip_content(path: Path) -> Content:
-    archive = ZipArchive(path)
+    archive = ZipArchive(path).without_top_folder()
     if "archive_format" in archive or any(n.startswith("models/") and n.endswith(".json") for n in archive.names):
         return "exported"
     if "serialized_exported_program.json" in archive:

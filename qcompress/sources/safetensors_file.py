@@ -16,10 +16,12 @@ import numpy as np
 
 from qcompress.errors import SourceError
 from qcompress.graph.options import ProgramOptions
+from qcompress.kinds import UNKNOWN
 from qcompress.sources.arch import program_of_state_dict, with_kinds_of
-from qcompress.sources.base import UNKNOWN, SourceOptions, SourceTensor
+from qcompress.sources.base import SourceOptions, SourceTensor
 from qcompress.sources.file_source import AbstractFile
-from qcompress.sources.strided import Bytes, Strided, lazy_view
+from qcompress.sources.strided import Strided, lazy_view
+from qcompress.zip_archive import Bytes
 
 if TYPE_CHECKING:
     from qcompress.graph.program import FloatProgram

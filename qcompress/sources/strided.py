@@ -1,43 +1,18 @@
-"""Raw bytes as arrays: dtypes under torch's names, strided views, and the bounds that a file must keep."""
+"""Raw bytes as arrays: strided views, and the bounds that a file must keep."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from qcompress.errors import SourceError
 from qcompress.sources.base import LazyArray
+from qcompress.zip_archive import Bytes
 
-Bytes = npt.NDArray[np.uint8]
-
-# torch.float32 and the like, without the "torch."
-TORCH_DTYPES: Final[dict[str, np.dtype[Any]]] = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
-    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "complex64": np.dtype(np.complex64),
-    "complex128": np.dtype(np.complex128),
-    "int64": np.dtype(np.int64),
-    "int32": np.dtype(np.int32),
-    "int16": np.dtype(np.int16),
-    "int8": np.dtype(np.int8),
-    "uint64": np.dtype(np.uint64),
-    "uint32": np.dtype(np.uint32),
-    "uint16": np.dtype(np.uint16),
-    "uint8": np.dtype(np.uint8),
-    "bool": np.dtype(np.bool_),
-}
-
+MAX_AXES: Final = 32
 # A view may hold more elements than its storage (an expanded tensor), but not without limit: a few bytes of a hostile
 # file would become terabytes.
 MAX_EXPANDED: Final = 1 << 24
@@ -76,7 +51,7 @@ def check_view(view: Strided, storage_nbytes: int, what: str) -> None:
     >>> check_view(Strided("0", np.dtype(np.float32), 0, (2, 3), (3, 1)), 24, "w")
     """
     numbers = (view.offset, *view.shape, *view.stride)
-    if len(view.shape) != len(view.stride) or len(view.shape) > 32 or any(n < 0 for n in numbers):
+    if len(view.shape) != len(view.stride) or len(view.shape) > MAX_AXES or any(n < 0 for n in numbers):
         raise SourceError(
             f"{what} is damaged: shape {list(view.shape)}, strides {list(view.stride)} and offset {view.offset} are no "
             "view of a tensor. Save the file again."

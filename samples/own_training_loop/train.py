@@ -1,7 +1,7 @@
-"""Train the digits net at 2 bits with 4-bit activations, in a training loop of your own.
+"""Trains the digits net at 2 bits with 4-bit activations, in its own training loop.
 
-Takes `state.pt` and `test.npz` from the folder `--digits` (where samples/digits/train.py wrote them) and writes
-`digits.w2a4.onnx` into `--out`. Takes about twenty seconds on a CPU.
+Reads `state.pt` and `test.npz` from the folder `--digits` (samples/digits/train.py writes them) and writes
+`digits.w2a4.onnx` to the folder `--out`. Takes about twenty seconds on a CPU.
 """
 
 import argparse
@@ -26,30 +26,30 @@ LEARNING_RATE = 2e-3
 
 
 def main() -> None:
-    """Prepare, train, finalize, export, validate."""
+    """Prepares, trains, finalizes, exports and validates the net."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", type=Path, default=Path(), help="folder with state.pt and test.npz")
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write to")
     args = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # as fast on a net this small
+    torch.set_num_threads(1)  # more threads do not help with a net this small
 
     net = DigitsNet()
     net.load_state_dict(torch.load(args.digits / "state.pt", weights_only=True))
     x, y, test = images(args.digits / "test.npz")
 
-    # Every weight at 2 bits, what layers take at 4: attached to the net, whose code stays as it is.
+    # Weights get 2 bits, layer inputs 4. The code of the net stays the same.
     plan = qc.Plan.from_flags(bits=2, activation_bits=4)
     tuned = qc.prepare(net, plan, example_inputs=(x[:256],), regularizers=[qc.regularizers.BinRegularizer])
 
-    # From here on a loop as any: `tuned` in place of `net`, and the regularizers' term in the loss.
+    # From here on this is an ordinary loop: it calls `tuned` instead of `net` and adds the regularizers to the loss.
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=LEARNING_RATE)
     steps = len(x) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=EPOCHS * steps)
     tuned.train()
     for epoch in range(EPOCHS):
         if epoch == EPOCHS // 2:
-            tuned.snap_offsets()  # to what integer kernels take
+            tuned.snap_offsets()  # to values that integer kernels support
         for part in torch.randperm(len(x))[: steps * BATCH].split(BATCH):
             task_loss = nn.functional.cross_entropy(tuned(x[part]), y[part])
             loss = task_loss + tuned.penalty()
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def images(path: Path) -> tuple[torch.Tensor, torch.Tensor, qc.Dataset]:
-    """Training images with their labels, and the test data: no image is in both."""
+    """Returns training images, their labels, and the test data, which shares no image with them."""
     test = qc.load_data(str(path))
     tested = {image.tobytes() for image in test.inputs["x"]}
     pixels, labels = load_digits(return_X_y=True)

@@ -1,7 +1,7 @@
-"""Train the digits net with and without a penalty on the range of its weights, and compress both to 2 bits.
+"""Trains the digits net with and without a penalty on the range of its weights, and compresses both to 2 bits.
 
-The penalty (R², its margin form) acts on the float model; compression afterwards is that of every other model, without
-training. On this net a weight of 0.1 does more than the paper's 0.01. Takes about twenty seconds on a CPU.
+The penalty (R² in its margin form) acts on the float model, which is then compressed like any other, without training.
+On this net a factor of 0.1 has more effect than the paper's 0.01. Takes about twenty seconds on a CPU.
 """
 
 import argparse
@@ -26,9 +26,9 @@ TRAINING_IMAGES = 1197
 
 
 def main() -> None:
-    """Both ways to train, side by side."""
+    """Trains and compresses both nets and prints them side by side."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    torch.set_num_threads(1)  # as fast on a net this small
+    torch.set_num_threads(1)  # more threads do not help with a net this small
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(pixels))
     x = torch.from_numpy((pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8)[order])
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def trained(x: torch.Tensor, y: torch.Tensor, *, ranged: bool) -> nn.Module:
-    """The net after the same number of epochs, with the penalty or without."""
+    """Returns the net after training with or without the penalty."""
     torch.manual_seed(0)
     net = DigitsNet()
     regularizer = RangeRegularizer(net, kind="margin", weight=0.1)
@@ -65,7 +65,7 @@ def trained(x: torch.Tensor, y: torch.Tensor, *, ranged: bool) -> nn.Module:
 
 
 def top1(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Share of the images that are told right."""
+    """Returns the share of images that are classified correctly."""
     with torch.no_grad():
         return float((net(x).argmax(1) == y).float().mean())
 

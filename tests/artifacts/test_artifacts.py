@@ -280,7 +280,7 @@ def test_a_palette_that_does_not_fit_itself_is_refused(changes, message):
         ({"axis": 1, "block_size": 2}, r"IntegerWeight\.scale must be \[2, 2\], got \(\)\."),
         (
             {"zero_point": np.zeros((), np.int8)},
-            r"IntegerWeight\.zero_point must be uint8 as its codes are, got int8\.",
+            r"IntegerWeight\.zero_point must be uint8 like its codes, got int8\.",
         ),
         ({"zero_point": np.zeros(2, np.uint8)}, r"IntegerWeight\.zero_point must be \[\], got \(2,\)\."),
     ],

@@ -41,9 +41,9 @@ def test_parse_size(text, nbytes):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("15Mb", r"^The unit of '15Mb' reads as bits: write 15MB for bytes\.$"),
+        ("15Mb", r"^The unit of '15Mb' reads as bits; write 15MB for bytes\.$"),
         ("15Kb", r"write 15kB for bytes"),
-        ("150k", r"^The unit of '150k' can mean 1000 or 1024: write 150kB or 150KiB\.$"),
+        ("150k", r"^The unit of '150k' can mean 1000 or 1024; write 150kB or 150KiB\.$"),
         ("2M", r"write 2MB or 2MiB"),
         ("15 qB", r"^A size must be in B, kB, MB, GB, KiB, MiB or GiB, got '15 qB'\.$"),
         ("-1kB", r"^A size must read like 150kB, 1\.5 MiB or 1000 \(bytes\), got '-1kB'\.$"),

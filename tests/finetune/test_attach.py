@@ -1,4 +1,4 @@
-"""A model in training computes what its export computes, and leaves as it came."""
+"""A model in training computes the same as its export, and can be unwrapped unchanged."""
 
 import copy
 
@@ -11,8 +11,9 @@ from torch.nn.utils import parametrize
 
 from qcompress.artifacts import FloatWeight, IntegerWeight
 from qcompress.errors import ConfigError, DataError
-from qcompress.finetune.attach import Prepared, prepare
+from qcompress.finetune.attach import prepare
 from qcompress.finetune.methods import Methods
+from qcompress.finetune.prepared import Prepared
 from qcompress.graph.sites import MarkedRunner, mark, rounding
 from qcompress.plan.plan import Plan, parse_plan
 from qcompress.quantizers import Lsq, LsqPlus, N2uqActivation
@@ -68,8 +69,8 @@ def test_the_model_computes_what_the_artifacts_and_grids_say(x):
     wanted = MarkedRunner(mark(program, list(small.activations)))({"x": x.numpy()}, rounding(grids))["output"]
     with torch.no_grad():
         got = tuned(x).numpy()
-    spread = wanted.std(axis=0).max()
-    assert np.sqrt(np.square(got - wanted).mean()) < 0.03 * spread  # some codes go the other way
+    deviation = wanted.std(axis=0).max()
+    assert np.sqrt(np.square(got - wanted).mean()) < 0.03 * deviation  # some ties are rounded the other way
 
 
 @pytest.mark.parametrize("batchnorm", ["train", "freeze", "fold"])
@@ -192,7 +193,7 @@ def test_inputs_by_name_and_several_outputs():
     found = tuned(left, right=right)
     assert list(found) == ["sum", "left"]
     assert torch.equal(found["sum"], tuned(right=right, left=left)["sum"])
-    with pytest.raises(DataError, match=r"^The model was prepared with left, right as inputs, got left\.$"):
+    with pytest.raises(DataError, match=r"^The model was prepared with the inputs left, right, got left\.$"):
         tuned(left)
 
 
@@ -202,12 +203,23 @@ def test_one_input_may_be_a_plain_tensor(x):
         assert torch.equal(tuned(x), prepare(Residual().eval(), plan(4, 4), example_inputs=(x,))(x))
 
 
-def test_a_method_without_negative_codes_leaves_such_sites_to_lsq_plus(x):
-    methods = Methods(activations="n2uq")
+def test_a_method_without_negative_codes_leaves_such_sites_to_lsq_plus_and_says_so(x):
+    methods = Methods(activations="n2uq", activation_options={"init": "n2uq"})
     tuned = prepare(Residual(), plan(2, 2), example_inputs=(x,), methods=methods, placement="paper")
     kinds = dict(zip((s.name for s in tuned.parts.sites), map(type, tuned.activations), strict=True))
     assert kinds.pop("x") is LsqPlus
     assert set(kinds.values()) == {N2uqActivation}
+    note = (
+        "lsq_plus quantizes the activations at x, because n2uq has no codes for negative values; "
+        "activation_options (init) had no effect there."
+    )
+    assert tuned.notes == tuned.finalize().notes == (note,)
+
+
+def test_options_without_effect_are_noted(x):
+    methods = Methods(activations="pact", activation_options={"init": "min_max"})
+    tuned = prepare(Residual(), plan(4), example_inputs=(x,), methods=methods)
+    assert tuned.finalize().notes == ("activation_options (init) had no effect: no activation is quantized.",)
 
 
 def test_placement_is_that_of_export(x):
@@ -260,8 +272,8 @@ def test_the_setting_of_bin_regularization_on_tqt(x):
     assert np.array_equal(steps, steps.round())
     small = tuned.finalize()
     sites = [name for name, _ in small.activations]
-    assert "conv2d_1" in sites  # what the sum takes
-    assert any("relu" in name for name in sites)  # and gives
+    assert "conv2d_1" in sites  # an operand of the sum
+    assert any("relu" in name for name in sites)  # its result
     stored = small.artifacts["conv1.bias"]
     step = float(small.activations["x", -1].scale) * np.abs(small.artifacts["conv1.weight"].scale).max()
     np.testing.assert_allclose(stored.dequantize(), tuned.model.conv1.bias.detach(), atol=0.51 * step)  # in int32 steps
@@ -270,7 +282,7 @@ def test_the_setting_of_bin_regularization_on_tqt(x):
 
 
 class Scaled(nn.Module):
-    """A weight of a module of one's own."""
+    """A module with a weight of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -323,12 +335,14 @@ def test_what_would_not_get_smaller_is_stored_as_floats():
     assert np.array_equal(stored.dequantize(), tuned.model.weight.detach())
 
 
-def test_numbers_that_are_none_are_not_stored():
+def test_nan_is_not_stored():
     model = nn.Linear(4, 4)
     tuned = prepare(model, plan(4), example_inputs=(torch.randn(2, 4),))
     with torch.no_grad():
         model.bias[1] = torch.nan
-    with pytest.raises(ConfigError, match=r"^bias must be finite, and training made it NaN or Inf: take the last good"):
+    with pytest.raises(
+        ConfigError, match=r"^bias must be finite, but training made it NaN or Inf; go back to the last good"
+    ):
         tuned.finalize()
 
 
@@ -342,7 +356,7 @@ def test_numbers_that_are_none_are_not_stored():
         ({"batchnorm": "none"}, r"^batchnorm must be one of train, freeze, fold, got 'none'\.$"),
     ],
 )
-def test_what_does_not_go_together(x, changed, message):
+def test_conflicting_arguments_are_rejected(x, changed, message):
     model = Residual()
     given = {"plan": plan(2, 4), "example_inputs": (x,), **changed}
     with pytest.raises(ConfigError, match=message):
@@ -351,11 +365,12 @@ def test_what_does_not_go_together(x, changed, message):
 
 
 @pytest.mark.parametrize("field", ["rows_per_lut = 4", "vector_dim = 2", "lut_dtype = 'float16'"])
-def test_a_plan_for_palettes_is_refused(x, field):
+def test_a_plan_for_palettes_is_rejected(x, field):
     chosen = parse_plan(f"version = 1\n[default]\nbits = 4\n{field}", "plan.toml")
     name, value = field.split(" = ")
     message = (
-        rf"^conv1\.weight: {name} = {value.strip(chr(39))} \(plan\.toml:4 \[default\]\) is for compression without"
+        rf"^conv1\.weight: {name} = {value.strip(chr(39))} \(plan\.toml:4 \[default\]\) is supported by post-hoc "
+        r"compression only; remove it from plans passed to prepare\(\)\.$"
     )
     with pytest.raises(ConfigError, match=message):
         prepare(Residual(), chosen, example_inputs=(x,))
@@ -364,7 +379,7 @@ def test_a_plan_for_palettes_is_refused(x, field):
 def test_a_model_is_prepared_once(x):
     tuned = prepare(Residual(), plan(4), example_inputs=(x,))
     with pytest.raises(
-        ConfigError, match=r"^prepare must have a float model, got one that is prepared already: unwrap"
+        ConfigError, match=r"^prepare needs a float model, but this one is already prepared; call unwrap\(\) on it"
     ):
         prepare(tuned.model, plan(2), example_inputs=(x,))
     assert len(prepare(tuned.unwrap(), plan(2), example_inputs=(x,)).quantizers()) == 3
@@ -373,6 +388,8 @@ def test_a_model_is_prepared_once(x):
 def test_a_batchnorm_that_fits_no_scale():
     net = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.BatchNorm2d(4)).eval()
     x = torch.randn(2, 4, 3, 3)
-    with pytest.raises(ConfigError, match=r'^0\.weight: the BatchNorm behind .* \(\[name\."0\.weight"\] skip = true\)'):
+    with pytest.raises(
+        ConfigError, match=r'^0\.weight: the BatchNorm after a grouped .* \(\[name\."0\.weight"\] skip = true\)'
+    ):
         prepare(net, plan(4), example_inputs=(x,))
     assert isinstance(prepare(net, plan(4), example_inputs=(x,), batchnorm="fold"), Prepared)

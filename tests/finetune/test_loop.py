@@ -1,4 +1,4 @@
-"""The training loop: it trains, says how far it is, and ends where it can go no further."""
+"""The training loop: it trains, yields records, and stops with an error when training diverges."""
 
 import copy
 
@@ -53,7 +53,7 @@ def _tensors(module):
     return {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
-def test_a_teacher_stands_in_for_labels(batches):
+def test_a_teacher_replaces_labels(batches):
     teacher = net().eval()
     tuned = prepared(batches, bits=2, activation_bits=None)
     records = list(train(tuned, [(x, None) for x, _ in batches], LoopConfig(epochs=40, rate=0.02), teacher=teacher))
@@ -62,9 +62,11 @@ def test_a_teacher_stands_in_for_labels(batches):
     assert distillation(logits, -logits).item() == pytest.approx(1.5231883)  # 2 tanh(1)
 
 
-def test_a_teacher_is_a_model_of_its_own(batches):
+def test_a_teacher_does_not_share_parameters(batches):
     tuned = prepared(batches)
-    with pytest.raises(ConfigError, match=r"^train: the teacher must be a model of its own: copy\.deepcopy it before"):
+    with pytest.raises(
+        ConfigError, match=r"^train: the teacher must not share parameters .* copy\.deepcopy made before"
+    ):
         next(train(tuned, batches, LoopConfig(epochs=1), teacher=tuned.model))
     teacher = net().train()
     next(train(tuned, batches, LoopConfig(epochs=1), teacher=teacher))
@@ -103,7 +105,7 @@ def test_offsets_keep_to_zero_points_at_the_end(batches):
     assert any(grid.zero_point is None for grid in free.finalize().activations.values())
 
 
-def test_a_loss_that_is_no_number_ends_it(batches):
+def test_a_loss_that_is_not_finite_ends_training(batches):
     tuned = prepared(batches)
 
     def poisoned():
@@ -120,7 +122,7 @@ def test_a_loss_that_is_no_number_ends_it(batches):
         def __iter__(self):
             return poisoned()
 
-    message = r"^Step 55: the loss is nan; the first NaN or Inf is that of 2\.bias\. The model is back in its last"
+    message = r"^Step 55: the loss is nan; the first NaN or Inf appears at 2\.bias\. The model is back in its last"
     with pytest.raises(DivergenceError, match=message) as caught:
         list(train(tuned, Batches(), LoopConfig(epochs=1)))
     assert caught.value.exit_code == 1
@@ -133,17 +135,17 @@ def test_a_layer_that_overflows_is_named(batches):
     with torch.no_grad():
         huge = [(3e38 * tuned.model[0].weight[:2].sign(), torch.zeros(2, dtype=torch.long))]
         assert (tuned.model[0].weight[:2].abs().sum(1) > 1.2).any()
-    with pytest.raises(DivergenceError, match=r"^Step 0: the loss is nan; the first NaN or Inf is that of 0\.weight\."):
+    with pytest.raises(DivergenceError, match=r"^Step 0: the loss is nan; the first NaN or Inf appears at 0\.weight\."):
         list(train(tuned, huge, LoopConfig(epochs=1)))
 
 
-def test_a_gradient_that_is_no_number_ends_it(batches):
+def test_a_gradient_that_is_not_finite_ends_training(batches):
     tuned = prepared(batches, activation_bits=None)
     with pytest.raises(DivergenceError, match=r"^Step 0: the gradient of model\.0\.bias is not finite\."):
         list(train(tuned, batches, LoopConfig(epochs=1), loss=lambda y, _: (y.sum() - y.sum().detach()).sqrt()))
 
 
-def test_a_scale_that_collapses_ends_it(batches):
+def test_a_collapsed_scale_ends_training(batches):
     tuned = prepared(batches, activation_bits=None, methods=None)
     with torch.no_grad():
         tuned.quantizers()["2.weight"].scale.value.raw.fill_(-1)
@@ -161,6 +163,6 @@ def test_a_scale_that_collapses_ends_it(batches):
         ("warm_up", 1.5, r"^LoopConfig\.warm_up must be in \[0, 1\], got 1\.5\.$"),
     ],
 )
-def test_what_a_loop_cannot_be(field, value, message):
+def test_invalid_settings_are_rejected(field, value, message):
     with pytest.raises(ConfigError, match=message):
         LoopConfig(**{"epochs": 1, field: value})

@@ -5,14 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompress.errors import ConfigError, SourceError
-from qcompress.gate.verdicts import GateLimits, Measurements, MetricDrop, judge, parse_fraction
-from qcompress.plan.tables import read_table
+from qcompress.gate.validation import Validation
+from qcompress.gate.verdicts import GateLimits, Measurements, judge, parse_fraction
+from qcompress.metrics.result import MetricResult
+from qcompress_cli.inputs.tables import read_table
 
 VALIDATION = {
     "format_version": 1,
     "file": {"name": "net.onnx", "digest": "abc", "nbytes": 100},
     "data": {"name": "test.npz", "digest": "def", "samples": 250, "labels": True},
-    "parity": {},
+    "parity": [],
     "outputs": {"output": {"sqnr_db": 20.0, "agreement": 0.98}},
     "agreement": 0.98,
     "sqnr_db": 20.0,
@@ -31,6 +33,14 @@ VALIDATION = {
 
 def measured(**fields):
     return Measurements(**{"file": "net.onnx", "nbytes": 100, "is_ours": True, "original_bytes": 800, **fields})
+
+
+def validated(document, **fields):
+    return measured(validation=Validation.from_dict(document, "net.onnx"), **fields)
+
+
+def metric(name, drop, interval, samples):
+    return MetricResult(name, 0.9, 0.9 - drop, drop, interval, False, samples)
 
 
 def limits(**table):
@@ -72,7 +82,7 @@ def test_one_of_our_files_that_did_not_shrink_fails_by_itself():
 
 def test_a_drop_at_the_limit_is_kept_whatever_floating_point_makes_of_it():
     assert 0.86 - 0.85 > 0.01
-    file = Measurements.of("net.onnx", nbytes=100, is_ours=True, original_bytes=800, validation=VALIDATION)
+    file = validated(VALIDATION)
     assert only(file, max_drop="1%").ok
     assert only(file, max_drop=0.01).ok
     assert not only(file, max_drop=0.0099).ok
@@ -81,7 +91,7 @@ def test_a_drop_at_the_limit_is_kept_whatever_floating_point_makes_of_it():
 
 
 def test_a_limit_within_the_interval_is_called_not_decidable():
-    file = Measurements.of("net.onnx", nbytes=100, is_ours=True, original_bytes=800, validation=VALIDATION)
+    file = validated(VALIDATION)
     verdict = only(file, max_drop="1%")
     assert verdict.note == "not decidable with 250 samples: the 95 % interval of the drop is [-0.2 %, 1.4 %]"
     assert verdict.unit == "fraction"
@@ -90,16 +100,15 @@ def test_a_limit_within_the_interval_is_called_not_decidable():
 
 
 def test_a_metric_in_its_own_unit_prints_plain_numbers():
-    metric = MetricDrop(name="mse", drop=3.0, interval=(1.0, 5.0), samples=7)
-    verdict = only(measured(validated=True, metric=metric), max_drop=4)
+    validation = Validation(metric=metric("mse", 3.0, (1.0, 5.0), 7))
+    verdict = only(measured(validation=validation), max_drop=4)
     assert verdict.ok
     assert verdict.unit == "metric"
     assert verdict.note == "not decidable with 7 samples: the 95 % interval of the drop is [1, 5]"
 
 
 def test_not_a_number_never_passes():
-    metric = MetricDrop(name="top1", drop=math.nan, interval=None, samples=1)
-    file = measured(validated=True, metric=metric, agreement=math.nan)
+    file = measured(validation=Validation(metric=metric("top1", math.nan, None, 1), agreement=math.nan))
     assert not any(v.ok for v in judge([file], limits(max_drop=0.5, min_agreement=0)))
 
 
@@ -115,13 +124,17 @@ def test_verdicts_come_by_file_then_by_limit():
         (
             {"is_ours": False, "original_bytes": None},
             {"min_ratio": 2},
-            r"^net\.onnx: --min-ratio needs .* name the original with --original FILE\.$",
+            r"^net\.onnx: --min-ratio needs the bytes of the original, .*; add --original FILE\.$",
         ),
-        ({}, {"max_drop": 0.01}, r"its validation is missing: run `qcompress validate MODEL net\.onnx --data .*labels"),
-        ({"validated": True}, {"max_drop": 0.01}, r"its validation has no metric \(there were no labels\): run"),
-        ({}, {"min_agreement": 1}, r"its validation is missing: run `qcompress validate MODEL net\.onnx --data"),
-        ({"validated": True}, {"min_agreement": 1}, r"has no agreement \(the outputs are no class scores\)"),
-        ({"original_bytes": None}, {"max_size": 1}, r"^net\.onnx: its metadata lacks the bytes of the original: exp"),
+        ({}, {"max_drop": 0.01}, r"its validation is missing; run `qcompress validate MODEL net\.onnx --data .*labels"),
+        (
+            {"validation": Validation()},
+            {"max_drop": 0.01},
+            r"validation has no metric \(there were no labels\); run",
+        ),
+        ({}, {"min_agreement": 1}, r"its validation is missing; run `qcompress validate MODEL net\.onnx --data"),
+        ({"validation": Validation()}, {"min_agreement": 1}, r"has no agreement \(the outputs are not class scores\)"),
+        ({"original_bytes": None}, {"max_size": 1}, r"^net\.onnx: its metadata lacks the bytes of the original; exp"),
     ],
 )
 def test_a_limit_without_its_input_names_what_to_run(fields, table, message):
@@ -130,16 +143,16 @@ def test_a_limit_without_its_input_names_what_to_run(fields, table, message):
 
 
 def test_no_limit_and_no_file():
-    with pytest.raises(ConfigError, match=r"^gate has no limit to check: give --max-size, .* \[gate\] of qcompress"):
+    with pytest.raises(ConfigError, match=r"^gate has no limit to check; add --max-size, .* \[gate\] of qcompress"):
         judge([measured()], GateLimits())
     with pytest.raises(ConfigError, match=r"^gate needs at least one file"):
         judge([], limits(max_size=1))
 
 
 def test_a_drop_that_a_fraction_cannot_reach_is_a_slip():
-    metric = MetricDrop(name="top1", drop=0.5, interval=None, samples=9)
+    validation = Validation(metric=metric("top1", 0.5, None, 9))
     with pytest.raises(ConfigError, match=r'^max_drop must be below 1 for top1, .* got 1\. Did you mean "1%"\?$'):
-        judge([measured(validated=True, metric=metric)], limits(max_drop=1))
+        judge([measured(validation=validation)], limits(max_drop=1))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +162,7 @@ def test_a_drop_that_a_fraction_cannot_reach_is_a_slip():
         ({"min_agreement": "101%"}, r"got '101%'\.$"),
         ({"min_agreement": -0.5}, r"got -0\.5\.$"),
         ({"min_ratio": 0}, r"^gate: min_ratio: must be more than 0"),
-        ({"min_ratio": "8%"}, r"^gate: min_ratio: must be a number of times, as in 8, got '8%'\.$"),
+        ({"min_ratio": "8%"}, r"^gate: min_ratio: must be a number like 8, got '8%'\.$"),
         ({"max_size": 0}, r"^gate: max_size: must be more than 0 bytes, got 0\.$"),
         ({"max_size": "15Mb"}, r"^gate: max_size: The unit of '15Mb' reads as bits"),
         (
@@ -176,26 +189,36 @@ def test_parse_fraction_reads_what_python_writes(value):
     assert parse_fraction(f"{value!r} %") == value / 100
 
 
-@pytest.mark.parametrize("broken", [{}, {"agreement": "high", "metric": None}, {"agreement": None, "metric": 3}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {},
+        {**VALIDATION, "agreement": "high"},
+        {**VALIDATION, "metric": 3},
+        {**VALIDATION, "parity": {"ok": True}},
+        {**VALIDATION, "parity": [{"name": "graph"}]},
+        {**VALIDATION, "outputs": 3},
+    ],
+)
 def test_a_broken_validation(broken):
     with pytest.raises(SourceError, match=r"^net\.onnx: its validation cannot be read .* run `qcompress validate"):
-        Measurements.of("net.onnx", nbytes=1, is_ours=True, original_bytes=2, validation=broken)
+        Validation.from_dict(broken, "net.onnx")
 
 
 @pytest.mark.parametrize(("same", "ok"), [(True, True), (None, True), (False, False)])
 def test_a_file_measured_against_another_original_fails_by_itself(same, ok):
     validation = {**VALIDATION, "same_source": same}
-    file = Measurements.of("net.onnx", nbytes=100, is_ours=True, original_bytes=800, validation=validation)
+    file = validated(validation)
     first, *others = judge([file], limits(min_agreement=0.9))
     assert (first.ok, not others) == (ok, ok)
     if not ok:
         assert (first.limit, first.unit, others[0].ok) == ("same_source", "count", True)
-        assert "run `qcompress validate MODEL net.onnx` with that one" in first.note
+        assert "run `qcompress validate MODEL net.onnx` with the right one" in first.note
 
 
 def test_a_file_that_failed_validate_fails_by_itself():
     validation = {**VALIDATION, "parity": [{"name": "weights", "ok": False}]}
-    file = Measurements.of("net.onnx", nbytes=1, is_ours=True, original_bytes=9, validation=validation)
+    file = validated(validation)
     verdicts = judge([file], GateLimits(min_agreement="50%"))
     assert [(v.limit, v.ok) for v in verdicts] == [("parity", False), ("min_agreement", True)]
     assert verdicts[0].note == "validate found the file wrong: weights"

@@ -135,9 +135,12 @@ class Returns(nn.Module):
         ("number", r"^The model's output more must be a tensor, got 3: "),
         (
             "weight",
-            r"^The model's output more must be computed from its inputs, it is the model's own tensor fc\.weight:",
+            r"^The model's output more must be computed from its inputs, but it is the model's own tensor fc\.weight:",
         ),
-        ("buffer", r"^The model's output more must be computed from its inputs, it is the model's own tensor grid:"),
+        (
+            "buffer",
+            r"^The model's output more must be computed from its inputs, but it is the model's own tensor grid:",
+        ),
     ],
 )
 def test_outputs_that_no_file_can_return_are_refused(what: str, message: str) -> None:
@@ -200,7 +203,7 @@ def test_a_model_that_cannot_be_traced_names_the_users_line() -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({}, r"Tracing the model takes an example input: give --input-shape"),
+        ({}, r"Tracing the model needs an example input: pass --input-shape"),
         ({"a": np.zeros((2, 4)), "b": np.zeros((2, 4))}, r"forward takes x, y; the example inputs are a, b: x is miss"),
     ],
 )
@@ -355,7 +358,7 @@ def test_an_axis_that_cannot_be_dynamic_is_told() -> None:
     options = ProgramOptions(inputs={"x": image(shape=(4,))}, dynamic={("input", 1): "features"})
     program = from_module(nn.Linear(4, 3).eval(), options)
     assert program.dynamic == {("input", 0): "batch"}
-    assert "The model allows no other size of input:1: fixed, although --dynamic names it." in program.notes
+    assert "The model allows no other size of input:1: it stays fixed despite --dynamic." in program.notes
 
 
 class ReadsItsWeight(nn.Module):
@@ -476,7 +479,7 @@ def test_a_buffer_that_changes_as_the_model_runs_is_told() -> None:
             return x + self.n
 
     notes = traced(Counts().eval(), x=image(shape=(4,))).notes
-    assert "The model changes its buffer n as it runs; the file keeps the value of now." in notes
+    assert "The model changes its buffer n as it runs; the file keeps its present value." in notes
 
 
 def test_an_output_cannot_take_the_name_of_an_input() -> None:

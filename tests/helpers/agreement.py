@@ -19,6 +19,7 @@ from qcompress.graph.sites import MarkedRunner, mark, rounding
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.file import float_file, sites_of
+from qcompress_exporters.onnx_format.int8.biases import stepped
 from qcompress_exporters.onnx_format.trace import Trace, trace
 from qcompress_exporters.parity.checks import OUTPUT_TOLERANCE, Check, check_codes, check_weights
 from qcompress_exporters.parity.differences import EXPORTER_TOLERANCE, output_error, output_limit
@@ -108,7 +109,7 @@ class Agreement:
             Root mean square of the difference over that of the outputs' noise; each difference of a code runs through
             the rest of the net, so that this is small, and not 0.
         """
-        small, quantize = self.small, rounding(list(self.small.activations.values()))
+        small, quantize = stepped(self.small), rounding(list(self.small.activations.values()))
         weights = {name: artifact.dequantize() for name, artifact in small.artifacts.items()}
         marked = self.marked.with_state(weights)
         wanted, original = MarkedRunner(marked)(self.feeds, quantize), small.program.run(self.feeds)

@@ -29,6 +29,7 @@ from qcompress.plan.plan import Plan
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.file import sites_of
+from qcompress_exporters.onnx_format.int8.biases import stepped
 from qcompress_exporters.parity.checks import allowed_off, check_codes, check_weights
 from qcompress_exporters.parity.replay import file_grids, reference_state, replay
 from qcompress_exporters.parity.sessions import Mode, run, session
@@ -396,5 +397,5 @@ def case(
         value = dequantized(g, quantized(g, value))
         if i < len(module.names):
             value = it.step(module.names[i], value)
-    it.model = replace(model, activations=found)
+    it.model = stepped(replace(model, activations=found))
     return it

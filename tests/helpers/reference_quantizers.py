@@ -1,7 +1,7 @@
 """Quantizers and penalties as the papers write them: one element at a time, in float64.
 
-Every function takes what its namesake takes as arrays, and g, the gradient of a loss by its output (penalties: 1). It
-returns the output and the gradients of that loss by name.
+Every function takes the arguments of its namesake as arrays. Those of quantizers also take g, the gradient of a loss by
+the output; for penalties the loss is the output. They return the output and the gradients of the loss by name.
 """
 
 import math
@@ -14,7 +14,7 @@ Answer = tuple[Array, dict[str, Array]]
 
 
 def _each(x, scale, *more):
-    """Index of an element, its value, and for each broadcast array the index of what applies to it."""
+    """Yields the index of each element, its value, and the index of its element in each broadcast array."""
     for index in np.ndindex(*x.shape):
         places = [
             tuple(0 if size == 1 else i for i, size in zip(index[len(index) - a.ndim :], a.shape, strict=True))
@@ -24,7 +24,7 @@ def _each(x, scale, *more):
 
 
 def lsq(x, scale, qmin, qmax, g) -> Answer:
-    """(1) to (4) of bin regularization's section 3.1."""
+    """Computes (1) to (4) of bin regularization's section 3.1."""
     out, gx, gs = np.empty_like(x), np.zeros_like(x), np.zeros_like(scale)
     for i, value, s in _each(x, scale):
         v = value / scale[s]
@@ -40,7 +40,7 @@ def lsq(x, scale, qmin, qmax, g) -> Answer:
 
 
 def lsq_plus(x, scale, offset, qmin, qmax, g) -> Answer:
-    """(2) to (4) of LSQ+."""
+    """Computes (2) to (4) of LSQ+."""
     out, gx, gs, gb = np.empty_like(x), np.zeros_like(x), np.zeros_like(scale), np.zeros_like(offset)
     for i, value, s, b in _each(x, scale, offset):
         v = (value - offset[b]) / scale[s]
@@ -56,7 +56,7 @@ def lsq_plus(x, scale, offset, qmin, qmax, g) -> Answer:
 
 
 def pact(x, alpha, bits, g) -> Answer:
-    """(1) and (2) of BMPQ."""
+    """Computes (1) and (2) of BMPQ."""
     levels = 2**bits - 1
     out, gx, ga = np.empty_like(x), np.zeros_like(x), np.zeros_like(alpha)
     for i, value, a in _each(x, alpha):
@@ -100,7 +100,7 @@ def ternary(w, g) -> Answer:
 
 
 def n2uq_activation(x, start, intervals, input_scale, output_scale, g) -> Answer:
-    """(11) to (13) of N2UQ."""
+    """Computes (11) to (13) of N2UQ."""
     count, s, b1, b2 = len(intervals), float(start), float(input_scale), float(output_scale)
     edges = [s]
     for a in intervals:
@@ -143,7 +143,7 @@ def n2uq_weight(w, bits, g) -> Answer:
 
 
 def _dimensions(w, dim) -> list[list[tuple[int, float]]]:
-    """By dimension of the vectors: which element of the flat weight, and its value; the last one pads."""
+    """Returns (index in the flat weight, value) of the elements of each dimension; the last element pads."""
     flat = [*enumerate(float(v) for v in w.ravel())]
     while len(flat) % dim:
         flat.append(flat[w.size - 1])
@@ -192,7 +192,7 @@ def soft_min_max(w, alpha, dim) -> Answer:
 
 
 def bin_regularization(w, scale, bits, detach_targets) -> Answer:
-    """(5) and (6) of bin regularization, one bin of one scale after the other."""
+    """Computes (5) and (6) of bin regularization, one bin of one scale after the other."""
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     total, gw, gs = 0.0, np.zeros_like(w), np.zeros_like(scale)
     bins: dict[Any, list[Any]] = {}

@@ -12,8 +12,10 @@ from qcompress.compressed.model import CompressedModel
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.tracing import from_exported
-from qcompress.plan.plan import Plan, Settings
+from qcompress.plan.plan import Plan
+from qcompress.plan.settings import Settings
 from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format.trace import Trace, trace
 from qcompress_exporters.report import Built
@@ -90,7 +92,7 @@ def program(seed: int = 0) -> FloatProgram:
 def compressed(seed: int = 0) -> CompressedModel:
     """4 bits and one palette; `left` and `right`, which are alike: 2 bits, four palettes of four entries."""
     plan = Plan(default=Settings(bits=4), name={"[lr]*t.weight": Settings(bits=2, rows_per_lut=2)})
-    return compress_program(program(seed), plan, source_digest="0123456789a", effort="fast")
+    return compress_program(program(seed), plan, PosthocSettings(effort="fast"), source_digest="0123456789a")
 
 
 @functools.cache

@@ -120,8 +120,8 @@ def test_the_input_is_not_modified(weight):
         (
             np.zeros(3, np.float32),
             1,
-            r"bits must be in \[2, 8\] for a uniform grid, whose signed codes of 1 bit are -1 and 0 alone, got 1: "
-            r"scheme palette writes 1 bit as two values\.",
+            r"bits must be in \[2, 8\] for an even grid \(signed codes of 1 bit are only -1 and 0\), got 1; "
+            r'use scheme = "palette", which writes 1 bit as two values\.',
         ),
         (np.zeros(3, np.float32), 9, r"bits must be in \[1, 8\], got 9\."),
         (np.zeros(3), 4, r"Weights to round must be float32, float16 or bfloat16, got float64\."),
@@ -194,6 +194,6 @@ def test_blocks_of_any_shape(shape, block_size):
 
 
 def test_blocks_of_a_vector_are_refused():
-    message = r"^block_size must be for a weight of inputs and outputs, got 2 for one of shape \[3\]: leave it out\.$"
+    message = r"^block_size needs a weight with inputs and outputs, got 2 for shape \[3\]; remove it\.$"
     with pytest.raises(ConfigError, match=message):
         round_to_nearest(np.ones(3, np.float32), 4, block_size=2)

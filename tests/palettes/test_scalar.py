@@ -12,11 +12,13 @@ from hypothesis.extra import numpy as hnp
 
 from qcompress.errors import ConfigError
 from qcompress.palettes import _bins, scalar
+from qcompress.palettes import assign as assigning
 from qcompress.palettes._bins import COUNT, Bins
 from qcompress.palettes._optimal import optimal_runs
+from qcompress.palettes.assign import assign
 from qcompress.palettes.even_grid import round_to_nearest
-from qcompress.palettes.integer import best_integers, palettize_int8
-from qcompress.palettes.scalar import assign, fit_lut, palettize
+from qcompress.palettes.int8_palette import best_integers, palettize_int8
+from qcompress.palettes.scalar import fit_lut, palettize
 from tests.helpers.reference import best_integer_error, best_squared_error, nearest
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -330,7 +332,7 @@ def test_assign_takes_the_first_of_equal_entries():
 def test_a_table_of_bins_assigns_the_nearest_in_exact_arithmetic(values, entries):
     lut = np.unique(np.array(entries, np.float32) + np.float32(0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scalar, "_MANY_TO_ASSIGN", 1)
+        patch.setattr(assigning, "_MANY", 1)
         codes = assign(np.array(values, np.float32), lut)
     assert codes.tolist() == [nearest(value, lut.tolist()) for value in values]
 
@@ -375,7 +377,7 @@ def test_each_group_has_the_palette_of_its_own_rows(data):
 
 def test_palettize_hands_weights_to_each_group():
     weight = np.array([[0, 1, 5], [0, 1, 5]], np.float32)
-    made = palettize(weight, 1, rows_per_lut=1, weights=np.array([[0, 1, 1], [1, 1, 0]]))
+    made = palettize(weight, 1, rows_per_lut=1, importance=np.array([[0, 1, 1], [1, 1, 0]]))
     assert made.lut.tolist() == [[1, 5], [0, 1]]
 
 
@@ -429,23 +431,23 @@ NAN = np.array([1, np.nan, np.inf], np.float32)
         ),
         (
             lambda: fit_lut(np.zeros(2, np.float32), 2, np.ones(3)),
-            r"weights must have the shape of the values, \(2,\), got \(3,\)\.",
+            r"importance must have the shape of the values, \(2,\), got \(3,\)\.",
         ),
         (
-            lambda: palettize(np.zeros((2, 3), np.float32), 2, weights=np.ones((3, 2))),
-            r"weights must have the shape of the values, \(2, 3\), got \(3, 2\)\.",
+            lambda: palettize(np.zeros((2, 3), np.float32), 2, importance=np.ones((3, 2))),
+            r"importance must have the shape of the values, \(2, 3\), got \(3, 2\)\.",
         ),
         (
             lambda: fit_lut(np.zeros(2, np.float32), 2, np.array([1, np.nan])),
-            r"weights must be finite and not negative, got a NaN, an Inf or a negative one\.",
+            r"importance must be finite and not negative, got a NaN, an Inf or a negative number\.",
         ),
         (
             lambda: fit_lut(np.zeros(2, np.float32), 2, np.array([1, -1])),
-            r"weights must be finite and not negative, got a NaN, an Inf or a negative one\.",
+            r"importance must be finite and not negative, got a NaN, an Inf or a negative number\.",
         ),
         (
             lambda: assign(np.zeros(2, np.float32), np.zeros(0, np.float32)),
-            r"assign: lut must be \[K\] with 1 to 256 entries, got the shape \(0,\)\.",
+            r"lut must be \[K\] with 1 to 256 entries, got shape \(0,\)\.",
         ),
     ],
 )
@@ -573,6 +575,6 @@ def test_entries_of_float16_are_what_codes_are_nearest_to(rows_per_lut, exponent
 
 
 def test_palettes_of_int8_are_made_elsewhere():
-    message = r"^lut_dtype must be float32 or float16, got 'int8': palettes\.integer makes palettes of int8\.$"
+    message = r"^lut_dtype must be float32 or float16, got 'int8'; palettize_int8 makes int8 palettes\.$"
     with pytest.raises(ConfigError, match=message):
         palettize(np.ones(4, np.float32), 2, lut_dtype="int8")

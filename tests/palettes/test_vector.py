@@ -58,7 +58,7 @@ def test_codes_point_to_the_nearest_entry(data):
     shape = (data.draw(st.integers(1, 30)), dim)
     weight = data.draw(hnp.arrays(np.float32, shape, elements=COARSE))
     weights = data.draw(st.none() | hnp.arrays(np.float32, shape, elements=st.integers(1, 4)))
-    made = palettize_vectors(weight, 2, dim, weights=weights)
+    made = palettize_vectors(weight, 2, dim, importance=weights)
     masses = [None] * len(weight) if weights is None else weights.tolist()
     for code, row, mass in zip(made.codes, weight.tolist(), masses, strict=True):
         got, wanted = made.lut[0, code].tolist(), made.lut[0, nearest_vector(row, made.lut[0].tolist(), mass)].tolist()
@@ -78,8 +78,8 @@ def test_what_boxes_rule_out_is_never_the_nearest(dtype, data):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("_PIECE", 3), ("_PAIRS", 1), ("_BLOCK", 2)):
             patch.setattr(vector, name, value)
-        codes, squared = vector._Points(x, mass).nearest(lut)
-    every = vector._Points(x, mass).squared(lut.astype(np.float64))
+        codes, squared = vector._Vectors(x, mass).assigned(lut)
+    every = vector._Vectors(x, mass).squared(lut.astype(np.float64))
     np.testing.assert_allclose(every[codes, np.arange(x.shape[1])], every.min(axis=0), rtol=1e-4)
     np.testing.assert_allclose(squared, every.min(axis=0), rtol=1e-4, atol=1e-30)
     if dtype == np.float64:
@@ -87,7 +87,7 @@ def test_what_boxes_rule_out_is_never_the_nearest(dtype, data):
 
 
 def test_an_order_holds_every_vector_once_and_neighbours_together():
-    points = vector._Points(heavy_tailed(40_000).reshape(2, -1))
+    points = vector._Vectors(heavy_tailed(40_000).reshape(2, -1))
     order = points.near_together()
     np.testing.assert_array_equal(np.sort(order), np.arange(20_000))
     apart = np.abs(np.diff(points.x, axis=1)).mean()
@@ -108,15 +108,15 @@ def test_pairs_at_a_width_are_better_than_scalars_at_the_same_bits_per_weight():
 
 
 def test_a_coreset_stands_for_all_vectors():
-    points = vector._Points(heavy_tailed(100_000).reshape(2, -1))
-    mass = vector._Points(points.x, np.random.default_rng(0).random(points.x.shape, np.float32))
+    points = vector._Vectors(heavy_tailed(100_000).reshape(2, -1))
+    mass = vector._Vectors(points.x, np.random.default_rng(0).random(points.x.shape, np.float32))
     lut = np.random.default_rng(1).normal(size=(5, 2)).astype(np.float32) * 0.05
     for whole in (points, mass):
         sample = whole.coreset(4000, np.random.default_rng(0))
         assert len(sample) == 4000
         assert sample.share.sum() == pytest.approx(len(whole), rel=0.05)
-        estimate = (sample.nearest(lut)[1] * sample.share).sum()
-        assert estimate == pytest.approx(whole.nearest(lut)[1].sum(), rel=0.05)
+        estimate = (sample.assigned(lut)[1] * sample.share).sum()
+        assert estimate == pytest.approx(whole.assigned(lut)[1].sum(), rel=0.05)
 
 
 def test_a_seed_gives_the_same_palette_on_any_number_of_threads():
@@ -154,7 +154,7 @@ def test_outliers_take_entries_and_leave_the_others_near_theirs():
 def test_weights_lower_the_error_that_they_weigh():
     weight = heavy_tailed(60_000).reshape(100, -1)
     weights = np.random.default_rng(2).random(weight.shape) ** 8
-    weighed = palettize_vectors(weight, 4, 2, weights=weights)
+    weighed = palettize_vectors(weight, 4, 2, importance=weights)
     assert squared_error(weight, weighed, weights) < squared_error(weight, palettize_vectors(weight, 4, 2), weights)
 
 
@@ -162,7 +162,7 @@ def test_what_has_no_weight_has_no_say():
     weight = heavy_tailed(2000)
     weights = np.ones_like(weight)
     weights[:1000] = 0
-    made = palettize_vectors(weight, 3, 2, weights=weights)
+    made = palettize_vectors(weight, 3, 2, importance=weights)
     assert squared_error(weight[1000:], palettize_vectors(weight[1000:], 3, 2)) == pytest.approx(
         squared_error(weight, made, weights), rel=0.05
     )
@@ -174,12 +174,12 @@ def test_a_tail_is_filled_up_with_what_has_no_say(dim, weighed):
     weight = heavy_tailed(33 * 31).reshape(33, 31)
     weight[-1, -1] = 5  # filled up with it, the tail would have an entry of its own
     weights = np.random.default_rng(0).random(weight.shape) if weighed else np.ones(weight.shape)
-    made = palettize_vectors(weight, 3, dim, weights=weights if weighed else None)
+    made = palettize_vectors(weight, 3, dim, importance=weights if weighed else None)
     assert made.codes.shape == (-(-weight.size // dim),)
     assert made.dequantize().shape == weight.shape
     missing = -weight.size % dim
     filled = np.append(weight.ravel(), np.zeros(missing, np.float32))
-    wanted = palettize_vectors(filled, 3, dim, weights=np.append(weights.ravel(), np.zeros(missing)))
+    wanted = palettize_vectors(filled, 3, dim, importance=np.append(weights.ravel(), np.zeros(missing)))
     np.testing.assert_array_equal(made.codes, wanted.codes)
     np.testing.assert_array_equal(made.dequantize().ravel(), wanted.dequantize()[: weight.size])
 
@@ -201,7 +201,7 @@ def test_entries_of_fewer_bits_are_what_codes_are_nearest_to(lut_dtype, slack, e
 
 def test_weights_that_are_all_zero_are_as_none():
     weight = heavy_tailed(200)
-    made = palettize_vectors(weight, 2, 4, weights=np.zeros(200))
+    made = palettize_vectors(weight, 2, 4, importance=np.zeros(200))
     np.testing.assert_array_equal(made.dequantize(), palettize_vectors(weight, 2, 4).dequantize())
 
 
@@ -258,10 +258,10 @@ EIGHT = np.zeros(8, np.float32)
         ((EIGHT, 2, 3), r"vector_dim must be 2, 4 or 8, got 3\."),
         ((np.zeros(8), 2, 2), r"Weights to palettize must be float32, float16 or bfloat16, got float64\."),
         ((EIGHT + np.inf, 2, 2), r"Weights to palettize must be finite, got 8 NaN or Inf among 8\."),
-        ((EIGHT, 2, 2, 0, np.ones(4)), r"weights must have the shape of the values, \(8,\), got \(4,\)\."),
+        ((EIGHT, 2, 2, 0, np.ones(4)), r"importance must have the shape of the values, \(8,\), got \(4,\)\."),
         (
             (EIGHT, 2, 2, 0, EIGHT - 1),
-            r"weights must be finite and not negative, got a NaN, an Inf or a negative one\.",
+            r"importance must be finite and not negative, got a NaN, an Inf or a negative number\.",
         ),
     ],
 )

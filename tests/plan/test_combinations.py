@@ -14,8 +14,11 @@ from torch import nn
 from qcompress.data.dataset import as_dataset
 from qcompress.errors import ConfigError
 from qcompress.plan import combinations
+from qcompress.plan.fields import FIELDS
 from qcompress.plan.plan import Plan
+from qcompress.plan.settings import Settings
 from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.lower import FORMATS
@@ -28,7 +31,6 @@ NOWHERE = "-"
 VALUES = {
     "compute": ["float", "int8", "dynamic8"],
     "format": [NOWHERE, "qdq", "integer"],
-    "memory": ["unpacked", "packed"],
     "scheme": ["palette", "uniform", "auto"],
     "bits": [str(n) for n in range(1, 9)],
     "activation_bits": [NOWHERE, *(str(n) for n in range(1, 9))],
@@ -81,7 +83,7 @@ def typed(cell):
 
 
 def test_the_table_and_the_code_have_the_same_words():
-    assert len(ROWS) == 9
+    assert len(ROWS) == 8
     assert set(FORMATS) == set(combinations.FORMATS)
     assert all(REFUSED.values())
     assert len(WORKS) == 3 * (23 + 23 + 3 * 23 * 8)
@@ -91,7 +93,8 @@ def check(cell):
     """What the command line does before any work."""
     given = typed(cell)
     find(f"onnxruntime=={given.pop('target')}")
-    combinations.check(**given)
+    settings = Settings(**{field.name: given.pop(field.name) for field in FIELDS if field.name in given})
+    combinations.check(settings, **given)
 
 
 @pytest.mark.parametrize("verdict", REFUSED)
@@ -148,10 +151,10 @@ def program():
 
 @functools.cache
 def tiny(compute, scheme, bits, activation_bits):
-    return compress_program(
-        program(), Plan.from_flags(bits=bits, scheme=scheme, activation_bits=activation_bits), compute=compute,
-        calibration=as_dataset({"x": IMAGES}) if compute == "int8" else None, calibration_method="minmax",
-    )  # fmt: skip
+    plan = Plan.from_flags(bits=bits, scheme=scheme, activation_bits=activation_bits)
+    settings = PosthocSettings(compute=compute, calibration_method="minmax")
+    calibration = as_dataset({"x": IMAGES}) if compute == "int8" else None
+    return compress_program(program(), plan, settings, calibration=calibration)
 
 
 @pytest.mark.parametrize(("compute", "scheme"), [*itertools.product(VALUES["compute"], VALUES["scheme"])])

@@ -2,15 +2,18 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from qcompress.errors import ConfigError
-from qcompress.plan.plan import TABLE_KINDS, Plan, Settings, load_plan, parse_plan, resolve
-from qcompress.plan.settings import FIELDS
-from qcompress.sources.base import KINDS, WEIGHT_KINDS, LazyArray, SourceTensor
+from qcompress.kinds import KINDS, WEIGHT_KINDS
+from qcompress.plan.fields import FIELDS
+from qcompress.plan.plan import TABLE_KINDS, Plan, load_plan, parse_plan
+from qcompress.plan.resolve import resolve
+from qcompress.plan.settings import Settings
+
+KEYS = [field.name for field in FIELDS]
 
 NET = [
     ("stem.weight", "conv"),
@@ -140,8 +143,7 @@ def test_flags_replace_the_default_table_only():
 
 
 def test_patterns_are_case_sensitive_and_match_a_tied_tensor_by_any_of_its_names():
-    array = LazyArray(shape=(1,), dtype="float32", read=lambda: np.zeros(1, np.float32))
-    tied = SourceTensor(name="embed.weight", kind="embedding", array=array, aliases=("head.weight",))
+    tied = ("embed.weight", "embedding", ("head.weight",))
     plan = Plan(default=Settings(bits=2), name={"head.*": Settings(bits=6)})
     assert bits_of(plan, [tied]) == {"embed.weight": 6}
     with pytest.raises(ConfigError, match=r"matches no tensor"):
@@ -189,7 +191,7 @@ def test_every_tensor_that_stays_in_float_says_why():
         "stem.bias": "not a weight",
         "layer1.dw.weight": 'by plan (p:5 [name."layer1.*"])',
         "layer1.pw.weight": 'by plan (p:5 [name."layer1.*"])',
-        "rnn.weight_ih_l0": "this version does not compress recurrent weights",
+        "rnn.weight_ih_l0": "recurrent weights are not compressed in this version",
         "fc.bias": "not a weight",
     }
 
@@ -202,7 +204,7 @@ def test_skip_can_be_taken_back_by_a_stronger_table_and_needs_no_bits():
 def test_a_bare_state_dict_has_tensors_of_no_kind():
     tensors = [("a.weight", "unknown")]
     assert resolve(Plan(default=Settings(bits=2)), tensors)["a.weight"].reason == (
-        "a bare state dict does not say whether this is a weight: give --arch"
+        "a bare state dict does not tell whether this is a weight; add --arch"
     )
 
 
@@ -292,9 +294,9 @@ def test_the_scheme_of_each_tensor():
 def test_a_uniform_grid_shares_no_palettes():
     plan = parse_plan('version = 1\n[default]\nbits = 4\nrows_per_lut = 16\n[kind.linear]\nscheme = "uniform"', "p")
     message = (
-        r'^fc\.weight: rows_per_lut = 16 \(p:4 \[default\]\) is about palettes, and scheme = "uniform" '
-        r"\(p:6 \[kind\.linear\]\) has none: leave one of them out, or say rows_per_lut = \"auto\" where the scheme "
-        r"is uniform\.$"
+        r'^fc\.weight: rows_per_lut = 16 \(p:4 \[default\]\) applies to scheme "palette" or "auto" only, but scheme = '
+        r'"uniform" \(p:6 \[kind\.linear\]\); set scheme = "palette" or "auto", or remove rows_per_lut \(or set it to '
+        r'"auto" for weights of other schemes\)\.$'
     )
     with pytest.raises(ConfigError, match=message):
         resolve(plan, NET)
@@ -307,8 +309,8 @@ def test_a_uniform_grid_shares_no_palettes():
 def test_a_uniform_grid_has_more_than_one_bit():
     with pytest.raises(
         ConfigError,
-        match=r'^stem\.weight: scheme = "uniform" \(--scheme\) must have bits in \[2, 8\], got bits = 1 \(--bits\): '
-        r'give more bits, or scheme = "palette", which writes 1 bit as two values\.$',
+        match=r'^stem\.weight: scheme = "uniform" \(--scheme\) needs bits in \[2, 8\], got bits = 1 \(--bits\); '
+        r'set more bits, or scheme = "palette", which stores 1 bit as two values\.$',
     ):
         resolve(Plan.from_flags(bits=1, scheme="uniform"), NET)
 
@@ -333,18 +335,17 @@ def test_block_size_by_default_goes_to_those_that_can_have_it():
     [
         (
             f"{BLOCKS}[kind.conv]\nblock_size = 16",
-            r"stem\.weight: block_size = 16 \(p:6 \[kind\.conv\]\) is for weights of kind linear or embedding, and "
-            r"this one is of kind conv: leave it out, or say it in \[default\], where it goes to those that can have "
-            r"it\.",
+            r"stem\.weight: block_size = 16 \(p:6 \[kind\.conv\]\) applies to linear or embedding weights only, but "
+            r"this one is conv; remove it, or set it in \[default\], where it is ignored for other weights\.",
         ),
         (
             f'{BLOCKS}[name."layer1.dw.*"]\nblock_size = 16',
-            r"layer1\.dw\.weight: block_size = 16 \(p:6 .* this one is of kind depthwise: leave it out.*",
+            r"layer1\.dw\.weight: block_size = 16 \(p:6 .* this one is depthwise; remove it.*",
         ),
         (
             "version = 1\n[default]\nbits = 4\nblock_size = 32",
-            r'fc\.weight: block_size = 32 \(p:4 \[default\]\) is about scales of even grids, and scheme = "palette" '
-            r'\(built-in default\) has none for blocks: say scheme = "uniform" or "auto", or leave it out\.',
+            r'fc\.weight: block_size = 32 \(p:4 \[default\]\) applies to scheme "uniform" or "auto" only, but scheme = '
+            r'"palette" \(built-in default\); set scheme = "uniform" or "auto", or remove block_size\.',
         ),
     ],
 )
@@ -355,8 +356,8 @@ def test_block_size_where_it_cannot_be_is_refused(text, message):
 
 def test_block_size_that_no_weight_can_have_is_refused():
     message = (
-        r"^block_size = 32 \(--block-size\) is for weights of kind linear or embedding, and none that is compressed to "
-        r"an even grid is of these: leave it out\.$"
+        r"^block_size = 32 \(--block-size\) has no effect: no linear or embedding weight uses scheme 'uniform' or "
+        r"'auto'; remove it\.$"
     )
     with pytest.raises(ConfigError, match=message):
         resolve(Plan.from_flags(bits=4, scheme="uniform", block_size=32), NET[:4])
@@ -365,9 +366,9 @@ def test_block_size_that_no_weight_can_have_is_refused():
 def test_a_uniform_grid_has_no_table_of_any_type():
     plan = parse_plan('version = 1\n[default]\nbits = 4\nlut_dtype = "int8"\n[kind.linear]\nscheme = "uniform"', "p")
     message = (
-        r'^fc\.weight: lut_dtype = "int8" \(p:4 \[default\]\) is about palettes, and scheme = "uniform" '
-        r"\(p:6 \[kind\.linear\]\) has none: leave one of them out, or say lut_dtype = \"float32\" where the scheme is "
-        r"uniform\.$"
+        r'^fc\.weight: lut_dtype = "int8" \(p:4 \[default\]\) applies to scheme "palette" or "auto" only, but scheme = '
+        r'"uniform" \(p:6 \[kind\.linear\]\); set scheme = "palette" or "auto", or remove lut_dtype \(or set it to '
+        r'"float32" for weights of other schemes\)\.$'
     )
     with pytest.raises(ConfigError, match=message):
         resolve(plan, NET)
@@ -386,9 +387,9 @@ def test_a_saved_plan_gives_what_some_lack_to_no_one_else():
     ("text", "message"),
     [
         ("version = = 1", r"p: not valid TOML: .*at line 1, column 11.*\."),
-        ("[default]\nbits = 2", r"p: version is missing: begin the plan with `version = 1`\."),
-        ("\nversion = 2", r"p:2: version must be 1, the one that this qcompress reads, got 2\."),
-        ("version = true", r"p:1: version must be 1, the one that this qcompress reads, got True\."),
+        ("[default]\nbits = 2", r"p: version is missing; begin the plan with `version = 1`\."),
+        ("\nversion = 2", r"p:2: version must be 1, got 2\."),
+        ("version = true", r"p:1: version must be 1, got True\."),
         (
             "version = 1\n[defaults]",
             r"p:2: unknown key 'defaults'; known: version, default, kind, name\. Did you mean default\?",
@@ -402,12 +403,12 @@ def test_a_saved_plan_gives_what_some_lack_to_no_one_else():
         ),
         (
             "version = 1\n[kind.recurrent]\nbits = 2",
-            r"p:2 \[kind\.recurrent\]: this version does not compress recurrent weights; leave the table out, or say "
-            r"skip = true and nothing else\.",
+            r"p:2 \[kind\.recurrent\]: recurrent weights are not compressed in this version; remove the table, or set "
+            r"nothing in it but skip = true\.",
         ),
         (
             "version = 1\n\n[default]\nbit = 2",
-            rf"p:4 \[default\] bit: unknown key; known: {', '.join(FIELDS)}\. Did you mean bits\?",
+            rf"p:4 \[default\] bit: unknown key; known: {', '.join(KEYS)}\. Did you mean bits\?",
         ),
         ("version = 1\n[default]\nbits = 9", r"p:3 \[default\] bits must be an integer in \[1, 8\], got 9\."),
         ("version = 1\n[default]\nbits = 2.0", r"p:3 \[default\] bits must be an integer in \[1, 8\], got 2\.0\."),
@@ -455,7 +456,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         (lambda: Settings(bits=9), r"Settings\.bits must be an integer in \[1, 8\], got 9\."),
         (
             lambda: Settings(bit=2),
-            rf"Settings\.bit: unknown key; known: {', '.join(FIELDS)}\. Did you mean bits\?",
+            rf"Settings\.bit: unknown key; known: {', '.join(KEYS)}\. Did you mean bits\?",
         ),
         (lambda: Plan.from_flags(bits=9), r"--bits must be an integer in \[1, 8\], got 9\."),
         (
@@ -503,7 +504,7 @@ def test_a_pattern_that_matches_only_what_is_never_compressed_is_refused():
     plan = Plan(default=Settings(bits=2), name={"*.bias": Settings(bits=4)})
     with pytest.raises(
         ConfigError,
-        match=r'^\[name\."\*\.bias"\] matches nothing that is compressed: stem\.bias: not a weight\. '
+        match=r'^\[name\."\*\.bias"\] matches no weight that can be compressed; stem\.bias: not a weight\. '
         r"`qcompress inspect MODEL` lists the legal names\.$",
     ):
         resolve(plan, NET)
@@ -511,7 +512,7 @@ def test_a_pattern_that_matches_only_what_is_never_compressed_is_refused():
 
 
 def test_weights_without_bits_are_refused():
-    wanted = r"no bits set: give --bits N \(1 to 8\), or set bits in a plan \(--plan FILE\)\.$"
+    wanted = r"bits is unset; add --bits N \(1 to 8\), or set bits in a plan \(--plan FILE\)\.$"
     with pytest.raises(ConfigError, match=rf"^stem\.weight and 3 more weights: {wanted}"):
         resolve(Plan(), NET)
     with pytest.raises(ConfigError, match=rf"^fc\.weight: {wanted}"):
@@ -522,7 +523,7 @@ def test_kind_tables_on_a_bare_state_dict_are_refused():
     plan = parse_plan("version = 1\n[default]\nbits = 2\n[kind.first]\nbits = 8", "p")
     with pytest.raises(
         ConfigError,
-        match=r"^p:4 \[kind\.first\]: a bare state dict does not say of what kinds its tensors are: give --arch, or "
-        r'write \[name\."PATTERN"\] tables\.$',
+        match=r"^p:4 \[kind\.first\]: a bare state dict does not tell the kinds of its layers; add --arch, or use "
+        r'\[name\."PATTERN"\] tables\.$',
     ):
         resolve(plan, [("a.weight", "unknown")])

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 
 from qcompress.errors import ConfigError, DataError
 from qcompress.posthoc import calibration
-from qcompress.posthoc.calibration import METHODS, Observer, grid, saturation, sqnr_db
+from qcompress.posthoc.calibration import METHODS, choose_grid, saturation, sqnr_db
+from qcompress.posthoc.histogram import Observer
 from tests.helpers.reference import affine_error, best_affine_error, entropy_divergences
 
 BITS = (1, 2, 3, 4, 8)
@@ -43,6 +44,10 @@ def seen(*batches):
     for batch in batches:
         observer.observe(np.asarray(batch))
     return observer
+
+
+def grid(observer, bits, method="mse", percentile=99.99):
+    return choose_grid(observer, bits, method, percentile)
 
 
 def floats(chosen):
@@ -129,19 +134,19 @@ def test_an_empty_batch_is_nothing():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused_and_leave_no_trace(bad):
     observer = seen(np.ones(3, np.float32))
-    message = "^x must be finite in float32 on calibration data, got 2 of 5 that are not: leave those samples out.$"
+    message = "^x must be finite in float32 on calibration data, but 2 of 5 values are not; remove the samples that .*$"
     with pytest.raises(DataError, match=message):
         observer.observe(np.array([1, bad, 2, bad, -1], np.float32))
     assert (observer.count, observer.min, observer.max) == (3, 1, 1)
 
 
 def test_float64_beyond_float32_is_not_finite():
-    with pytest.raises(DataError, match="got 1 of 2 that are not"):
+    with pytest.raises(DataError, match="but 1 of 2 values are not"):
         seen(np.array([1e39, 0]))
 
 
 def test_nothing_observed_is_an_error():
-    message = "^x must be observed before a grid is chosen, got no calibration data.$"
+    message = "^x was not observed: its grid needs calibration data.$"
     for ask in (grid, lambda o, b: saturation(o, 1, 0, b), lambda o, b: sqnr_db(o, 1, 0, b)):
         with pytest.raises(DataError, match=message):
             ask(seen(), 8)

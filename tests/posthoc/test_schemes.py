@@ -11,10 +11,13 @@ from torch import nn
 from qcompress.artifacts import IntegerWeight, PalettizedWeight
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
+from qcompress.graph.tensors import program_tensors
 from qcompress.palettes.even_grid import round_to_nearest
-from qcompress.plan.plan import Plan, resolve
-from qcompress.posthoc.compress import compress_program, program_tensors
+from qcompress.plan.plan import Plan
+from qcompress.plan.resolve import resolve
+from qcompress.posthoc.compress import compress_program
 from qcompress.posthoc.schemes import better, codes_for
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.parity.decode import decoded, mismatches
@@ -91,7 +94,7 @@ def test_auto_takes_the_better_one(name, effort):
     data = Dataset(inputs={"x": np.random.default_rng(1).standard_normal((256, weight.shape[1])).astype(np.float32)})
     given = data if effort == "balanced" else None
     plan = Plan.from_flags(bits=2 if name == "clusters" else 4, scheme="auto")
-    found = compress_program(program_of(weight), plan, calibration=given, effort=effort)
+    found = compress_program(program_of(weight), plan, PosthocSettings(effort=effort), calibration=given)
     assert isinstance(found.artifacts["weight"], wanted)
 
 
@@ -102,7 +105,9 @@ def test_vectors_from_a_plan_to_a_file(vector_dim):
     x, new = (np.random.default_rng(s).standard_normal((256, 64)).astype(np.float32) * size for s in (2, 3))
     program, plan = program_of(weight), Plan.from_flags(bits=4, vector_dim=vector_dim)
     small = {
-        effort: compress_program(program, plan, calibration=Dataset(inputs={"input": x}), effort=effort)
+        effort: compress_program(
+            program, plan, PosthocSettings(effort=effort), calibration=Dataset(inputs={"input": x})
+        )
         for effort in ("fast", "balanced")
     }
     errors = [np.square((m.artifacts["weight"].dequantize() - weight) @ new.T).sum() for m in small.values()]
@@ -118,7 +123,9 @@ def test_vectors_are_refused_where_they_cannot_be():
     program = program_of(np.ones((3, 5), np.float32))
     for other, value in (("scheme", "uniform"), ("rows_per_lut", 2)):
         with pytest.raises(ConfigError, match=rf"vector_dim = 2 \(--vector-dim\) is about one .* {other} = "):
-            compress_program(program, Plan.from_flags(bits=4, vector_dim=2, **{other: value}), effort="fast")
+            compress_program(
+                program, Plan.from_flags(bits=4, vector_dim=2, **{other: value}), PosthocSettings(effort="fast")
+            )
     with pytest.raises(ConfigError, match="--vector-dim must be 1, 2, 4 or 8, got 3"):
         Plan.from_flags(bits=4, vector_dim=3)
 
@@ -138,8 +145,8 @@ def test_blocks_from_a_plan_to_a_file():
     x, new = ((np.random.default_rng(s).standard_normal((512, 70)) @ mix).astype(np.float32) for s in (2, 3))
 
     def error(effort, **words):
-        given = {"calibration": Dataset(inputs={"input": x}), "effort": effort}
-        small = compress_program(program_of(weight), Plan.from_flags(bits=3, scheme="uniform", **words), **given)
+        plan, data = Plan.from_flags(bits=3, scheme="uniform", **words), Dataset(inputs={"input": x})
+        small = compress_program(program_of(weight), plan, PosthocSettings(effort=effort), calibration=data)
         return small, np.square((small.artifacts["weight"].dequantize() - weight) @ new.T).sum()
 
     (_, nearest), (small, solved) = (error(effort, block_size=16) for effort in ("fast", "balanced"))
@@ -204,7 +211,7 @@ def test_blocks_beside_int8_layers_compute_in_float():
 def test_auto_has_blocks_in_its_even_grids_alone(name):
     weight, wanted = WEIGHTS[name]
     plan = Plan.from_flags(bits=2 if name == "clusters" else 4, scheme="auto", block_size=128)
-    artifact = compress_program(program_of(weight), plan, effort="fast").artifacts["weight"]
+    artifact = compress_program(program_of(weight), plan, PosthocSettings(effort="fast")).artifacts["weight"]
     assert isinstance(artifact, wanted)
     assert getattr(artifact, "block_size", None) == (128 if wanted is IntegerWeight else None)
 
@@ -214,7 +221,9 @@ def test_vectors_that_do_not_divide_a_weight_are_filled_up():
     x = np.random.default_rng(2).standard_normal((128, 45)).astype(np.float32)
     for effort in ("fast", "balanced"):
         plan = Plan.from_flags(bits=3, vector_dim=4)
-        small = compress_program(program_of(weight), plan, calibration=Dataset(inputs={"input": x}), effort=effort)
+        small = compress_program(
+            program_of(weight), plan, PosthocSettings(effort=effort), calibration=Dataset(inputs={"input": x})
+        )
         artifact = small.artifacts["weight"]
         assert (artifact.vector_dim, artifact.codes.shape) == (4, (417,))
         for target in ("1.16", "1.20", "1.24"):
@@ -230,8 +239,8 @@ def test_small_palettes_of_fewer_bits_make_a_smaller_file(effort):
     nbytes, errors = {}, {}
     for lut_dtype in ("float32", "float16", "int8"):
         plan = Plan.from_flags(bits=4, rows_per_lut=4, lut_dtype=lut_dtype)
-        given = {"calibration": Dataset(inputs={"input": x}), "effort": effort}
-        small = compress_program(program_of(weight), plan, **given)
+        data = Dataset(inputs={"input": x})
+        small = compress_program(program_of(weight), plan, PosthocSettings(effort=effort), calibration=data)
         artifact = small.artifacts["weight"]
         assert artifact.lut.dtype == lut_dtype
         assert artifact.nbytes == 64 * 70 // 2 + 16 * 16 * artifact.lut.itemsize + (
@@ -251,7 +260,7 @@ def test_small_palettes_of_fewer_bits_make_a_smaller_file(effort):
 def test_every_table_decodes(lut_dtype, vector_dim, bits):
     weight = np.random.default_rng(bits).standard_normal((37, 45)).astype(np.float32)
     plan = Plan.from_flags(bits=bits, lut_dtype=lut_dtype, vector_dim=vector_dim)
-    small = compress_program(program_of(weight), plan, effort="fast")
+    small = compress_program(program_of(weight), plan, PosthocSettings(effort="fast"))
     for target in ("1.16", "1.24"):
         decodes(small, target)
 

@@ -10,15 +10,19 @@ from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.sites import MarkedRunner, mark
-from qcompress.plan.plan import Plan, resolve
-from qcompress.posthoc.compress import compress_program, program_tensors
+from qcompress.graph.tensors import program_tensors
+from qcompress.plan.plan import Plan
+from qcompress.plan.resolve import resolve
+from qcompress.posthoc.compress import compress_program
 from qcompress.posthoc.moments import Moments, has_moments, places
-from qcompress.posthoc.solve import solve_weights
+from qcompress.posthoc.settings import PosthocSettings
+from qcompress.posthoc.solve import SolveSettings, solve_weights
 from qcompress.posthoc.walk import walk
 from qcompress.solvers import SOLVERS
 from tests.helpers.nets import image, residual, traced
 from tests.helpers.odd_nets import odd_inputs, odd_net
 
+GPTQ = SolveSettings("gptq")
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (5,)),
     "linear 3d": (lambda: nn.Linear(5, 4), (3, 5)),
@@ -111,9 +115,10 @@ def noise(program, small, inputs):
 def test_solved_weights_make_less_noise_on_new_inputs(bits, scheme):
     x, program = image(96), residual()
     plan = Plan.from_flags(bits=bits, scheme=scheme)
-    plain = compress_program(program, plan, effort="fast")
+    plain = compress_program(program, plan, PosthocSettings(effort="fast"))
     tensors = {t.name: t for t in resolve(plan, program_tensors(plain.program)).compressed}
-    solved = solve_weights(plain.program, tensors, plain.artifacts, [{"x": part} for part in np.split(x, 3)])
+    batches = [{"x": part} for part in np.split(x, 3)]
+    solved = solve_weights(plain.program, tensors, plain.artifacts, batches, GPTQ)
     found, gains = solved.artifacts, solved.gains
     new = {"x": image(64, seed=9)}
     assert noise(plain.program, found, new) < 0.6 * noise(plain.program, plain.artifacts, new)
@@ -133,7 +138,7 @@ def test_what_is_exact_stays_so():
     plan = Plan.from_flags(bits=2)
     plain = compress_program(program, plan)
     tensors = {t.name: t for t in resolve(plan, program_tensors(program)).compressed}
-    solved = solve_weights(program, tensors, plain.artifacts, [{"x": x}])
+    solved = solve_weights(program, tensors, plain.artifacts, [{"x": x}], GPTQ)
     found, gains = solved.artifacts, solved.gains
     assert all(np.array_equal(found[n].dequantize(), v.numpy()) for n, v in program.state().items())
     assert [g.solved_db for g in gains] == [None] * len(gains)
@@ -179,8 +184,8 @@ def test_each_solver_does_better_than_the_one_before_it():
     program = traced(layer, x=np.zeros((2, 48), np.float32))
     x, new = (image(256, seed=seed, shape=(48,)) * size for seed in (1, 2))
     data, plan, new = Dataset(inputs={"x": x}), Plan.from_flags(bits=2), {"x": new}
-    found = [compress_program(program, plan, calibration=data, solver=solver) for solver in SOLVERS]
+    found = [compress_program(program, plan, PosthocSettings(solver=solver), calibration=data) for solver in SOLVERS]
     noises = [noise(small.program, small.artifacts, new) for small in found]
     assert noises == sorted(noises, reverse=True), noises
     with pytest.raises(ConfigError, match="solver must be one of nearest, weighted, gptq, got 'best'"):
-        compress_program(program, plan, calibration=data, solver="best")
+        compress_program(program, plan, PosthocSettings(solver="best"), calibration=data)

@@ -9,7 +9,9 @@ from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
 from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress, compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress.posthoc.synthesis import synthesize
+from qcompress_exporters import build
 from tests.helpers.nets import image, randomized, residual, traced
 
 
@@ -78,7 +80,8 @@ def test_statistics_are_those_of_the_batchnorms(small):
 def test_they_are_the_same_each_time(small, monkeypatch):
     monkeypatch.setattr("qcompress.posthoc.synthesis._STEPS", 3)
     program = traced(small, x=smooth_images(2, seed=0).numpy())
-    assert synthesize(program).digest == synthesize(program).digest
+    assert synthesize(program).digest == synthesize(program).digest == synthesize(program, seed=0).digest
+    assert synthesize(program, seed=1).digest == synthesize(program, seed=1).digest != synthesize(program).digest
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,19 @@ def test_inputs_of_any_rank(module, example):
     made = synthesize(traced(randomized(module), x=example.numpy()))
     assert next(iter(made.inputs.values())).shape == (128, *example.shape[1:])
     assert all(np.isfinite(x).all() for x in made.inputs.values())
+
+
+@pytest.mark.usefixtures("all_cores")
+def test_another_seed_makes_another_file(small, monkeypatch):
+    """`export --seed` changed nothing."""
+    monkeypatch.setattr("qcompress.posthoc.synthesis._STEPS", 3)
+    example = (smooth_images(2, seed=0),)
+
+    def data(**seed: int) -> bytes:
+        return build(compress(small, Plan.from_flags(bits=2), example_inputs=example, **seed)).data
+
+    assert data() == data(seed=0)
+    assert data(seed=1) == data(seed=1) != data()
 
 
 def test_large_inputs_are_fewer():
@@ -142,7 +158,10 @@ def test_without_batchnorm_a_note_says_what_is_left():
     found = compress_program(linear, Plan.from_flags(bits=4))
     assert not found.solved_on
     assert any("no BatchNorm" in note and "--calibration" in note for note in found.notes)
-    with pytest.raises(ConfigError, match="no BatchNorm to synthesise any from: give --calibration"):
-        compress_program(linear, Plan.from_flags(bits=4), effort="balanced")
-    with pytest.raises(ConfigError, match="none are synthesised"):
-        compress_program(linear, Plan.from_flags(bits=4), effort="balanced", synthetic=False)
+    with pytest.raises(
+        ConfigError,
+        match=r"^effort \"balanced\" needs inputs .* no BatchNorm to synthesise inputs from; pass --calibration\.$",
+    ):
+        compress_program(linear, Plan.from_flags(bits=4), PosthocSettings(effort="balanced"))
+    with pytest.raises(ConfigError, match=r"but synthesising inputs is switched off; pass --calibration\.$"):
+        compress_program(linear, Plan.from_flags(bits=4), PosthocSettings(effort="balanced", synthetic=False))

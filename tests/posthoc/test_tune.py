@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from qcompress.artifacts import FloatWeight, PalettizedWeight
+from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
 from qcompress.palettes.even_grid import round_to_nearest
-from qcompress.palettes.integer import palettize_int8
+from qcompress.palettes.int8_palette import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress_program
-from qcompress.posthoc.tune import _Codes, output_error, tune
+from qcompress.posthoc.latent import Latent, latent_of
+from qcompress.posthoc.settings import PosthocSettings
+from qcompress.posthoc.tune import output_error, tune
 from tests.helpers.nets import Residual, image, randomized, traced
 
 random = np.random.default_rng(0)
@@ -38,27 +40,33 @@ ARTIFACTS = {
 }  # fmt: skip
 
 
+def latent(artifact: Artifact) -> Latent:
+    found = latent_of(artifact, torch.zeros(artifact.shape), "cpu")
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("name", ARTIFACTS)
 def test_it_starts_from_what_was_solved(name):
     artifact = ARTIFACTS[name]
-    place = _Codes(artifact, "cpu")
-    np.testing.assert_array_equal(place.value().detach().numpy(), artifact.dequantize())
-    np.testing.assert_array_equal(place.artifact().dequantize(), artifact.dequantize())
+    found = latent(artifact)
+    np.testing.assert_array_equal(found.value().detach().numpy(), artifact.dequantize())
+    np.testing.assert_array_equal(found.artifact().dequantize(), artifact.dequantize())
 
 
 @pytest.mark.parametrize("name", ARTIFACTS)
 def test_gradients_pass_straight_on_and_codes_follow(name):
     artifact = replace(ARTIFACTS[name], codes=np.roll(ARTIFACTS[name].codes, 1, axis=-1))
-    place = _Codes(artifact, "cpu")
+    tuned = latent(artifact)
     weight = WEIGHT.reshape(artifact.shape)
     wanted = torch.from_numpy(weight)
-    optimizer = torch.optim.Adam([*place.latents(), *place.others()], lr=0.02)
+    optimizer = torch.optim.Adam([*tuned.latents(), *tuned.others()], lr=0.02)
     for _ in range(100):
         optimizer.zero_grad()
-        (place.value() - wanted).square().mean().backward()
+        (tuned.value() - wanted).square().mean().backward()
         optimizer.step()
-    found = place.artifact()
-    np.testing.assert_allclose(found.dequantize(), place.value().detach().numpy(), rtol=1e-5, atol=1e-6)
+    found = tuned.artifact()
+    np.testing.assert_allclose(found.dequantize(), tuned.value().detach().numpy(), rtol=1e-5, atol=1e-6)
     errors = [float(np.square(a.dequantize() - weight).mean()) for a in (artifact, found)]
     assert errors[1] < 0.5 * errors[0]
     assert (type(found), found.bits, found.shape) == (type(artifact), artifact.bits, artifact.shape)
@@ -68,7 +76,7 @@ def test_a_badly_rounded_net_comes_nearer_to_the_float_net():
     torch.manual_seed(0)
     convolutions = [layer for c, o in ((3, 16), (16, 32), (32, 16)) for layer in (nn.Conv2d(c, o, 3), nn.ReLU())]
     program = traced(nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(144, 5)).eval(), x=image(2))
-    rough = compress_program(program, Plan.from_flags(bits=1), effort="fast")
+    rough = compress_program(program, Plan.from_flags(bits=1), PosthocSettings(effort="fast"))
     tuned = tune(program, rough.artifacts, [{"input": image(32, seed=seed)} for seed in range(8)])
     new = [{"input": image(256, seed=99)}]
     assert output_error(program, tuned, new) < 0.85 * output_error(program, rough.artifacts, new)
@@ -80,9 +88,11 @@ def test_a_badly_rounded_net_comes_nearer_to_the_float_net():
 def test_best_keeps_what_was_solved_where_tuning_gains_nothing():
     program = traced(randomized(Residual()), x=image(2))
     plan, data = Plan.from_flags(bits=2), Dataset(inputs={"x": image(256)}, name="c.npz")
-    solved, best = (compress_program(program, plan, calibration=data, effort=e) for e in ("balanced", "best"))
-    assert "32 samples that were held back" in best.notes[-1]
-    assert best.notes[-1].endswith("no gain, so all stays as it was solved.")
+    solved, best = (
+        compress_program(program, plan, PosthocSettings(effort=e), calibration=data) for e in ("balanced", "best")
+    )
+    assert "32 held-back samples" in best.notes[-1]
+    assert best.notes[-1].endswith("tuning does not help, so the solved weights are kept.")
     new = [{"x": image(64, seed=9)}]
     errors = [output_error(m.program, m.artifacts, new) for m in (solved, best)]
     assert errors[0] == errors[1]
@@ -94,12 +104,15 @@ def test_what_cannot_be_tuned_stays():
     floats = {n: FloatWeight(values=v.detach().numpy(), reason="") for n, v in program.state().items()}
     found = tune(program, {**floats}, batches, steps=3)
     assert all(found[n] is floats[n] for n in floats if "bias" not in n)
-    few = compress_program(program, Plan.from_flags(bits=1), calibration=Dataset(inputs=batches[0]), effort="best")
-    assert few.notes[-1] == "too few inputs to tune on: effort best takes 256 or more."
+    settings, data = PosthocSettings(effort="best"), Dataset(inputs=batches[0])
+    few = compress_program(program, Plan.from_flags(bits=1), settings, calibration=data)
+    assert few.notes[-1] == 'too few inputs to tune on: effort "best" needs at least 256.'
 
 
 def test_it_is_for_compute_float():
     program = traced(randomized(Residual()), x=image(2))
-    data = Dataset(inputs={"x": image(8)})
-    with pytest.raises(ConfigError, match="compute float alone, got compute int8: take balanced"):
-        compress_program(program, Plan.from_flags(bits=4, activation_bits=8), calibration=data, effort="best")
+    plan, data = Plan.from_flags(bits=4, activation_bits=8), Dataset(inputs={"x": image(8)})
+    with pytest.raises(
+        ConfigError, match=r'^effort "best" works with compute "float" only, got compute "int8"; use "balanced"\.$'
+    ):
+        compress_program(program, plan, PosthocSettings(effort="best"), calibration=data)

@@ -1,4 +1,4 @@
-"""Every pure function against the equations, one element at a time, in float64: output and all gradients."""
+"""Compares output and gradients of every pure function with the equations, one element at a time, in float64."""
 
 import numpy as np
 import pytest
@@ -14,19 +14,19 @@ from tests.helpers.gradients import agree
 SIGNED, UNSIGNED = [(-2, 1), (-8, 7), (-128, 127)], [(0, 1), (0, 3), (0, 255)]
 
 
-def values(seed=0, shape=(3, 4, 5), spread=3.0):
-    return np.random.default_rng(seed).normal(scale=spread, size=shape)
+def values(seed=0, shape=(3, 4, 5), sigma=3.0):
+    return np.random.default_rng(seed).normal(scale=sigma, size=shape)
 
 
 def edges(qmin, qmax, scale):
-    """Ties, boundaries and their neighbours; what is far outside on both sides; zeros of both signs."""
+    """Returns ties, boundaries and their neighbours, values far outside on both sides, and zeros of both signs."""
     halves = np.array([qmin - 1, qmin - 0.5, qmin, qmin + 0.5, -0.5, 0.5, 1.5, qmax - 0.5, qmax, qmax + 0.5, qmax + 1])
     near = np.concatenate([halves, halves + 1e-9, halves - 1e-9])
     return np.concatenate([near, [0.0, -0.0, -1e9, 1e9]]) * scale
 
 
 INPUTS = {
-    "random": lambda qmin, qmax: values(spread=max(1, qmax)),
+    "random": lambda qmin, qmax: values(sigma=max(1, qmax)),
     "edges": lambda qmin, qmax: edges(qmin, qmax, 0.5),
     "all below": lambda qmin, qmax: np.full(5, -1000.0),
     "all above": lambda qmin, qmax: np.full(5, 1000.0),
@@ -86,8 +86,8 @@ def test_pact(x, bits):
 
 
 WEIGHTS = {
-    "random": values(spread=0.1),
-    "outlier": np.append(values(shape=29, spread=0.1), 5.0).reshape(3, 10),
+    "random": values(sigma=0.1),
+    "outlier": np.append(values(shape=29, sigma=0.1), 5.0).reshape(3, 10),
     "negative": -np.abs(values(shape=(2, 3))),
     "equal": np.full((2, 3), 0.5),
     "zeros": np.zeros((2, 3)),
@@ -119,7 +119,7 @@ def test_n2uq_activation(bits, start, input_scale, output_scale, even):
     intervals = np.full(count, 0.25) if even else np.random.default_rng(bits).integers(1, 9, count) / 8
     ends = start + np.concatenate([[0], intervals.cumsum()])
     special = np.concatenate([ends, ends[:-1] + intervals / 2, [-9.0, 0.0, 99.0]]) / input_scale
-    for x in (special, values(spread=1.0), np.full(3, -1e6), np.full(3, 1e6), np.array(0.3)):
+    for x in (special, values(sigma=1.0), np.full(3, -1e6), np.full(3, 1e6), np.array(0.3)):
         tensors = {
             "x": x, "start": np.array(start), "intervals": intervals, "input_scale": np.array(input_scale),
             "output_scale": np.array(output_scale),
@@ -136,7 +136,7 @@ def test_n2uq_activation(bits, start, input_scale, output_scale, even):
 def test_any_input(x, scale, offset, limits):
     s, b = np.array(scale), np.array(offset)
     agree(qc.quantizers.lsq, reference.lsq, {"x": x, "scale": s}, *limits)
-    if scale in (0.25, 1.0):  # elsewhere a tie may be rounded before it is one
+    if scale in (0.25, 1.0):  # with other scales a tie may be rounded away before the comparison
         agree(qc.quantizers.lsq_plus, reference.lsq_plus, {"x": x, "scale": s, "offset": b}, *limits)
 
 

@@ -1,4 +1,4 @@
-"""What every quantizer of the table promises."""
+"""The contract of every quantizer in the table."""
 
 import copy
 import re
@@ -19,7 +19,7 @@ ACTIVATIONS = [(name, m.activation) for name, m in QUANTIZERS.items() if m.activ
 
 
 def granularities(found, channels, axis=0):
-    """The arguments that the scales of a method can have."""
+    """Returns the arguments that a method can take for its scales."""
     one, each = {}, {"axis": axis, "channels": channels}
     return {"tensor": [one], "channel": [{"axis": axis}], "either": [one, each]}[found.scales]
 
@@ -43,7 +43,8 @@ def activation_cases():
                 plus = qc.quantizers.LsqPlus(bits=bits, role="activation", configuration=c, init=init)
                 yield pytest.param(plus, id=f"lsq_plus-{c}-{init}-{bits}")
     for bits in (2, 3, 4):
-        yield pytest.param(qc.quantizers.N2uqActivation(bits=bits, init="lsq"), id=f"n2uq-lsq-{bits}")
+        for init in ("n2uq", "lsq"):
+            yield pytest.param(qc.quantizers.N2uqActivation(bits=bits, init=init), id=f"n2uq-{init}-{bits}")
 
 
 BATCHES = {
@@ -65,7 +66,7 @@ def same_bits(a, b):
 
 
 def shaken(quantizer):
-    """Its parameters moved a little, as training would."""
+    """Changes the parameters a little, as training would."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in quantizer.parameters():
@@ -139,7 +140,7 @@ def test_an_offset_on_the_grid_is_computed_with_as_a_zero_point(configuration, b
 
 @pytest.mark.parametrize(("name", "found"), [w for w in WEIGHTS if w[0] not in ("dorefa", "n2uq", "ternary")])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_a_uniform_grid_holds_what_it_gave(name, found, bits):
+def test_values_on_a_uniform_grid_do_not_change(name, found, bits):
     quantizer = found.make(bits=bits)
     quantizer.initialise(weight_of((8, 9)))
     once = quantizer(weight_of((8, 9)))
@@ -147,7 +148,7 @@ def test_a_uniform_grid_holds_what_it_gave(name, found, bits):
 
 
 @pytest.mark.parametrize("quantizer", [case for case in activation_cases() if not case.id.startswith("n2uq")])
-def test_a_uniform_activation_grid_holds_what_it_gave(quantizer):
+def test_values_on_a_uniform_activation_grid_do_not_change(quantizer):
     quantizer = copy.deepcopy(quantizer)
     quantizer.initialise(BATCHES["swish"])
     once = quantizer(BATCHES["swish"][0])
@@ -244,7 +245,7 @@ def test_modules_compute_in_float64_too(name, found):
 
 
 def test_g_counts_the_weights_of_a_scale_and_the_features_of_a_sample():
-    weight = torch.full((4, 8), 9.0)  # all above the range: the gradient of a scale is p for each
+    weight = torch.full((4, 8), 9.0)  # all above the range: each adds p to the gradient of its scale
     for settings, wanted in (({}, 32 / 32**0.5), ({"axis": 0, "channels": 4}, 8 / 8**0.5)):
         quantizer = qc.quantizers.Lsq(bits=2, role="weight", **settings)
         quantizer(weight).sum().backward()
@@ -311,9 +312,35 @@ def test_the_mse_start_is_better_than_min_max_where_there_are_outliers(configura
         ("lsq", "bias", 4, "way.role must be 'weight' or 'activation', got 'bias'."),
     ],
 )  # fmt: skip
-def test_what_a_method_is_not_for_is_refused(method, role, bits, message):
+def test_unsupported_roles_and_widths_are_rejected(method, role, bits, message):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         way(method, role, bits)
+
+
+@pytest.mark.parametrize(("name", "found"), ACTIVATIONS, ids=[name for name, _ in ACTIVATIONS])
+def test_what_a_method_cannot_quantize_has_a_fallback_that_can(name, found):
+    cases = [(bits, has_negative) for bits in range(1, 9) for has_negative in (False, True)]
+    left = [case for case in cases if found.obstacle(*case) is not None]
+    assert (found.fallback is None) == (not left)
+    for bits, has_negative in left:
+        assert way(found.fallback, "activation", bits).obstacle(bits, has_negative) is None
+
+
+@pytest.mark.parametrize(("name", "found"), ACTIVATIONS, ids=[name for name, _ in ACTIVATIONS])
+def test_the_table_says_which_methods_have_codes_for_negative_values(name, found):
+    for has_negative, options in ((False, found.without_negative), (True, found.with_negative or {})):
+        quantizer = found.make(bits=4, **options)
+        quantizer.initialise(BATCHES["swish" if has_negative else "relu"])
+        grid = quantizer.activation_grid(("x", -1))
+        lowest = grid.dequantize(np.arange(grid.levels, dtype=np.uint8)).min()
+        assert (lowest < 0) == (has_negative and found.obstacle(4, has_negative=True) is None)
+
+
+@pytest.mark.parametrize("method", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_biases_are_quantized_by_a_method_for_weights(method):
+    quantizer = way(method.bias, "weight", 8).make(bits=8)
+    quantizer.initialise(torch.tensor([0.5, -1.0]))
+    assert quantizer.step_size(torch.zeros(2)) is not None
 
 
 @pytest.mark.parametrize("bits", [0, 9])
@@ -369,30 +396,30 @@ ONE_BIT = "a signed grid of 1 bit has no positive code; use 2 to 8 bits, or dore
         ),
         (
             lambda: q.Lsq(bits=4, role="weight", axis=0),
-            "Lsq: axis and channels go together, got axis=0 and channels=None.",
+            "Lsq: axis and channels must be given together, got axis=0 and channels=None.",
         ),
         (
             lambda: q.Lsq(bits=4, role="activation", axis=0, channels=3),
-            "Lsq: an activation has one scale, got axis=0; leave axis and channels out.",
+            "Lsq: an activation has one scale, got axis=0; remove axis and channels.",
         ),
         (lambda: q.Tqt(bits=4, role="activation", features=0), "Tqt.features must be at least 1, got 0."),
         (
             lambda: q.Lsq(bits=4, role="weight", axis=0, channels=3).initialise(torch.ones(4, 3)),
-            "Lsq.channels is 3, but the weight has 4 on that axis.",
+            "Lsq.channels is 3, but the weight has 4 on axis 0.",
         ),
         (lambda: q.Ewgs(bits=4, role="weight", delta=-1), "Ewgs.delta must be finite and at least 0, got -1."),
         (lambda: q.Ternary(bits=3), "Ternary.bits must be 2, got 3."),
         (lambda: q.N2uqActivation(bits=5), "N2uqActivation.bits must be in [2, 4], got 5."),
         (
             lambda: q.N2uqActivation(bits=2, init="min_max"),
-            "N2uqActivation.init must be one of n2uq, lsq, got 'min_max'.",
+            "N2uqActivation.init must be one of n2uq, lsq_plus, lsq, got 'min_max'.",
         ),
         (
             lambda: q.Lsq(bits=4, role="activation").initialise([]),
-            "A quantizer is initialised from at least one value, got none.",
+            "A quantizer needs at least one value to be initialised from, got an empty tensor or list.",
         ),
     ],
 )
-def test_wrong_settings_are_refused(make, message):
+def test_invalid_arguments_are_rejected(make, message):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         make()

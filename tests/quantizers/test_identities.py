@@ -1,4 +1,4 @@
-"""What the methods are in special cases: each other, or nothing at all."""
+"""Special cases in which one method equals another."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def gradients(out, *leaves):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_n2uq_with_equal_intervals_is_the_plain_straight_through_quantizer(bits):
     count = 2**bits - 1
-    x = torch.linspace(-1.001, 3.0007, 1001, dtype=torch.float64, requires_grad=True)  # meets neither a tie nor an end
+    x = torch.linspace(-1.001, 3.0007, 1001, dtype=torch.float64, requires_grad=True)  # no value is a tie or an end
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     nonuniform = q.n2uq_activation(x, zero, torch.full((count,), 2 / count, dtype=torch.float64), one, one)
     plain = q.lsq(x, 2 / count * one, 0, count)
@@ -38,6 +38,17 @@ def test_n2uq_thresholds_are_where_its_codes_change():
     below = torch.nextafter(at, torch.full_like(at, -torch.inf))
     codes = [q.n2uq_activation(x, start, intervals, beta1, torch.tensor(1.5)).tolist() for x in (below, at)]
     assert codes == [[0, 1, 2], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("init", ["lsq_plus", "lsq"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_n2uq_starts_from_a_uniform_grid(bits, init):
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0)).relu() * 3
+    uniform = q.LsqPlus(bits=bits, role="activation", configuration=1, init=init)
+    thresholds = q.N2uqActivation(bits=bits, init=init)
+    for quantizer in (uniform, thresholds):
+        quantizer.initialise([x])
+    torch.testing.assert_close(thresholds(x), uniform(x))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 8])

@@ -1,4 +1,4 @@
-"""Every penalty against the equations, one element at a time, in float64: value and all gradients."""
+"""Compares value and gradients of every penalty with the equations, one element at a time, in float64."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ DIM = pytest.mark.parametrize("dim", [1, 2, 4])
 
 
 def times_g(answer):
-    """A reference of a penalty, with the gradient of a loss by it as one more argument."""
+    """Returns the reference of a penalty with one more argument: the gradient of a loss by the penalty."""
 
     def scaled(*arguments):
         value, gradients = answer(*arguments[:-1])

@@ -1,4 +1,4 @@
-"""Regularizers over whole models, in a loop that is the user's own."""
+"""Regularizers over whole models, in the user's own training loop."""
 
 import copy
 import re
@@ -94,7 +94,7 @@ def test_plain_descent_shrinks_ranges(kind):
 
 
 def test_margin_keeps_weights_outside_under_plain_descent():
-    """One step of M's whole gradient at rate 0.1 would throw M beyond every weight, and the term would fall silent."""
+    """With M's full gradient, one step at rate 0.1 would move M beyond every weight, and the term would stop acting."""
     torch.manual_seed(0)
     model = nn.Linear(100, 50)
     with torch.no_grad():
@@ -230,6 +230,6 @@ def test_state_is_saved_and_copied(make):
         (lambda: r.linf(torch.ones(2), dim=0), "vector_dim must be at least 1, got 0."),
     ],
 )
-def test_wrong_settings_are_refused(make, message):
+def test_invalid_arguments_are_rejected(make, message):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         make()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.solvers import Problem
-from qcompress.solvers.base import looked_up, nearest
+from qcompress.solvers.base import nearest_codes, values_of
 from qcompress.solvers.gptq import descend, error_feedback
 from qcompress.solvers.gptq import solve as gptq
 from qcompress.solvers.levels import IntegerPaletteLevels, PaletteLevels, UniformLevels
@@ -64,15 +64,15 @@ def test_error_feedback_is_the_slow_loop(kind, seed, bits):
 def test_descent_ends_where_no_single_weight_can_better_it(kind, seed, bits):
     given = problem(seed)
     found = levels(kind, given, bits)
-    start = nearest(found, given.target)
+    start = nearest_codes(found, given.target)
     codes = descend(given, found, start, passes=100)
-    least = given.error(looked_up(found, codes))
-    assert least <= given.error(looked_up(found, start)) * (1 + 1e-9)
+    least = given.error(values_of(found, codes))
+    assert least <= given.error(values_of(found, start)) * (1 + 1e-9)
     for place in np.ndindex(*codes.shape):
         for code in range(found.values.shape[1]):
             other = codes.clone()
             other[place] = code
-            assert given.error(looked_up(found, other)) >= least * (1 - 1e-5) - 1e-12
+            assert given.error(values_of(found, other)) >= least * (1 - 1e-5) - 1e-12
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,19 +81,19 @@ def test_descent_ends_where_no_single_weight_can_better_it(kind, seed, bits):
 def test_refitted_levels_are_better_and_sorted(kind, seed, bits):
     given = problem(seed)
     found = levels(kind, given, bits)
-    codes = nearest(found, given.target)
-    before = given.error(looked_up(found, codes))
+    codes = nearest_codes(found, given.target)
+    before = given.error(values_of(found, codes))
     better, codes = found.refit(given, codes)
     assert (better.values.diff(dim=1) >= 0).all()
     slack = 1.02 if kind == "int8 palette" else 1.005 if "halves" in kind else 1 + 1e-9  # entries are rounded
-    assert given.error(looked_up(better, codes)) <= before * slack + 1e-12
+    assert given.error(values_of(better, codes)) <= before * slack + 1e-12
 
 
 @given(seed=SEEDS)
 def test_a_palette_is_refitted_by_least_squares(seed):
     given = problem(seed, groups=1)
     found = levels("palette", given, 2)
-    codes = nearest(found, given.target)
+    codes = nearest_codes(found, given.target)
     better, _ = found.refit(given, codes)
     root = np.linalg.cholesky(given.hessian[0].numpy() + 1e-12 * np.eye(7))
     one_hot = np.eye(4)[codes[0].numpy()]  # [R, K, L]
@@ -123,10 +123,10 @@ def test_a_block_of_more_inputs_than_there_are_is_a_channel():
 def test_scales_of_blocks_are_refitted_together(seed, bits):
     given = problem(seed)
     found = levels("uniform blocks", given, bits)
-    codes = nearest(found, given.target)
+    codes = nearest_codes(found, given.target)
     better, _ = found.refit(given, codes)
     assert (better.scale >= 0.1 * found.scale * (1 - 1e-9)).all()
-    integers = (looked_up(found, codes) / found.factor.reshape(codes.shape)).numpy()
+    integers = (values_of(found, codes) / found.factor.reshape(codes.shape)).numpy()
     for g, r in np.ndindex(2, 3):
         root = np.linalg.cholesky(given.hessian[g].numpy() + 1e-12 * np.eye(7))
         blocks = np.stack([np.where(np.arange(7) // 3 == n, integers[g, r], 0) for n in range(3)])
@@ -150,8 +150,8 @@ def test_never_worse_than_the_nearest_levels(kind, seed, bits, rank):
     given = problem(seed, rank=rank)
     start = levels(kind, given, bits)
     found, codes = gptq(given, start)
-    plain = given.error(looked_up(start, nearest(start, given.target)))
-    assert given.error(looked_up(found, codes)) <= plain
+    plain = given.error(values_of(start, nearest_codes(start, given.target)))
+    assert given.error(values_of(found, codes)) <= plain
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,7 +159,7 @@ def test_inputs_of_zeros_are_solved_by_the_nearest_levels(kind):
     given = Problem(target=problem(0).target, hessian=torch.zeros(2, 7, 7, dtype=torch.float64))
     start = levels(kind, given, 3)
     found, codes = gptq(given, start)
-    assert torch.equal(looked_up(found, codes), looked_up(start, nearest(start, given.target)))
+    assert torch.equal(values_of(found, codes), values_of(start, nearest_codes(start, given.target)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,4 +172,4 @@ def test_the_artifact_holds_what_the_codes_stand_for(kind, shape, axis):
     small = found.artifact(codes.reshape(6, 7).numpy().astype(np.uint8), shape, axis)
     assert small.shape == shape
     rows = np.moveaxis(small.dequantize(), axis, 0).reshape(6, 7)
-    assert np.allclose(rows, looked_up(found, codes).reshape(6, 7).numpy(), rtol=1e-5)
+    assert np.allclose(rows, values_of(found, codes).reshape(6, 7).numpy(), rtol=1e-5)

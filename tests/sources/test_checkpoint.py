@@ -259,7 +259,7 @@ def test_tensors_need_no_torch(tmp_path, small, pt2):
     torch.save(small, tmp_path / "model.pt")
     pt2.save(tmp_path)
     code = (
-        "import sys; from qcompress.sources import load_source\n"
+        "import sys; from qcompress.openers import load_source\n"
         "for name in ('model.pt', 'model.pt2'):\n"
         f"    [t.array.read() for t in load_source({str(tmp_path)!r} + '/' + name).tensors()]\n"
         "assert 'torch' not in sys.modules"

@@ -10,7 +10,7 @@ from qcompress.graph.options import ProgramOptions
 from qcompress.openers import load_source
 from qcompress.sources.base import Source
 from qcompress.sources.pt2.archive import load_exported
-from qcompress.sources.pt2.graph import is_safe_target
+from qcompress.sources.pt2.forms import is_safe_target
 from qcompress.sources.pt2.symbols import is_symbolic_expression
 
 OPTIONS = ProgramOptions(inputs={"x": np.zeros((2, 3, 8, 8), np.float32)})

@@ -120,7 +120,7 @@ def test_a_changed_byte_is_read_or_refused(tmp_path_factory, data):
 def test_torch_is_never_imported(tmp_path):
     safetensors.numpy.save_file({"w": np.zeros((2, 2), np.float32)}, tmp_path / "m.safetensors")
     code = (
-        "import sys; from qcompress.sources import load_source\n"
+        "import sys; from qcompress.openers import load_source\n"
         f"s = load_source({str(tmp_path / 'm.safetensors')!r}); list(s.tensors()); s.sha256; s.original_bytes\n"
         "assert 'torch' not in sys.modules and 'onnx' not in sys.modules"
     )

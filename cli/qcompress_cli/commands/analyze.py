@@ -1,4 +1,4 @@
-"""`qcompress analyze MODEL`: what is in a model, and what each width would cost."""
+"""`qcompress analyze MODEL`: statistics of all tensors, and the bytes at each width."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from qcompress.analysis import WIDTHS, AnalysisReport, TensorReport, Totals, rep
 from qcompress.artifacts.size import format_size
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.open_model import open_model
-from qcompress_cli.inputs.project import settings
+from qcompress_cli.inputs.project import run_options
 from qcompress_cli.terminal.console import Ui, new_table
 from qcompress_cli.terminal.numbers import counted, number, shape_text, share
 from qcompress_cli.terminal.text import printable
@@ -28,7 +28,7 @@ def _bytes_column(bits: int) -> _Column:
     return _Column(f"{bits} bits", lambda t: format_size(t.nbytes_at[bits]), lambda s: format_size(s.nbytes_at[bits]))
 
 
-# What belongs together; sections share one table where the terminal is wide enough.
+# Columns that stay together; sections share one table where the terminal is wide enough.
 _SECTIONS: Final[tuple[tuple[_Column, ...], ...]] = (
     (
         _Column("shape", lambda t: shape_text(t.shape)),
@@ -56,29 +56,29 @@ _SECTIONS: Final[tuple[tuple[_Column, ...], ...]] = (
 @options.model_argument
 @options.arch_options
 @options.common_options
-def command(json: bool, quiet: bool, **flags: Any) -> None:
-    """Show what is in MODEL: statistics of every tensor, its outliers, and the bytes that it would take at 2, 3, 4
-    and 8 bits.
+def command(json: bool, quiet: bool, **params: Any) -> None:
+    """Show what is in MODEL: statistics and outliers of every tensor, and the bytes it would take at 2, 3, 4 and 8
+    bits.
 
-    Nothing in MODEL is run, so that a file one does not trust can be looked at. Code is run only where --arch stands
-    on the command line (an arch of the project's config is left out), to learn which tensors of a state dict are
-    weights; without it those of two or more axes count as weights.
+    This runs no code from MODEL, so it is safe for files that you do not trust. Your own code runs only if --arch is
+    on the command line (an arch in the project's config is ignored); it tells which tensors of a state dict are
+    weights. Without it, tensors of two or more axes count as weights.
     """
     ui = Ui(json=json, quiet=quiet)
-    source = open_model(replace(settings(flags), arch=flags["arch"]), ui)
+    source = open_model(replace(run_options(params), arch=params["arch"]), ui)
     report = report_of(source, ui.track(walk(source), "reading tensors"))
     ui.emit(report.as_dict())
     ui.show(*_tables(ui, report), _summary(report))
     if report.totals.non_finite:
         bad = [t.name for t in report.tensors if t.statistics.non_finite]
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        ui.note(f"warning: NaN or infinite values in {', '.join(bad[:5])}{more}: only analyze takes such a model.")
+        ui.note(f"warning: NaN or infinite values in {', '.join(bad[:5])}{more}; other commands reject such a model.")
 
 
 def _tables(ui: Ui, report: AnalysisReport) -> list[RenderableType]:
-    """One table where the terminal is wide enough, else several, each with the names of the weights.
+    """Return one table where the terminal is wide enough, else several that all list the weights.
 
-    In several, what is no weight is in the first of them only.
+    Of several tables only the first lists the tensors that are not weights.
     """
     done: list[RenderableType] = []
     sections = list(_SECTIONS)
@@ -95,7 +95,7 @@ def _tables(ui: Ui, report: AnalysisReport) -> list[RenderableType]:
 
 
 def _table(report: AnalysisReport, sections: Sequence[Sequence[_Column]], *, others: bool) -> Table:
-    """Rows of the weights, then those of the other tensors or only their sum, then the total."""
+    """Return a table of the weights, then of the other tensors or only their sum, then the total."""
     columns = [column for section in sections for column in section]
     table = new_table("tensor", [column.header for column in columns])
 
@@ -120,8 +120,8 @@ def _summary(report: AnalysisReport) -> str:
     totals = report.totals
     tied = sum(len(t.aliases) for t in report.tensors)
     lines = [
-        f"{counted(totals.weights, 'weight')} to compress; the other {totals.tensors - totals.weights} stay as they "
-        "are (not weights, or too small).",
+        f"{counted(totals.weights, 'weight')} to compress; the other {totals.tensors - totals.weights} tensors stay as "
+        "they are (not weights, or too small).",
         f"{format_size(totals.nbytes)} now; "
         + ", ".join(f"{format_size(totals.nbytes_at[bits])} at {bits}" for bits in WIDTHS)
         + " bits.",

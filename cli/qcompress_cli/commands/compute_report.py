@@ -1,4 +1,4 @@
-"""What `export` says of integer compute: which layers take integers, and on which grids activations are."""
+"""The part of `export`'s report on integer compute: how each layer computes, and the grids of activations."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 from rich.table import Table
 
 from qcompress.artifacts import SiteGrid
-from qcompress.plan.plan import ResolvedPlan
+from qcompress.plan.resolve import ResolvedPlan
 from qcompress_cli.terminal.console import new_table
 from qcompress_cli.terminal.numbers import counted, number, share
 from qcompress_cli.terminal.text import printable
@@ -27,9 +27,9 @@ class ComputeReport:
 
     Args:
         small: the compressed model.
-        report: of its file.
-        format: how int8 compute is written; None where there is none.
-        widened: the grids that have more bits than was asked for.
+        report: the report of its file.
+        format: how int8 compute is written; None for other compute.
+        widened: the grids that have more bits than the plan asks for.
     """
 
     small: "CompressedModel"
@@ -41,7 +41,7 @@ class ComputeReport:
     def of(
         cls, small: "CompressedModel", report: "ExportReport", resolved: ResolvedPlan, format: str | None
     ) -> "ComputeReport":
-        """Look a file's layers up in the plan that made them."""
+        """Return the report of a file whose plan is known."""
         from qcompress.posthoc.activations import widened
 
         asked = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
@@ -49,7 +49,7 @@ class ComputeReport:
         return cls(small=small, report=report, format=format, widened=wider)
 
     def as_dict(self) -> dict[str, Any]:
-        """Its part of the JSON."""
+        """Return its part of the JSON document."""
         wide = {grid.site for grid in self.widened}
         return {
             "compute": self.report.compute,
@@ -71,8 +71,8 @@ class ComputeReport:
             ],
         }
 
-    def words(self) -> list[str]:
-        """Lines for people; none where all layers compute in float because nobody asked for anything else."""
+    def lines(self) -> list[str]:
+        """Return lines for people; nothing where all layers compute in float."""
         layers, grids = self.report.layers, list(self.small.activations.values())
         if self.report.compute == "float":
             return []
@@ -85,8 +85,8 @@ class ComputeReport:
             lines = [f"{first} (format {self.format}), {widths}."]
         if self.widened:
             lines.append(
-                f"{counted(len(self.widened), 'activation')} at 8 bits though fewer were asked for: sums, pooling, "
-                "outputs or layers of another width take them, too"
+                f"{counted(len(self.widened), 'activation')} at 8 bits although the plan asks for fewer: sums, "
+                "pooling, outputs or layers of another width read them too"
             )
         for reason, found in _grouped(layers, "why"):
             lines.append(f"computed in float, {reason}: {_names(found)}")
@@ -103,14 +103,14 @@ class ComputeReport:
         return lines
 
     def tables(self) -> list[Table]:
-        """For --explain: every layer, and every activation with what its grid clips."""
+        """Return the tables of --explain: every layer, and every activation with the share that its grid clips."""
         if self.report.compute == "float":
             return []
         layers = new_table("layer", ["compute", "offset", "pairs %", "why"], left=["compute", "offset", "why"])
         for layer in self.report.layers:
             pairs = "" if layer.compute == "float" else share(layer.saturation)
             layers.add_row(printable(layer.weight), layer.compute, layer.offset, pairs, layer.why)
-        layers.caption = "pairs %: weights whose products can saturate without VNNI; --reduce-range has none"
+        layers.caption = "pairs %: weights whose products can saturate on CPUs without VNNI; --reduce-range avoids them"
         layers.caption_justify = "left"
         if not self.small.activations:
             return [layers]
@@ -122,7 +122,7 @@ class ComputeReport:
         return [layers, grids]
 
 
-# Offsets other than plain zero points, in words.
+# What becomes of offsets that are not zero points.
 _OFFSETS = {
     "folded": "offset of the input folded into the bias, exactly",
     "added": "offset of the input added in float, exactly",
@@ -130,7 +130,7 @@ _OFFSETS = {
 
 
 def _site(grid: SiteGrid) -> str:
-    """The value that a grid is for: its name, or that of the layer whose input it is."""
+    """Return the name of the value that a grid quantizes, or of the layer whose input it is."""
     name, index = grid.site
     return name if index < 0 else f"input of {name}"
 

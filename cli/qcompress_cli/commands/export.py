@@ -1,394 +1,202 @@
 """`qcompress export MODEL`: compress a model and write it as ONNX."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qcompress.compressed.source import CompressedSource
-from qcompress.errors import ConfigError, OutputError
-from qcompress.files import check_writable, write_whole
+from qcompress.deployment import Compute
+from qcompress.errors import ConfigError
+from qcompress.files import write_whole
 from qcompress.plan import combinations
-from qcompress.plan.combinations import MEMORIES
-from qcompress.plan.plan import Plan, ResolvedPlan, load_plan
-from qcompress.posthoc.calibration import METHODS
+from qcompress.plan.plan import Plan, load_plan
+from qcompress.plan.resolve import ResolvedPlan, resolve
+from qcompress.plan.settings import Settings
 from qcompress.sources.base import Source
 from qcompress_cli.commands.compute_report import ComputeReport
-from qcompress_cli.commands.export_report import (
-    as_dict,
-    explanation,
-    gain_table,
-    plan_table,
-    size_table,
-    what_data_buys,
-    words,
-)
+from qcompress_cli.commands.export_report import Export
 from qcompress_cli.inputs import options
+from qcompress_cli.inputs.export_options import ExportOptions, export_options
 from qcompress_cli.inputs.open_model import open_model
+from qcompress_cli.inputs.outputs import Outputs, default_file, input_files
 from qcompress_cli.inputs.program import device, open_program
-from qcompress_cli.inputs.project import OWN_FILE, PYPROJECT, Settings, settings
+from qcompress_cli.inputs.project import RunOptions, run_options
 from qcompress_cli.terminal.console import Ui
 from qcompress_cli.terminal.exits import CHECK_FAILED
 from qcompress_exporters import formats
-from qcompress_exporters.formats import FORMATS, BuildOptions
+from qcompress_exporters.formats import BuildOptions
 
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
     from qcompress.data.dataset import Dataset
-    from qcompress.deployment import Compute
+    from qcompress_exporters.report import Built, ExportReport
 
 
-def _rows_per_lut(text: str) -> int | str:
-    if text == "auto":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"must be auto or a number of output channels, at least 1, got {text!r}.")
-    return int(text)
+def export_command(settings: type[Settings] = Settings) -> click.Command:
+    """Return the command `export`.
 
-
-def _format(text: str) -> str:
-    formats.choose(text)
-    return text
-
-
-# What a compressed folder has settled already.
-_NOT_FOR_COMPRESSED: Final = (
-    "bits", "scheme", "rows_per_lut", "vector_dim", "lut_dtype", "block_size", "plan", "activation_bits",
-    "compute", "calibration_method", "percentile", "placement", "reduce_range", "effort", "no_synthetic",
-    "input_names", "output_names", "dynamic", "input_shape",
-)  # fmt: skip
-# What is about the grids of int8 compute.
-_FOR_GRIDS: Final = ("calibration_method", "percentile", "placement")
-
-
-@options.command("export")
-@options.model_argument
-@click.option("--bits", type=click.IntRange(1, 8), help="Bits per code of every weight, 1 to 8.")
-@click.option(
-    "--rows-per-lut",
-    type=options.Parsed("n", _rows_per_lut),
-    metavar="N|auto",
-    help="Output channels that share a palette.",
-)
-@click.option(
-    "--scheme",
-    type=click.Choice(["palette", "uniform", "auto"]),
-    help="What codes of weights stand for: entries of a table (default), steps of an even grid, or, weight by weight, "
-    "whichever takes fewer bytes for the same error.",
-)
-@click.option(
-    "--vector-dim",
-    type=click.Choice(["1", "2", "4", "8"]),
-    help="Consecutive weights that share a code of a palette; default: 1. Bits per weight: bits / vector-dim.",
-)
-@click.option(
-    "--lut-dtype",
-    type=click.Choice(["float32", "float16", "int8"]),
-    help="Type of a palette's entries; default: float32, and int8 where layers compute in int8. int8 entries are times "
-    "a float32 scale.",
-)
-@click.option(
-    "--block-size",
-    type=click.IntRange(2),
-    metavar="N",
-    help="Consecutive inputs that share a scale of an even grid, of matrix products and embeddings; default: all.",
-)
-@click.option(
-    "--activation-bits",
-    type=click.IntRange(1, 8),
-    help="Bits per code of what layers take, 1 to 8: they compute in int8. Needs --calibration.",
-)
-@click.option(
-    "--compute",
-    type=click.Choice(["float", "int8", "dynamic8"]),
-    help="What layers compute in; default: int8 with --activation-bits, else float. dynamic8: matrix products in int8, "
-    "their inputs quantized at run time, no calibration.",
-)
-@click.option(
-    "--format",
-    type=options.Parsed("format", _format),
-    metavar="|".join(word for name, format in FORMATS.items() for word in (name, *format.ways)),
-    help="The deployment format; default: onnx. Or how it writes int8 compute: qdq, quantizers around float operators, "
-    "which runtimes fuse (default), or integer, integer operators.",
-)
-@click.option(
-    "--memory",
-    type=click.Choice(MEMORIES),
-    default=MEMORIES[0],
-    show_default=True,
-    help="How weights lie in memory at run time; packed comes later.",
-)
-@click.option(
-    "--calibration-method",
-    type=click.Choice(tuple(METHODS)),
-    help="How the grids of activations are found; default: mse.",
-)
-@click.option(
-    "--percentile",
-    type=click.FloatRange(50, 100, min_open=True),
-    help="For --calibration-method percentile; default: 99.99.",
-)
-@click.option(
-    "--placement",
-    type=click.Choice(["deploy", "paper"]),
-    help="Which activations are quantized: all that onnxruntime fuses (default), or inputs of layers alone.",
-)
-@click.option(
-    "--reduce-range",
-    is_flag=True,
-    help="8-bit weights keep to 7 bits, for CPUs without VNNI, where sums of products can saturate.",
-)
-@click.option(
-    "--offsets",
-    type=click.Choice(["exact", "snap"]),
-    help="Of a compressed folder, where a learned offset fits into no bias: exact adds it in float, as the layer then "
-    "computes (default); snap moves it onto its grid and corrects biases, by --calibration.",
-)
-@click.option(
-    "--effort",
-    type=click.Choice(["fast", "balanced", "best"]),
-    help="fast: each weight to its nearest level. balanced (default): weights and biases solved layer after layer on "
-    "--calibration, or on inputs synthesised from BatchNorm statistics. best: then all layers tuned together.",
-)
-@click.option(
-    "--no-synthetic",
-    is_flag=True,
-    help="Without --calibration: solve nothing on synthesised inputs; each weight goes to its nearest level.",
-)
-@click.option("--plan", type=options.PATH, metavar="FILE", help="A plan in TOML; flags replace its [default].")
-@click.option("--save-plan", type=options.PATH, metavar="FILE", help="Write the plan, as resolved, to FILE.")
-@click.option("--save-compressed", type=options.PATH, metavar="DIR", help="Save the compressed model, to export again.")
-@click.option("--dry-run", is_flag=True, help="Show the resolved plan and the sizes to the byte; write nothing.")
-@click.option(
-    "--explain",
-    is_flag=True,
-    help="Show how each tensor is written, and why; how each layer computes, and what each grid of activations clips.",
-)
-@click.option(
-    "--float-leftovers",
-    type=click.Choice(["float32", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Type on disk of what stays float.",
-)
-@click.option("--strict", is_flag=True, help="Exit with 1 if no tensor got smaller.")
-@options.source_options
-@options.input_options
-@options.output_options
-@options.common_options
-def command(
-    json: bool,
-    quiet: bool,
-    save_plan: Path | None,
-    save_compressed: Path | None,
-    dry_run: bool,
-    explain: bool,
-    float_leftovers: Any,
-    strict: bool,
-    **flags: Any,
-) -> None:
-    """Make the weights of MODEL 1 to 8 bits wide and write an ONNX file that is really that small.
-
-    Needs no training and no labels. Without -o the file is named after MODEL: model.w2.onnx, or model.w4a8.onnx with
-    --activation-bits 8. Which words go together: docs/combinations.md.
+    Args:
+        settings: the class of the plan's settings, whose fields become options.
     """
-    ui = Ui(json=json, quiet=quiet)
-    given = settings(flags)
+
+    @options.command("export")
+    @options.model_argument
+    @export_options(settings.fields)
+    @options.source_options
+    @options.input_options
+    @options.output_options
+    @options.common_options
+    def export(json: bool, quiet: bool, **params: Any) -> None:
+        """Compress the weights of MODEL to 1 to 8 bits and write an ONNX file that is really that small.
+
+        This needs no training and no labels. Without -o the file is named after MODEL: model.w2.onnx, or
+        model.w4a8.onnx with --activation-bits 8. docs/plan.md and docs/combinations.md say which options can be
+        combined.
+        """
+        _export(ExportOptions.of(params, settings), run_options(params), Ui(json=json, quiet=quiet))
+
+    return export
+
+
+command = export_command()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """An export whose options are checked, before the long work.
+
+    Args:
+        resolved: the plan for this model.
+        compute: what layers compute in.
+        work: makes the compressed model.
+    """
+
+    resolved: ResolvedPlan
+    compute: Compute
+    work: "Callable[[], CompressedModel]"
+
+
+def _export(wanted: ExportOptions, given: RunOptions, ui: Ui) -> None:
     source = open_model(given, ui)
-    inputs = _input_files(source, given)
-    if not dry_run:
-        _check_outputs(given, save_plan, save_compressed, inputs)
-
-    format, way = formats.choose(flags["format"])
-    flags["format"] = way
-    target = format.target(given.target)  # refused before the long work begins
-
-    def output_for(resolved: ResolvedPlan, compute: "Compute") -> Path:
-        path = given.output or _default_output(source, resolved, compute, format.suffix)
-        if not dry_run:
-            check_writable(path, force=given.force, inputs=inputs)
-        return path
-
-    if isinstance(source, CompressedSource):
-        small, resolved, output = _loaded(source, given, flags, ui, output_for)
-    else:
-        small, resolved, output = _compressed(source, given, flags, ui, output_for)
-    built = format.build(small, target, BuildOptions(way=way, float_leftovers=float_leftovers))
-    parity = format.proof(built.data)
-    report = built.report
-    computed = ComputeReport.of(
-        small, report, resolved, (way or next(iter(format.ways), None)) if small.compute == "int8" else None
+    outputs = Outputs(
+        file=given.output,
+        plan=wanted.save_plan,
+        compressed=wanted.save_compressed,
+        force=given.force,
+        inputs=input_files(source, given),
     )
-    if not dry_run:
-        report = built.write(output, force=given.force, inputs=inputs)
-        ui.wrote(output)
-        if save_compressed is not None:
-            small.save(save_compressed)
-            ui.wrote(save_compressed)
-        if save_plan is not None:
-            write_whole(save_plan, small.plan.to_toml().encode())
-            ui.wrote(save_plan)
+    if not wanted.dry_run:
+        outputs.check()
 
-    is_plan_of_model = not isinstance(source, CompressedSource)
-    ui.emit(as_dict(source, report, resolved if is_plan_of_model else None, parity, computed, small))
-    if dry_run and is_plan_of_model:
-        ui.show(plan_table(resolved))
-    if explain:
-        ui.show(explanation(report), *computed.tables(), *gain_table(small))
-    ui.show(size_table(report))
-    ui.show(*words(report, parity, computed, small, output, dry_run))
-    for note in report.notes:
-        if note not in small.program.notes:
+    format, way = formats.choose(wanted.format)
+    wanted = replace(wanted, format=way)
+    target = format.target(given.target)  # a wrong one is an error before the long work
+    if isinstance(source, CompressedSource):
+        job = _from_folder(source, wanted, given, ui)
+    else:
+        job = _from_model(source, wanted, given, ui)
+    file = given.output or default_file(source, job.resolved, job.compute, format.suffix)
+    if not wanted.dry_run:
+        outputs.check_file(file)
+
+    small = job.work()
+    built = format.build(small, target, BuildOptions(way=way, float_leftovers=wanted.float_leftovers))
+    written_as = (way or next(iter(format.ways), None)) if small.compute == "int8" else None
+    done = Export(
+        source=source,
+        resolved=job.resolved,
+        small=small,
+        report=built.report,
+        decoded=format.proof(built.data),
+        computed=ComputeReport.of(small, built.report, job.resolved, written_as),
+    )
+    if not wanted.dry_run:
+        done = replace(done, report=_write(built, small, replace(outputs, file=file), ui))
+
+    ui.emit(done.as_dict())
+    ui.show(*done.tables(dry_run=wanted.dry_run, explain=wanted.explain), *done.summary(file))
+    for note in done.notes():
+        ui.note(note)
+    if not done.from_folder and given.calibration is None and wanted.effort != "fast":
+        for note in done.what_calibration_gains(click.get_current_context().find_root().obj):
             ui.note(note)
-    if is_plan_of_model and given.calibration is None and flags["effort"] != "fast":
-        for note in what_data_buys(report, small, click.get_current_context().find_root().obj):
-            ui.note(note)
-    if not report.shrank:
+    if not done.report.shrank:
         ui.note("warning: no tensor got smaller.")
-        if strict:
+        if wanted.strict:
             click.get_current_context().exit(CHECK_FAILED)
 
 
-OutputFor = Callable[[ResolvedPlan, "Compute"], Path]
-Compressed = tuple["CompressedModel", ResolvedPlan, Path]
-
-
-def _loaded(
-    source: CompressedSource, given: Settings, flags: dict[str, Any], ui: Ui, output_for: OutputFor
-) -> Compressed:
-    """The compressed model that MODEL is, the plan that made it, and where the file goes."""
-    said = [f for f in _NOT_FOR_COMPRESSED if flags.get(f)]
-    if flags["offsets"] != "snap" and flags["calibration"]:
-        said.append("calibration")
-    if said:
-        raise ConfigError(
-            f"{source.label} is compressed already: {_flag(said[0])} must be left out, or name the original model."
-        )
-    from qcompress.plan.plan import resolve
-    from qcompress.posthoc.compress import program_tensors
+def _from_folder(source: CompressedSource, wanted: ExportOptions, given: RunOptions, ui: Ui) -> _Job:
+    """Check an export of a compressed folder."""
+    from qcompress.graph.tensors import program_tensors
 
     small = source.model()
-    combinations.check_file(small.compute, flags["format"], flags["memory"])
-    if flags["offsets"] is not None and small.compute != "int8":
-        raise ConfigError(
-            f"--offsets is about the grids of activations, and compute {small.compute} stores none: leave it out."
-        )
+    wanted.check_for_compressed(source.label, small.compute)
+    combinations.check_file(small.compute, wanted.format)
     resolved = resolve(small.plan, program_tensors(small.program))
-    output = output_for(resolved, small.compute)
-    return _snapped(small, given, ui) if flags["offsets"] == "snap" else small, resolved, output
+    return _Job(resolved, small.compute, lambda: _snapped(small, given, ui) if wanted.offsets == "snap" else small)
 
 
-def _snapped(small: "CompressedModel", given: Settings, ui: Ui) -> "CompressedModel":
-    """A model without offsets that would keep layers in float."""
+def _snapped(small: "CompressedModel", given: RunOptions, ui: Ui) -> "CompressedModel":
+    """Return the model without offsets that would keep layers in float."""
     from qcompress.posthoc.offsets import snap_offsets
     from qcompress_exporters import build
     from qcompress_exporters.onnx_format.file import unfolded
 
     data = _calibration(given, ui)
     if data is None:
-        raise ConfigError(
-            "--offsets snap must have calibration data to correct the biases by: give --calibration inputs.npz."
-        )
+        raise ConfigError("--offsets snap needs calibration data to correct the biases; add --calibration inputs.npz.")
     sites = unfolded(small, build(small).report)
     if not sites:
-        ui.note("no offset had to move: each is a zero point already, or folds into a bias.")
+        ui.note("no offset was moved: each is a zero point already, or folds into a bias.")
     return snap_offsets(small, data, sites)
 
 
-def _compressed(source: Source, given: Settings, flags: dict[str, Any], ui: Ui, output_for: OutputFor) -> Compressed:
-    """What the plan makes of MODEL, the plan as resolved, and where the file goes.
-
-    Words that do not go together are refused, and the output is settled, before the long work begins.
-    """
-    if flags["offsets"] is not None:
-        raise ConfigError(
-            "--offsets is about learned offsets, and those that export finds are zero points: leave it out, or name a "
-            "compressed folder."
-        )
-    plan = _plan(given, flags)
-
-    if flags["no_synthetic"] and given.calibration is not None:
-        raise ConfigError("--no-synthetic is about exports without calibration data: leave out it or --calibration.")
+def _from_model(source: Source, wanted: ExportOptions, given: RunOptions, ui: Ui) -> _Job:
+    """Check an export of a float model."""
+    wanted.check_for_float_model(calibrated=given.calibration is not None)
+    plan = _plan(wanted, given)
+    settings = wanted.posthoc
 
     from qcompress.posthoc.compress import compress_program, resolved_compute, resolved_plan
-    from qcompress.posthoc.effort import check_effort
+    from qcompress.posthoc.settings import check_effort
+    from qcompress.progress import Execution
 
     program = open_program(source, given, ui)
     resolved = resolved_plan(program, plan)
-    compute = resolved_compute(resolved, flags["compute"])
-    check_effort(flags["effort"], compute)
-    combinations.check_file(compute, flags["format"], flags["memory"])
-    _check_grid_flags(flags, compute)
-    output = output_for(resolved, compute)
-    small = compress_program(
-        program,
-        plan,
-        calibration=_calibration(given, ui),
-        compute=compute,
-        calibration_method=flags["calibration_method"] or "mse",
-        percentile=flags["percentile"] or 99.99,
-        placement=flags["placement"] or "deploy",
-        reduce_range=flags["reduce_range"],
-        effort=flags["effort"],
-        synthetic=not flags["no_synthetic"],
-        source_digest=source.sha256[:11],
-        device=device(given),
-        track=ui.track,
-    )
-    return small, resolved, output
+    compute = resolved_compute(resolved, wanted.compute)
+    check_effort(wanted.effort, compute)
+    combinations.check_file(compute, wanted.format)
+    wanted.check_compute(compute)
 
-
-def _plan(given: Settings, flags: dict[str, Any]) -> Plan:
-    """The plan; where it says the same of every weight, what does not go together is refused before MODEL is traced."""
-    plan = load_plan(given.plan) if given.plan else Plan()
-    plan = plan.with_flags(
-        bits=given.bits,
-        rows_per_lut=flags["rows_per_lut"],
-        scheme=flags["scheme"],
-        activation_bits=flags["activation_bits"],
-        vector_dim=None if flags["vector_dim"] is None else int(flags["vector_dim"]),
-        block_size=flags["block_size"],
-        lut_dtype=flags["lut_dtype"],
-    )
-    if not (plan.kind or plan.name):
-        default = plan.default
-        compute = combinations.check(
-            compute=flags["compute"],
-            format=flags["format"],
-            memory=flags["memory"],
-            scheme=default.scheme,
-            bits=default.bits,
-            activation_bits=default.activation_bits,
-            rows_per_lut=None if default.rows_per_lut == "auto" else default.rows_per_lut,
-            vector_dim=default.vector_dim or 1,
-            block_size=default.block_size,
-            lut_dtype=default.lut_dtype,
-            origins={field: plan.where(("default", field)) for field in default.given()},
+    def work() -> "CompressedModel":
+        return compress_program(
+            program,
+            resolved,
+            settings,
+            calibration=_calibration(given, ui),
+            source_digest=source.sha256[:11],
+            execution=Execution(device=device(given), track=ui.track),
         )
+
+    return _Job(resolved, compute, work)
+
+
+def _plan(wanted: ExportOptions, given: RunOptions) -> Plan:
+    """Return the plan; where it treats all weights alike, check it before MODEL is traced."""
+    plan = load_plan(given.plan, wanted.settings) if given.plan else Plan(default=wanted.settings())
+    plan = plan.with_flags(**{**wanted.plan_fields, "bits": given.bits})
+    if not (plan.kind or plan.name):
+        origins = {field: plan.where(("default", field)) for field in plan.default.given()}
+        compute = combinations.check(plan.default, origins, compute=wanted.compute, format=wanted.format)
         combinations.check_calibration(compute, given.calibration is not None)
-        _check_grid_flags(flags, compute)
+        wanted.check_compute(compute)
     return plan
 
 
-def _check_grid_flags(flags: dict[str, Any], compute: "Compute") -> None:
-    """Flags that would change nothing are a mistake."""
-    for name in _FOR_GRIDS:
-        if flags[name] is not None and compute != "int8":
-            raise ConfigError(
-                f"{_flag(name)} is about the grids of activations, and compute {compute} stores none: leave it out, or "
-                "give --activation-bits."
-            )
-    if flags["percentile"] is not None and flags["calibration_method"] != "percentile":
-        raise ConfigError("--percentile is about --calibration-method percentile: give both, or leave it out.")
-    if flags["reduce_range"] and compute == "float":
-        raise ConfigError(
-            "--reduce-range is about sums of integers, and compute float has none: leave it out, or give "
-            "--activation-bits or --compute dynamic8."
-        )
-
-
-def _calibration(given: Settings, ui: Ui) -> "Dataset | None":
+def _calibration(given: RunOptions, ui: Ui) -> "Dataset | None":
     from qcompress.data.dataset import load_data
 
     if given.calibration is None:
@@ -399,39 +207,15 @@ def _calibration(given: Settings, ui: Ui) -> "Dataset | None":
     return data
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _input_files(source: Source, given: Settings) -> list[Path]:
-    """Files of the user's that this command reads and must never replace; those of a folder one by one."""
-    named = [given.data, given.calibration, given.arch, given.transform]
-    files = [Path(text.rpartition(":")[0] or text) for text in named if text] + [Path(t) for t in named if t]
-    found = [p for p in (source.path, given.plan, Path(OWN_FILE), Path(PYPROJECT), *files) if p and p.exists()]
-    return [inner for p in found for inner in (sorted(p.iterdir()) if p.is_dir() else [p])]
-
-
-def _check_outputs(given: Settings, save_plan: Path | None, save_compressed: Path | None, inputs: list[Path]) -> None:
-    """Refuse what cannot be written before the long work begins."""
-    named = (("-o", given.output), ("--save-plan", save_plan))
-    files = [path for _, path in named if path is not None]
-    for flag, path in named:
-        if path is not None:
-            check_writable(path, force=given.force, inputs=inputs, flag=flag)
-    if save_compressed is not None:
-        if save_compressed.exists():
-            raise OutputError(f"{save_compressed} exists: name another folder, or remove it first.")
-        check_writable(save_compressed, flag="--save-compressed")
-        files.append(save_compressed)
-    if len({path.absolute() for path in files}) < len(files):
-        raise ConfigError("-o, --save-plan and --save-compressed must name different files.")
-
-
-def _default_output(source: Source, resolved: ResolvedPlan, compute: "Compute", suffix: str) -> Path:
-    stem = source.path.stem if source.path is not None else "model"
-    widths = {(t.bits, t.activation_bits) for t in resolved.compressed}
-    if len(widths) != 1:
-        return Path(f"{stem}.mixed{suffix}")
-    bits, activation_bits = widths.pop()
-    activations = "d8" if compute == "dynamic8" else "" if activation_bits is None else f"a{activation_bits}"
-    return Path(f"{stem}.w{bits}{activations}{suffix}")
+def _write(built: "Built", small: "CompressedModel", outputs: Outputs, ui: Ui) -> "ExportReport":
+    """Write all files and return the report, which then names the ONNX file."""
+    assert outputs.file is not None
+    report = built.write(outputs.file, force=outputs.force, inputs=outputs.inputs)
+    ui.wrote(outputs.file)
+    if outputs.compressed is not None:
+        small.save(outputs.compressed)
+        ui.wrote(outputs.compressed)
+    if outputs.plan is not None:
+        write_whole(outputs.plan, small.plan.to_toml().encode())
+        ui.wrote(outputs.plan)
+    return report

@@ -1,17 +1,21 @@
-"""What `export` tells: tables, words and JSON."""
+"""The report of `export`: tables, sentences and JSON."""
 
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
+from rich.console import RenderableType
 from rich.table import Table
 
 from qcompress.artifacts.size import format_size
-from qcompress.plan.plan import ResolvedPlan, Settings
-from qcompress.sources.base import WEIGHT_KINDS, Source
+from qcompress.compressed.source import CompressedSource
+from qcompress.kinds import WEIGHT_KINDS
+from qcompress.plan.resolve import ResolvedPlan
+from qcompress.plan.settings import Settings
+from qcompress.sources.base import Source
 from qcompress_cli.commands.compute_report import ComputeReport
 from qcompress_cli.terminal.console import new_table
 from qcompress_cli.terminal.numbers import counted, shape_text
@@ -21,13 +25,104 @@ if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
     from qcompress_exporters.report import ExportReport
 
-# What calibration data buys at 2 bits, measured on ResNet-20 (float: 86.3 %), by whether inputs were synthesised.
-_BOUGHT: Final = {True: "85.1 % against 84.1 % on synthesised inputs", False: "85.1 % against 21.3 % without any"}
-_WIDE: Final = 5  # bits at which it buys next to nothing
+# What calibration data gains at 2 bits, measured on ResNet-20 (float: 86.3 %), by whether inputs were synthesised.
+_GAINED: Final = {True: "85.1 % against 84.1 % on synthesised inputs", False: "85.1 % against 21.3 % without any"}
+_WIDE: Final = 5  # bits at which it gains next to nothing
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """A finished export.
+
+    Args:
+        source: the opened MODEL.
+        resolved: the plan for this model.
+        small: the compressed model.
+        report: what was written.
+        decoded: what onnxruntime decodes from the file; None without onnxruntime.
+        computed: how the layers compute.
+    """
+
+    source: Source
+    resolved: ResolvedPlan
+    small: "CompressedModel"
+    report: "ExportReport"
+    decoded: dict[str, Any] | None
+    computed: ComputeReport
+
+    @property
+    def from_folder(self) -> bool:
+        """Whether MODEL was compressed already, and its plan is not this command's."""
+        return isinstance(self.source, CompressedSource)
+
+    def tables(self, *, dry_run: bool, explain: bool) -> list[RenderableType]:
+        """Return the tables to show: the plan of a dry run, details where they are wanted, sizes."""
+        plan = [plan_table(self.resolved)] if dry_run and not self.from_folder else []
+        details = [explanation(self.report), *self.computed.tables(), *gain_table(self.small)] if explain else []
+        return [*plan, *details, size_table(self.report)]
+
+    def summary(self, file: Path) -> list[str]:
+        """Return what was done, where it went and whether it was proven, a line each.
+
+        Args:
+            file: where the file went, or would have gone.
+        """
+        report = self.report
+        lines = [_widths(report), *_left_in_float(report), *_solved(self.small), *self.computed.lines()]
+        if self.decoded is not None:
+            tensors = counted(self.decoded["tensors"], "tensor")
+            lines.append(f"parity: onnxruntime {self.decoded['onnxruntime']} decodes {tensors} bit for bit")
+        where = f"nothing written (--dry-run); the file would be {file}" if report.path is None else f"written: {file}"
+        opset = "" if report.opset is None else f"opset {report.opset}, "
+        return [*lines, f"{where} ({opset}runs on {report.runs_on})"]
+
+    def notes(self) -> list[str]:
+        """Return the notes of the export; those of tracing were shown already."""
+        return [note for note in self.report.notes if note not in self.small.program.notes]
+
+    def what_calibration_gains(self, arguments: Sequence[str]) -> list[str]:
+        """Return what calibration data would gain, with the command to type; nothing where codes are wide.
+
+        Args:
+            arguments: the command line that made this export.
+        """
+        widths = [t.bits for t in self.report.tensors if t.artifact != "float"]
+        if not widths or min(widths) >= _WIDE:
+            return []
+        kept = (argument for argument in arguments if argument != "--no-synthetic")
+        command = ["qcompress", *kept, "--calibration", "inputs.npz"]
+        if self.report.path is not None and "--force" not in arguments:
+            command.append("--force")
+        return [
+            f"unlabelled real inputs gain most at 2 bits (ResNet-20: {_GAINED[bool(self.small.solved_on)]}): "
+            f"{shlex.join(command)}"
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the document of --json; docs/json.md lists its keys."""
+        report, size = self.report, self.report.size
+        return {
+            "format_version": 1,
+            "model": self.source.label,
+            "file": None if report.path is None else str(report.path),
+            "target": report.target,
+            "opset": report.opset,
+            "bytes": {"original": size.original, "ideal": size.ideal, "payload": size.payload, "file": size.file},
+            "ratio": size.ratio,
+            "bits_per_weight": size.bits_per_weight,
+            "parity": self.decoded,
+            **self.computed.as_dict(),
+            "tensors": [asdict(t) for t in report.tensors],
+            "solved_on": self.small.solved_on or None,
+            "solved": [asdict(gain) for gain in self.small.gains],
+            "plan": None if self.from_folder else _plan_entries(self.resolved),
+            "notes": list(report.notes),
+        }
 
 
 def size_table(report: "ExportReport") -> Table:
-    """Bytes of the original, of what compression made, and of the file."""
+    """Return the bytes of the original, of its compressed parts, and of the file."""
     size = report.size
     table = new_table("", ["bytes", "", ""], left=["", ""])
     rows = (
@@ -42,7 +137,7 @@ def size_table(report: "ExportReport") -> Table:
 
 
 def _times(ratio: float) -> str:
-    """How a file's size compares with its original's.
+    """Return how the size of a file compares with its original's.
 
     >>> _times(3.5), _times(0.8)
     ('3.50x smaller', '1.25x larger')
@@ -51,7 +146,7 @@ def _times(ratio: float) -> str:
 
 
 def gain_table(small: "CompressedModel") -> list[Table]:
-    """What solving gained, layer by layer; nothing where none was solved."""
+    """Return what solving gained, layer by layer; nothing where no layer was solved."""
     if not small.gains:
         return []
     table = new_table("layer, SQNR dB at its output", ["nearest", "solved"])
@@ -64,66 +159,8 @@ def _db(value: float | None) -> str:
     return "exact" if value is None else f"{value:.1f}"
 
 
-def words(
-    report: "ExportReport",
-    parity: dict[str, Any] | None,
-    computed: ComputeReport,
-    small: "CompressedModel",
-    output: Path,
-    dry_run: bool,
-) -> list[str]:
-    """What was done, where it went, and whether it was proven."""
-    weights = [t for t in report.tensors if t.artifact != "float"]
-    widths = Counter(t.bits for t in weights)
-    by_width = ", ".join(f"{n} at {bits} bits" for bits, n in sorted(widths.items()))
-    lines = [f"{counted(len(weights), 'weight')} compressed" + (f" ({by_width})." if by_width else ".")]
-    reasons: dict[str, list[Any]] = {}
-    for tensor in report.left_in_float:
-        is_bias = tensor.encoding == "int32"
-        reasons.setdefault("biases as int32" if is_bias else f"left in float, {tensor.why}", []).append(tensor)
-    for reason, tensors in reasons.items():
-        names = ", ".join(printable(t.name) for t in tensors[:3]) + (" …" if len(tensors) > 3 else "")
-        nbytes = sum(t.nbytes for t in tensors)
-        lines.append(f"{reason}: {counted(len(tensors), 'tensor')}, {format_size(nbytes)} ({names})")
-    noisy = [gain for gain in small.gains if gain.solved_db is not None]
-    if noisy:
-        worst = min(noisy, key=lambda gain: gain.solved_db or 0.0)
-        lines.append(
-            f"{counted(len(small.gains), 'layer')} solved on {printable(small.solved_on)}; the noisiest, "
-            f"{printable(worst.weight)}, from {_db(worst.nearest_db)} to {_db(worst.solved_db)} dB SQNR at its output"
-        )
-    lines += computed.words()
-    if parity is not None:
-        decoded = counted(parity["tensors"], "tensor")
-        lines.append(f"parity: onnxruntime {parity['onnxruntime']} decodes {decoded} bit for bit")
-    where = f"nothing written (--dry-run); the file would be {output}" if dry_run else f"written: {output}"
-    opset = "" if report.opset is None else f"opset {report.opset}, "
-    lines.append(f"{where} ({opset}runs on {report.runs_on})")
-    return lines
-
-
-def what_data_buys(report: "ExportReport", small: "CompressedModel", arguments: Sequence[str]) -> list[str]:
-    """What calibration data would do for a model compressed without, and the command; nothing at wide codes.
-
-    Args:
-        report: what was written.
-        small: the compressed model.
-        arguments: of the command line that made it.
-    """
-    widths = [t.bits for t in report.tensors if t.artifact != "float"]
-    if not widths or min(widths) >= _WIDE:
-        return []
-    command = ["qcompress", *(word for word in arguments if word != "--no-synthetic"), "--calibration", "inputs.npz"]
-    if report.path is not None and "--force" not in arguments:
-        command.append("--force")
-    return [
-        f"unlabelled real inputs buy most at 2 bits (ResNet-20: {_BOUGHT[bool(small.solved_on)]}): "
-        f"{shlex.join(command)}"
-    ]
-
-
 def explanation(report: "ExportReport") -> Table:
-    """How each tensor is written, and why."""
+    """Return how each tensor is written, and why."""
     table = new_table("tensor", ["shape", "bits", "encoding", "bytes", "why"], left=["encoding", "why"])
     for t in report.tensors:
         table.add_row(printable(t.name), shape_text(t.shape), str(t.bits), t.encoding, f"{t.nbytes:,}", t.why)
@@ -131,9 +168,10 @@ def explanation(report: "ExportReport") -> Table:
 
 
 def plan_table(resolved: ResolvedPlan) -> Table:
-    """What is planned for each weight, and what said so."""
-    said = {"bits", "scheme", "rows_per_lut"}.union(*(t.origins for t in resolved.compressed)) - {"skip"}
-    columns = [field.name for field in fields(Settings) if field.name in said]
+    """Return the settings of each weight, and where they were set."""
+    rows = next((t.settings.fields for t in resolved.tensors if t.settings is not None), Settings.fields)
+    used = {"bits", "scheme", "rows_per_lut"}.union(*(t.origins for t in resolved.compressed)) - {"skip"}
+    columns = [field.name for field in rows if field.name in used]
     table = new_table("tensor", ["kind", *columns, "set by"], left=["kind", "scheme", "set by"])
     for t in resolved.tensors:
         if t.kind not in WEIGHT_KINDS:
@@ -147,46 +185,45 @@ def plan_table(resolved: ResolvedPlan) -> Table:
     return table
 
 
-def as_dict(
-    source: Source,
-    report: "ExportReport",
-    resolved: ResolvedPlan | None,
-    parity: dict[str, Any] | None,
-    computed: ComputeReport,
-    small: "CompressedModel",
-) -> dict[str, Any]:
-    """The same for --json; docs/json.md says what each entry is."""
-    size = report.size
-    return {
-        "format_version": 1,
-        "model": source.label,
-        "file": None if report.path is None else str(report.path),
-        "target": report.target,
-        "opset": report.opset,
-        "bytes": {
-            "original": size.original,
-            "ideal": size.ideal,
-            "payload": size.payload,
-            "file": size.file,
-        },
-        "ratio": size.ratio,
-        "bits_per_weight": size.bits_per_weight,
-        "parity": parity,
-        **computed.as_dict(),
-        "tensors": [asdict(t) for t in report.tensors],
-        "solved_on": small.solved_on or None,
-        "solved": [asdict(gain) for gain in small.gains],
-        "plan": None
-        if resolved is None
-        else [
-            {
-                "name": t.name,
-                "kind": t.kind,
-                "settings": None if t.settings is None else t.settings.given(),
-                "reason": t.reason,
-                "set_by": dict(t.origins),
-            }
-            for t in resolved.tensors
-        ],
-        "notes": list(report.notes),
-    }
+def _widths(report: "ExportReport") -> str:
+    weights = [t for t in report.tensors if t.artifact != "float"]
+    widths = Counter(t.bits for t in weights)
+    by_width = ", ".join(f"{n} at {bits} bits" for bits, n in sorted(widths.items()))
+    return f"{counted(len(weights), 'weight')} compressed" + (f" ({by_width})." if by_width else ".")
+
+
+def _left_in_float(report: "ExportReport") -> list[str]:
+    reasons: dict[str, list[Any]] = {}
+    for tensor in report.left_in_float:
+        is_bias = tensor.encoding == "int32"
+        reasons.setdefault("biases as int32" if is_bias else f"left in float, {tensor.why}", []).append(tensor)
+    lines = []
+    for reason, tensors in reasons.items():
+        names = ", ".join(printable(t.name) for t in tensors[:3]) + (" …" if len(tensors) > 3 else "")
+        nbytes = sum(t.nbytes for t in tensors)
+        lines.append(f"{reason}: {counted(len(tensors), 'tensor')}, {format_size(nbytes)} ({names})")
+    return lines
+
+
+def _solved(small: "CompressedModel") -> list[str]:
+    noisy = [gain for gain in small.gains if gain.solved_db is not None]
+    if not noisy:
+        return []
+    worst = min(noisy, key=lambda gain: gain.solved_db or 0.0)
+    return [
+        f"{counted(len(small.gains), 'layer')} solved on {printable(small.solved_on)}; the noisiest, "
+        f"{printable(worst.weight)}, from {_db(worst.nearest_db)} to {_db(worst.solved_db)} dB SQNR at its output"
+    ]
+
+
+def _plan_entries(resolved: ResolvedPlan) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": t.name,
+            "kind": t.kind,
+            "settings": None if t.settings is None else t.settings.given(),
+            "reason": t.reason,
+            "set_by": dict(t.origins),
+        }
+        for t in resolved.tensors
+    ]

@@ -1,4 +1,4 @@
-"""`qcompress gate FILE…`: fails the build when a file outgrew its budget or stopped agreeing with the original."""
+"""`qcompress gate FILE…`: fails the build when a file outgrows its budget or no longer agrees with the original."""
 
 import glob
 import math
@@ -23,14 +23,15 @@ from qcompress.gate.verdicts import (
     percent,
     require_a_limit,
 )
-from qcompress.plan.tables import read_table
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.project import load_config_file, load_project
+from qcompress_cli.inputs.tables import read_table
 from qcompress_cli.terminal.console import Ui, new_table
 from qcompress_cli.terminal.exits import CHECK_FAILED
 from qcompress_cli.terminal.text import printable
 
 if TYPE_CHECKING:
+    from qcompress.gate.validation import Validation
     from qcompress_exporters.formats import DeployedFile
 
 _COMPARED: Final = {"max_size": "≤", "min_ratio": "≥", "max_drop": "≤", "min_agreement": "≥"}
@@ -39,8 +40,12 @@ _MAGIC: Final = "*?["
 
 @options.command("gate")
 @click.argument("files", nargs=-1, metavar="FILE…")
-@click.option("--max-size", type=options.Parsed("size", parse_max_size), help="Bytes of the file: 150kB, 1.5MiB.")
-@click.option("--min-ratio", type=options.Parsed("ratio", parse_min_ratio), help="Times smaller than the original: 8.")
+@click.option("--max-size", type=options.Parsed("size", parse_max_size), help="Most bytes of the file: 150kB, 1.5MiB.")
+@click.option(
+    "--min-ratio",
+    type=options.Parsed("ratio", parse_min_ratio),
+    help="Least original / file size: 8.",
+)
 @click.option(
     "--max-drop",
     type=options.Parsed("drop", parse_fraction),
@@ -49,27 +54,27 @@ _MAGIC: Final = "*?["
 @click.option(
     "--min-agreement",
     type=options.Parsed("fraction", parse_min_agreement),
-    help="Share of samples on which file and original agree: 0.98 or 98%.",
+    help="Smallest share of samples on which file and original agree: 0.98 or 98%.",
 )
-@click.option("--original", type=options.PATH, help="Take the bytes of the original from this file.")
-@click.option("--config", type=options.PATH, help="Read limits from this file, not from the working directory's.")
+@click.option("--original", type=options.PATH, help="Compare with the bytes of this file.")
+@click.option("--config", type=options.PATH, help="Read limits from this config instead of that of the working folder.")
 @options.common_options
 def command(
-    files: tuple[str, ...], original: Path | None, config: Path | None, json: bool, quiet: bool, **flags: Any
+    files: tuple[str, ...], original: Path | None, config: Path | None, json: bool, quiet: bool, **params: Any
 ) -> None:
-    """Fail (exit 1) when a FILE breaks a limit. FILE may be a glob.
+    """Exit with 1 when a FILE breaks a limit. FILE may be a glob.
 
-    Limits come from the flags, or from max_size, min_ratio, max_drop, min_agreement (and files) in
-    [tool.qcompress.gate] of pyproject.toml or [gate] of qcompress.toml; flags win. Accuracy limits need the
-    measurements of `qcompress validate`.
+    Limits are options, or max_size, min_ratio, max_drop, min_agreement (and files) in [tool.qcompress.gate] of
+    pyproject.toml or [gate] of qcompress.toml; options win. Limits on accuracy need the measurements of
+    `qcompress validate`.
     """
     project, where = load_project() if config is None else load_config_file(config)
     table = dict(project.gate or {})
     patterns = files or _patterns(table.pop("files", ()), where)
     limits = read_table(GateLimits, table, f"gate in {where}", also=("files",))
-    limits = replace(limits, **{name: flags[name] for name in _COMPARED if flags[name] is not None})
+    limits = replace(limits, **{name: params[name] for name in _COMPARED if params[name] is not None})
     require_a_limit(limits)
-    from qcompress_exporters import formats
+    from qcompress_exporters import formats  # imports onnx, so it comes after what can fail without it
 
     original_bytes = None if original is None else _nbytes_of(original)
     accuracy = limits.max_drop is not None or limits.min_agreement is not None
@@ -77,8 +82,8 @@ def command(
     for path in _expand(patterns):
         file = formats.read(path)
         measured.append(
-            Measurements.of(
-                str(path),
+            Measurements(
+                file=str(path),
                 nbytes=file.whole_nbytes,
                 is_ours=file.is_ours,
                 original_bytes=file.original_bytes if original_bytes is None else original_bytes,
@@ -102,19 +107,19 @@ def _patterns(files: object, where: str) -> tuple[str, ...]:
 
 
 def _expand(patterns: Sequence[str]) -> list[Path]:
-    """Files in the order given, those of one glob sorted, each once."""
+    """Return the files in the order given, those of one glob sorted, each once."""
     found: dict[Path, None] = {}
     for pattern in patterns:
         is_glob = any(c in pattern for c in _MAGIC) and not Path(pattern).exists()
         matches = sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]
         if not matches:
-            raise ConfigError(f"gate: no file matches {pattern}: was it exported, and is this the right folder?")
+            raise ConfigError(f"gate: no file matches {pattern}; export it first, or check the folder.")
         found.update(dict.fromkeys(Path(match) for match in matches))
     return list(found)
 
 
 def _nbytes_of(original: Path) -> int:
-    """Bytes of the original, whatever kind of file it is; its external data counts."""
+    """Return the bytes of the original, whatever kind of file it is, its external data included."""
     from qcompress_exporters import formats
 
     if not original.is_file():
@@ -125,8 +130,8 @@ def _nbytes_of(original: Path) -> int:
         return original.stat().st_size
 
 
-def _validation(file: "DeployedFile", *, needed: bool) -> dict[str, Any] | None:
-    """The file's measurements; where no limit needs them, those of another file are passed over."""
+def _validation(file: "DeployedFile", *, needed: bool) -> "Validation | None":
+    """Return the measurements of a file; those of another file are ignored where no limit needs them."""
     try:
         return file.validation()
     except SourceError:
@@ -159,7 +164,7 @@ def _show(ui: Ui, verdicts: Sequence[Verdict]) -> None:
 
 
 def _values(verdict: Verdict) -> tuple[str, str]:
-    """Limit and measurement as text, with as many digits as it takes to tell them apart."""
+    """Return limit and measurement as text, with enough digits to tell them apart."""
     for digits in (4, 6, 9, 17):
         allowed, measured = (_text(value, verdict.unit, digits) for value in (verdict.allowed, verdict.measured))
         if allowed != measured or verdict.ok:

@@ -1,12 +1,13 @@
-"""`qcompress inspect MODEL`: the legal names, kinds and shapes."""
+"""`qcompress inspect MODEL`: names, kinds and shapes of all tensors."""
 
 from typing import Any
 
 from qcompress.errors import SourceError
-from qcompress.sources.base import UNKNOWN, WEIGHT_KINDS, Source, SourceTensor
+from qcompress.kinds import UNKNOWN, WEIGHT_KINDS
+from qcompress.sources.base import Source, SourceTensor
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.open_model import open_model
-from qcompress_cli.inputs.project import settings
+from qcompress_cli.inputs.project import run_options
 from qcompress_cli.terminal.console import Ui, new_table
 from qcompress_cli.terminal.numbers import counted, shape_text
 from qcompress_cli.terminal.text import printable
@@ -16,13 +17,13 @@ from qcompress_cli.terminal.text import printable
 @options.model_argument
 @options.arch_options
 @options.common_options
-def command(json: bool, quiet: bool, **flags: Any) -> None:
-    """Print the names of MODEL's tensors, which a plan's [name."…"] patterns can use, with their kinds and shapes."""
+def command(json: bool, quiet: bool, **params: Any) -> None:
+    """List the tensors of MODEL with their kinds and shapes. The [name."…"] patterns of a plan match these names."""
     ui = Ui(json=json, quiet=quiet)
-    source = open_model(settings(flags), ui)
+    source = open_model(run_options(params), ui)
     tensors = list(source.tensors())
     if not tensors:
-        raise SourceError(f"No tensor found in {source.label}: a model file holds at least one.")
+        raise SourceError(f"No tensor found in {source.label}; a model file must hold at least one.")
     ui.emit(_as_dict(source, tensors))
     table = new_table("name", ["kind", "shape", "dtype", "count"], left=["kind", "dtype"])
     for tensor in tensors:
@@ -36,7 +37,7 @@ def command(json: bool, quiet: bool, **flags: Any) -> None:
 
 def _summary(tensors: list[SourceTensor]) -> str:
     if any(tensor.kind == UNKNOWN for tensor in tensors):
-        return f"{counted(len(tensors), 'tensor')}; a bare state dict does not tell their kinds: --arch does."
+        return f"{counted(len(tensors), 'tensor')}; a bare state dict does not tell their kinds; add --arch."
     weights = [tensor for tensor in tensors if tensor.kind in WEIGHT_KINDS]
     return f"{counted(len(tensors), 'tensor')}, {len(weights)} of them weights that a plan can compress."
 

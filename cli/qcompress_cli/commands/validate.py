@@ -15,39 +15,37 @@ from qcompress.files import check_writable, write_whole
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.open_model import open_model
 from qcompress_cli.inputs.program import device, open_program
-from qcompress_cli.inputs.project import settings
+from qcompress_cli.inputs.project import run_options
 from qcompress_cli.terminal.console import Ui, new_table
 from qcompress_cli.terminal.exits import CHECK_FAILED
 from qcompress_cli.terminal.numbers import share, told_apart
 from qcompress_cli.terminal.text import printable
 
 if TYPE_CHECKING:
-    from qcompress.metrics.metric import MetricResult
+    from qcompress.metrics.result import MetricResult
     from qcompress_exporters.parity.noise import LayerNoise
     from qcompress_exporters.parity.report import ParityReport
     from qcompress_exporters.parity.timing import Timing
 
 
 _TIMING_S: Final = 1.0
-_SHOWN: Final = 3  # layers of each sort, of those that lost most
-_SHARES: Final = ("top1", "top5")  # metrics that are shares of the samples
+_SHOWN: Final = 3  # layers with the lowest SQNR, and layers with the largest fall, in the table
 
 
 @options.command("validate")
 @options.model_argument
 @click.argument("file", required=False, type=options.PATH)
-@click.option("--write", is_flag=True, help="Write the measurements into FILE's metadata too.")
-@click.option("--no-timing", is_flag=True, help="Do not measure speed, load time and memory, which takes some seconds.")
+@click.option("--write", is_flag=True, help="Also write the measurements into the metadata of FILE.")
+@click.option("--no-timing", is_flag=True, help="Skip speed, load time and memory, which take a few seconds.")
 @options.source_options
 @options.input_options
 @options.metric_options
 @options.common_options
-def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, no_timing: bool, **flags: Any) -> None:
-    """Measure FILE, which export wrote, against MODEL, its original: weights and graph bit for bit, the exporter
-    within 1e-4, signal to noise layer by layer, agreement, the metric where the data has labels, speed, load time and
-    memory.
+def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, no_timing: bool, **params: Any) -> None:
+    """Compare FILE, which export wrote, with its original MODEL: weights and graph bit for bit, the exporter within
+    1e-4, signal to noise layer by layer, agreement, the metric where the data has labels, speed, load time and memory.
 
-    The measurements go to FILE.validation.json, where gate finds them. Where the config names MODEL, give FILE alone.
+    The measurements go to FILE.validation.json, where gate finds them. Where the config names MODEL, pass FILE only.
     """
     from qcompress.compressed.source import CompressedSource
     from qcompress.data.dataset import load_data
@@ -57,12 +55,12 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
 
     ui = Ui(json=json, quiet=quiet)
     if file is None:  # one argument: the config names MODEL
-        file, flags["model"] = flags["model"], None
-    given = settings(flags)
+        file, params["model"] = params["model"], None
+    given = run_options(params)
     if file is None:
-        raise ConfigError("validate must have the FILE to measure: qcompress validate MODEL FILE --data X.npz")
+        raise ConfigError("validate needs the FILE to measure; type qcompress validate MODEL FILE --data X.npz")
     if given.data is None:
-        raise ConfigError("validate must have inputs to measure on: --data X.npz (x, and y where there are labels).")
+        raise ConfigError("validate needs inputs to measure on; add --data X.npz (x, and y where there are labels).")
     compressed = formats.read(file)
     data = load_data(given.data, transform=given.transform)
     for note in data.notes:
@@ -71,18 +69,18 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     if data.labels is not None:
         metric = load_metric(given.metric or "top1", lower_is_better=given.lower_is_better)
     elif given.metric is not None:
-        raise ConfigError(f"--metric {given.metric} needs labels, and {given.data} has no array y.")
+        raise ConfigError(f"--metric {given.metric} needs labels, but {given.data} has no array y.")
     result_path = validation_path(file)
     check_writable(result_path, force=True, flag=None)
     source = open_model(given, ui)
     if source.path is not None and source.path.exists() and source.path.samefile(file):
-        raise SourceError(f"{file} is MODEL itself: name the original model first, then the file that export wrote.")
+        raise SourceError(f"{file} is MODEL itself; pass the original model first, then the file that export wrote.")
     try:
         program = open_program(source, given, ui, compressed.options)
     except ConfigError:
         if given.input_names or given.output_names or given.dynamic:
             raise
-        program = open_program(source, given, ui)  # what is wrong is then the file's names: validate tells which
+        program = open_program(source, given, ui)  # the file's names are wrong then, and validate says which
     made_from = source.model().source_digest if isinstance(source, CompressedSource) else source.sha256[:11]
     report = validate(
         program, file, data, metric=metric, source_digest=made_from, seed=seed, device=device(given),
@@ -102,7 +100,7 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     ui.show(_check_table(report))
     if report.layers:
         ui.show(_layer_table(report.layers))
-    ui.show(*_words(report, compressed.compute))
+    ui.show(*_lines(report, compressed.compute))
     ui.note(f"measurements written to {where}")
     if not report.ok:
         failed = ", ".join(f"{c.name} ({c.session})" for c in report.checks if not c.ok)
@@ -126,7 +124,7 @@ def _check_table(report: "ParityReport") -> Table:
 
 
 def _layer_table(layers: "Sequence[LayerNoise]") -> Table:
-    """Who lost the accuracy: the layers with the lowest SQNR, and those behind which it fell most."""
+    """Return where accuracy was lost: the layers with the lowest SQNR, and those where it fell most."""
     table = new_table("layer, the noisiest", ["SQNR dB", "change"])
     sqnr = [layer.sqnr_db for layer in layers]
     change = [None if a is None or b is None else b - a for a, b in pairwise([None, *sqnr])]
@@ -146,7 +144,7 @@ def _or(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
 
 
-def _words(report: "ParityReport", compute: str) -> list[str]:
+def _lines(report: "ParityReport", compute: str) -> list[str]:
     told = {(check.name, check.detail) for check in report.checks}
     alike = {name for name, _ in told if [n for n, _ in told].count(name) == 1}
     lines = list(
@@ -172,7 +170,7 @@ def _words(report: "ParityReport", compute: str) -> list[str]:
 
 
 def _runtime(shares: Mapping[str, float]) -> list[str]:
-    """How much of the noise is onnxruntime's own; nothing where none is."""
+    """Return how much of the noise onnxruntime makes by itself; nothing where it makes no noise."""
     own = shares.get("onnxruntime", 0.0)
     if own <= 0:
         return []
@@ -197,14 +195,16 @@ def _timing(timing: "Timing") -> list[str]:
 def _cpu(features: Mapping[str, bool | None]) -> str:
     vnni = features["vnni"]
     if vnni is None:
-        return "CPU: it cannot be told here whether it has VNNI, without which sums of u8 x s8 can saturate"
+        return "CPU: unknown whether it has VNNI, without which sums of u8 x s8 can saturate"
     if vnni:
-        return "CPU: has VNNI; on one without, sums of u8 x s8 can saturate (export --reduce-range)"
-    return "CPU: no VNNI, so that sums of u8 x s8 can saturate: export --reduce-range keeps clear of that"
+        return "CPU: has VNNI; on CPUs without, sums of u8 x s8 can saturate (export --reduce-range avoids that)"
+    return "CPU: no VNNI, so sums of u8 x s8 can saturate; export --reduce-range avoids that"
 
 
 def _metric(result: "MetricResult") -> str:
-    text = "{:.2%}" if result.name in _SHARES else "{:.4g}"
+    from qcompress.metrics.metric import unit_of
+
+    text = "{:.2%}" if unit_of(result.name) == "fraction" else "{:.4g}"
     interval = ""
     if result.interval is not None:
         low, high = (text.format(end) for end in result.interval)

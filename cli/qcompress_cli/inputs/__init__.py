@@ -1,1 +1,1 @@
-"""Options, project config and opening the model: everything that a command reads before it works."""
+"""Options, project config and opening the model: what a command reads before it works."""

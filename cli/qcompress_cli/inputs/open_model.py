@@ -1,18 +1,18 @@
-"""MODEL as a Source: the core's openers, and the ones that the exporters add."""
+"""Opens MODEL as a Source."""
 
 import click
 
 from qcompress.sources.base import Source, SourceOptions
-from qcompress_cli.inputs.project import Settings, require_model
+from qcompress_cli.inputs.project import RunOptions, require_model
 from qcompress_cli.terminal.console import Ui
 
 
-def open_model(given: Settings, ui: Ui | None = None) -> Source:
+def open_model(given: RunOptions, ui: Ui | None = None) -> Source:
     """Open the MODEL of this run, whatever kind of file it is.
 
     Args:
-        given: the run's settings.
-        ui: is told which of several models in a file was taken.
+        given: the run's options.
+        ui: shows which of several models in a file was taken.
 
     Raises:
         ConfigError: no MODEL was given.

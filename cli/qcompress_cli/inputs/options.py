@@ -1,6 +1,6 @@
-"""The flags that commands share, as decorators, and the words that they are made of.
+"""The options that commands share, as decorators, and what they are built from.
 
-A flag that was not given is None (or empty), so that the project's config can speak: `project.settings`.
+An option that was not given is None or empty, so that `project.run_options` can fall back on the project's config.
 """
 
 import json
@@ -27,11 +27,11 @@ _CONSTANTS: Final = {"True": True, "False": False, "None": None}
 
 
 class Parsed(_ParamType):
-    """A flag's value read by one of our functions; its ConfigError becomes a usage error.
+    """The value of an option, parsed by one of our functions, whose ConfigError becomes a usage error.
 
     Args:
         name: what help calls the value.
-        parse: text to value.
+        parse: returns the value of a text.
     """
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
@@ -39,7 +39,7 @@ class Parsed(_ParamType):
         self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse text; a value that is parsed already stays."""
+        """Parse text; return a value that is parsed already as it is."""
         if not isinstance(value, str):
             return value
         try:
@@ -52,7 +52,7 @@ class Command(click.Command):
     """A command on which `--arch-kwargs a=1 b=2` takes every `key=value` that follows it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat the flag before each further pair, then parse as ever."""
+        """Repeat the option before each further pair, then parse as usual."""
         spread: list[str] = []
         inside = False
         for position, arg in enumerate(args):
@@ -66,12 +66,12 @@ class Command(click.Command):
 
 
 def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
-    """`@command("analyze")`: a command of ours, with `-h`."""
+    """Return the decorator that makes a command: `@command("analyze")`."""
     return click.command(name, cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 
 
 def together(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
-    """Several decorators as one, in the order in which help shall list them."""
+    """Return several decorators as one, in the order in which help lists their options."""
 
     def decorate(function: F) -> F:
         for decorator in reversed(decorators):
@@ -82,7 +82,7 @@ def together(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
 
 
 def key_value(text: str) -> tuple[str, Any]:
-    """A `key=value`, the value read as JSON or a Python constant where it is one, else as text.
+    """Return key and value of `key=value`; the value is a Python constant, JSON, or else text.
 
     >>> key_value("num_classes=10"), key_value("name=resnet"), key_value("bias=False"), key_value("sizes=[1,2]")
     (('num_classes', 10), ('name', 'resnet'), ('bias', False), ('sizes', [1, 2]))
@@ -99,19 +99,19 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Names that commas part.
+    """Return names that are separated by commas.
 
     >>> names("ids, mask")
     ('ids', 'mask')
     """
     parts = tuple(part.strip() for part in text.split(","))
     if not all(parts) or len(set(parts)) < len(parts):
-        raise ConfigError(f"must be distinct names with commas between them, got {text!r}.")
+        raise ConfigError(f"must be distinct names separated by commas, got {text!r}.")
     return parts
 
 
-def _flag(*declaration: str, text: str) -> Callable[[F], F]:
-    """A switch: True where given, else None."""
+def _switch(*declaration: str, text: str) -> Callable[[F], F]:
+    """Return an option that is True where given, else None."""
     return click.option(*declaration, is_flag=True, flag_value=True, default=None, type=bool, help=text)
 
 
@@ -127,7 +127,7 @@ arch_options: Final = together(
     click.option(
         "--arch",
         metavar="MODULE:FN",
-        help="What builds the float module for a bare state dict: package.module:factory or path/file.py:factory. "
+        help="The factory of the float module for a bare state dict: package.module:factory or path/file.py:factory. "
         "Runs your code.",
     ),
     click.option(
@@ -147,9 +147,9 @@ source_options: Final = together(
         "--allow-class",
         metavar="PKG.MOD:CLS",
         multiple=True,
-        help="A class that a pickled module may be made of. Imports that class. Repeatable.",
+        help="A class that may occur in a pickled module. Imports that class. Repeatable.",
     ),
-    _flag("--trust-pickle", text="Unpickle whatever is in the file. Runs whatever code it carries."),
+    _switch("--trust-pickle", text="Unpickle the file without checks. Runs whatever code it carries."),
 )
 
 input_options: Final = together(
@@ -162,12 +162,12 @@ input_options: Final = together(
         metavar="[NAME=]1,3,32,32[:DTYPE]",
         multiple=True,
         type=Parsed("shape", parse_input_shape),
-        help="An example input where no data is given; the first number is the batch. Repeatable.",
+        help="Shape of an example input, for use without data; the first number is the batch. Repeatable.",
     ),
     click.option(
         "--transform",
         metavar="MODULE:FN",
-        help="Raw arrays of the data file to the model's inputs, batch in, batch out. Runs your code.",
+        help="A function from a batch of the data file to a batch of the model's inputs. Runs your code.",
     ),
     click.option("--input-names", metavar="A,B", type=Parsed("names", names), help="Names of the graph's inputs."),
     click.option("--output-names", metavar="A,B", type=Parsed("names", names), help="Names of the graph's outputs."),
@@ -176,14 +176,14 @@ input_options: Final = together(
         metavar="NAME:0=batch",
         multiple=True,
         type=Parsed("axis", parse_dynamic),
-        help="A dynamic axis; default: the first of every input. Repeatable.",
+        help="A dynamic axis. Default: the first one of every input. Repeatable.",
     ),
-    click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), help="Where the model runs; default: cpu."),
+    click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), help="Where the model runs. Default: cpu."),
 )
 
 metric_options: Final = together(
     click.option("--metric", metavar="NAME", help="top1, top5, auc, mse, cosine, or module:fn, which runs your code."),
-    _flag("--lower-is-better", text="The metric counts what is bad, as a loss does."),
+    _switch("--lower-is-better", text="A lower value of the metric is better, as for a loss."),
 )
 
 output_options: Final = together(
@@ -196,12 +196,12 @@ output_options: Final = together(
         + ".",
     ),
     click.option("-o", "--output", metavar="FILE", type=PATH, help="The file to write."),
-    _flag("--force", text="Replace FILE where it exists; never an input of the command."),
+    _switch("--force", text="Replace FILE if it exists; inputs of the command are never replaced."),
 )
 
 common_options: Final = together(
-    click.option("--json", is_flag=True, help="Write JSON, and nothing else, to stdout."),
-    click.option("--quiet", is_flag=True, help="No progress and no notes."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is random."),
+    click.option("--json", is_flag=True, help="Write JSON and nothing else to stdout."),
+    click.option("--quiet", is_flag=True, help="Show neither progress nor notes."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
 )

@@ -1,4 +1,4 @@
-"""MODEL as a float program: the example input that tracing takes, from wherever the user gave one."""
+"""MODEL as a float program, traced with the example input that the user gave."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,27 +10,27 @@ import numpy.typing as npt
 from qcompress.errors import ConfigError, did_you_mean
 from qcompress.graph.options import ProgramOptions
 from qcompress.sources.base import Source
-from qcompress_cli.inputs.project import Settings
+from qcompress_cli.inputs.project import RunOptions
 from qcompress_cli.terminal.console import Ui
 
 if TYPE_CHECKING:
     from qcompress.graph.program import FloatProgram
 
 
-def open_program(source: Source, given: Settings, ui: Ui, options: ProgramOptions | None = None) -> "FloatProgram":
+def open_program(source: Source, given: RunOptions, ui: Ui, options: ProgramOptions | None = None) -> "FloatProgram":
     """Trace a source.
 
     Args:
         source: the opened MODEL.
-        given: the run's settings: --input-shape, else --data, else --calibration gives the example input.
-        ui: is told what the user should know.
+        given: the run's options; --input-shape, else --data, else --calibration gives the example input.
+        ui: shows the program's notes.
         options: names and dynamic axes that the program must have, where they are known already.
 
     Raises:
         DataError: the example input does not fit the model.
     """
     options = options or ProgramOptions()
-    device(given)  # one that is not there is refused at once; tracing itself is done on the CPU
+    device(given)  # fails at once where there is no such device; tracing itself runs on the CPU
     inputs = example_inputs(given)
     program = source.program(
         replace(
@@ -50,8 +50,8 @@ def open_program(source: Source, given: Settings, ui: Ui, options: ProgramOption
     return program
 
 
-def _check_input_shapes(program: "FloatProgram", given: Settings) -> None:
-    """A name that the model does not have is a mistake, even where its shape alone would do."""
+def _check_input_shapes(program: "FloatProgram", given: RunOptions) -> None:
+    """Reject a name that the model does not have, even where the shape alone would do."""
     from qcompress.graph.tracing import input_names_of
 
     legal = dict.fromkeys((*program.input_names, *input_names_of(program)))
@@ -62,7 +62,7 @@ def _check_input_shapes(program: "FloatProgram", given: Settings) -> None:
 
 
 def _check_fits(program: "FloatProgram", inputs: Mapping[str, npt.NDArray[Any]]) -> None:
-    """An exported program is not traced again, so that nothing else would notice data of another model."""
+    """Reject data of another model: an exported program is not traced again, so nothing else would notice."""
     renamed = not set(inputs) & set(program.input_names) and len(inputs) == len(program.input_names)
     arrays = dict(zip(program.input_names, inputs.values(), strict=True)) if renamed else inputs
     batch = program.fixed_batch
@@ -75,12 +75,12 @@ def _of_length(values: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
     return np.concatenate([values] * -(-length // max(1, len(values))))[:length]
 
 
-def example_inputs(given: Settings) -> Mapping[str, npt.NDArray[Any]] | None:
-    """One example batch, or None where the user gave nothing that has one."""
+def example_inputs(given: RunOptions) -> Mapping[str, npt.NDArray[Any]] | None:
+    """Return one example batch, or None where the user gave no inputs."""
     if given.input_shape:
         unnamed = [s for s in given.input_shape if s.name is None]
         if unnamed and len(given.input_shape) > 1:
-            raise ConfigError("Several --input-shape must each have a name: --input-shape ids=1,128:int64.")
+            raise ConfigError("Each of several --input-shape must have a name: --input-shape ids=1,128:int64.")
         random = np.random.default_rng(0)
         return {
             s.name or "x": random.standard_normal(s.shape).astype(s.dtype)
@@ -96,11 +96,11 @@ def example_inputs(given: Settings) -> Mapping[str, npt.NDArray[Any]] | None:
     return None
 
 
-def device(given: Settings) -> str:
-    """`cpu` or `cuda`; `auto` takes what there is.
+def device(given: RunOptions) -> str:
+    """Return `cpu` or `cuda`; for `auto`, `cuda` where torch can use a GPU.
 
     Raises:
-        ConfigError: cuda was asked for and is not there.
+        ConfigError: cuda was asked for, and torch can use no GPU.
     """
     if given.device == "cpu":
         return "cpu"
@@ -109,5 +109,5 @@ def device(given: Settings) -> str:
     if torch.cuda.is_available():
         return "cuda"
     if given.device == "cuda":
-        raise ConfigError("--device cuda needs a GPU that torch can use, and there is none: use --device auto or cpu.")
+        raise ConfigError("--device cuda needs a GPU that torch can use, but there is no such GPU; use auto or cpu.")
     return "cpu"

@@ -1,6 +1,6 @@
-"""What a project says once: `[tool.qcompress]` of pyproject.toml, or qcompress.toml, in the working directory.
+"""The config of a project: `[tool.qcompress]` of pyproject.toml, or qcompress.toml, in the working directory.
 
-Flags win over it, key by key. `settings` is the one place where the two meet.
+Options of the command line win over it, key by key; `run_options` merges the two.
 """
 
 import shlex
@@ -8,14 +8,15 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import pydantic
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from qcompress.errors import ConfigError
-from qcompress.plan.tables import read_table
+from qcompress.plan.fields import BITS
 from qcompress_cli.inputs.shapes import Dynamic, InputShape, parse_input_shape
+from qcompress_cli.inputs.tables import read_table
 
 PYPROJECT: Final = "pyproject.toml"
 OWN_FILE: Final = "qcompress.toml"
@@ -24,7 +25,7 @@ MODEL_SUFFIXES: Final = (".pt", ".pth", ".pt2", ".safetensors", ".bin")
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
 class Project:
-    """The table of a project; every key means what its flag means."""
+    """The table of a project; every key means what the option of that name means."""
 
     model: str | None = None
     arch: str | None = None
@@ -38,13 +39,13 @@ class Project:
     target: str | None = None
     output: str | None = None
     plan: str | None = None
-    bits: int | None = pydantic.Field(default=None, strict=True, ge=1, le=8)
+    bits: Annotated[int | None, pydantic.PlainValidator(BITS.checked)] = None
     gate: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The shared settings of one run: flags over config over defaults. None: said nowhere."""
+class RunOptions:
+    """The options that several commands share: from the command line, else the config, else None or a default."""
 
     model: Path | None = None
     arch: str | None = None
@@ -71,35 +72,36 @@ class Settings:
 _PATHS: Final = ("model", "output", "plan")
 
 
-def settings(flags: Mapping[str, Any], folder: Path | None = None) -> Settings:
-    """Merge flags over the project's config; a flag that was not given is None or empty.
+def run_options(params: Mapping[str, Any], folder: Path | None = None) -> RunOptions:
+    """Merge the command line with the project's config.
 
     Args:
-        flags: values by the names of `Settings`; other names are the command's own and stay out.
-        folder: where the config is looked for; None: the working directory.
+        params: what click parsed, None or empty where an option was not given; parameters that `RunOptions` lacks
+            belong to the command and are left out.
+        folder: of the config; None for the working directory.
 
     Raises:
         ConfigError: the config is wrong.
     """
     project, where = load_project(folder)
     merged: dict[str, Any] = {}
-    for name in (f.name for f in fields(Settings)):
-        value: Any = flags.get(name)
+    for name in (f.name for f in fields(RunOptions)):
+        value: Any = params.get(name)
         if name == "arch_kwargs":
-            # They belong to the config's arch; another one named by a flag does not get them.
-            value = {**(project.arch_kwargs if flags.get("arch") is None else {}), **(value or {})}
+            # They belong to the config's arch; another one on the command line does not get them.
+            value = {**(project.arch_kwargs if params.get("arch") is None else {}), **(value or {})}
         elif value is None or value == ():
             value = _from_config(getattr(project, name, None), name, where)
         if value is not None:
             merged[name] = Path(value) if name in _PATHS else value
-    return Settings(**merged)
+    return RunOptions(**merged)
 
 
 def load_project(folder: Path | None = None) -> tuple[Project, str]:
-    """The project's config and what to call it; an empty one where there is none.
+    """Return the project's config, empty where there is no file, and what messages call it.
 
     Raises:
-        ConfigError: two configs, not TOML, an unknown key or a wrong value.
+        ConfigError: there are two configs, or one is not TOML, has an unknown key or a wrong value.
     """
     folder = Path() if folder is None else folder
     own, pyproject = folder / OWN_FILE, folder / PYPROJECT
@@ -118,10 +120,10 @@ def load_project(folder: Path | None = None) -> tuple[Project, str]:
 
 
 def load_config_file(path: Path) -> tuple[Project, str]:
-    """A config that was named: the whole file, or its [tool.qcompress] where it is a pyproject.toml.
+    """Return the config in a file that the user named: all of it, or [tool.qcompress] of a pyproject.toml.
 
     Raises:
-        ConfigError: it cannot be read, or not understood.
+        ConfigError: it cannot be read, or is wrong.
     """
     if path.name != PYPROJECT:
         return read_table(Project, _read_toml(path), str(path)), str(path)
@@ -131,13 +133,16 @@ def load_config_file(path: Path) -> tuple[Project, str]:
     return read_table(Project, table, f"[tool.qcompress] of {path}"), f"[tool.qcompress] of {path}"
 
 
-def require_model(given: Settings, args: tuple[str, ...], folder: Path | None = None) -> Path:
-    """MODEL, or the error that names the model files here and the full command to type.
+def require_model(given: RunOptions, args: tuple[str, ...], folder: Path | None = None) -> Path:
+    """Return MODEL, or raise an error that names the model files here and the full command to type.
 
     Args:
-        given: the run's settings.
+        given: the run's options.
         args: the command line as typed, without `qcompress`.
-        folder: where model files are looked for; None: the working directory.
+        folder: where model files are looked for; None for the working directory.
+
+    Raises:
+        ConfigError: no MODEL was given.
     """
     if given.model is not None:
         return given.model
@@ -145,7 +150,7 @@ def require_model(given: Settings, args: tuple[str, ...], folder: Path | None = 
     command = shlex.join(["qcompress", args[0], here[0] if here else "MODEL", *args[1:]])
     found = f"model files here: {', '.join(here)}" if here else f"no model file here ({', '.join(MODEL_SUFFIXES)})"
     raise ConfigError(
-        f"No MODEL was given, and no config names one; {found}.\n"
+        f"MODEL is missing, from the command line and from the config; {found}.\n"
         f'Type: {command}\nor write model = "…" into {OWN_FILE} once.'
     )
 
@@ -167,7 +172,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"{path} cannot be read: {e.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # not TOML, not UTF-8, or an integer of thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {e}.") from None
 
 

@@ -1,4 +1,4 @@
-"""How inputs are described on the command line: `[NAME=]1,3,32,32[:int64]` and `NAME:0=batch`."""
+"""Parses descriptions of inputs on the command line: `[NAME=]1,3,32,32[:int64]` and `NAME:0=batch`."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Final
 from qcompress.errors import ConfigError
 
 DTYPES: Final = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
-MAX_ELEMENTS: Final = 1 << 28  # of an example, which is made in memory
+MAX_ELEMENTS: Final = 1 << 28  # of an example input, which is made in memory
 
 _SHAPE: Final = re.compile(r"(?:(?P<name>[^=]+)=)?(?P<shape>[0-9]+(?:[,x][0-9]+)*)(?::(?P<dtype>\w+))?", re.ASCII)
 _DYNAMIC: Final = re.compile(r"(?P<name>[^:=]+):(?P<axis>[0-9]+)=(?P<label>[A-Za-z_]\w*)", re.ASCII)
@@ -20,7 +20,7 @@ class InputShape:
 
     Args:
         shape: its shape.
-        name: its name, or None for a single one.
+        name: its name; None where the model has one input only.
         dtype: numpy name of its dtype.
     """
 
@@ -36,7 +36,7 @@ class Dynamic:
     Args:
         name: the input.
         axis: which of its axes.
-        label: the axis' name in the graph.
+        label: name of the axis in the graph.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Dynamic:
 
 
 def parse_input_shape(text: str) -> InputShape:
-    """An input from its text.
+    """Return the input that a text describes.
 
     >>> parse_input_shape("1,3,32,32")
     InputShape(shape=(1, 3, 32, 32), name=None, dtype='float32')
@@ -53,7 +53,7 @@ def parse_input_shape(text: str) -> InputShape:
     InputShape(shape=(1, 128), name='ids', dtype='int64')
 
     Raises:
-        ConfigError: not of that form, an unknown dtype, an axis of no elements, or too many elements.
+        ConfigError: the text has another form, an unknown dtype, an axis of length 0, or too many elements.
     """
     match = _SHAPE.fullmatch(text.replace(" ", ""))
     if match is None:
@@ -70,13 +70,13 @@ def parse_input_shape(text: str) -> InputShape:
 
 
 def parse_dynamic(text: str) -> Dynamic:
-    """A dynamic axis from its text.
+    """Return the dynamic axis that a text describes.
 
     >>> parse_dynamic("ids:1=sequence")
     Dynamic(name='ids', axis=1, label='sequence')
 
     Raises:
-        ConfigError: not of that form.
+        ConfigError: the text has another form.
     """
     match = _DYNAMIC.fullmatch(text)
     if match is None:

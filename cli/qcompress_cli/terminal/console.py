@@ -1,6 +1,7 @@
-"""What a user sees: results on stdout, progress and notes on stderr; with --json stdout is one JSON document.
+"""The two streams of a command: results on stdout, progress and notes on stderr.
 
-Into a pipe or a file no text is cut or wrapped. On a terminal long names are folded, never shortened.
+With --json stdout is one JSON document. Text is never cut or wrapped in a pipe or a file; on a terminal long names are
+folded, never shortened.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ _NAME_MIN_WIDTH: Final = 16
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Leave it to `main`, which ends without a word and with its own exit code."""
+        """Leave it to `main`, which ends silently with an exit code of its own."""
         raise BrokenPipeError
 
 
@@ -53,30 +54,30 @@ class Ui:
 
     @property
     def width(self) -> int:
-        """Columns of stdout; a very large number where it is no terminal."""
+        """Columns of stdout; a very large number where it is not a terminal."""
         return self.out.width
 
     def show(self, *results: RenderableType) -> None:
-        """Write results to stdout, unless it belongs to JSON."""
+        """Write results to stdout, unless --json claims it."""
         if not self.json:
             with self._to_stdout():
                 for result in results:
                     self.out.print(printable(result) if isinstance(result, str) else result)
 
     def emit(self, report: Mapping[str, Any]) -> None:
-        """Write the one JSON document to stdout, where --json asks for it."""
+        """Write the JSON document to stdout, if --json asks for it."""
         if self.json:
             with self._to_stdout():
-                # Line by line: one write of more than a pipe holds does not report that its reader went away.
+                # Line by line: a single write of more than a pipe holds does not report that its reader is gone.
                 self.out.file.writelines(json.dumps(report, indent=2, allow_nan=False).splitlines(keepends=True))
                 self.out.file.write("\n")
 
     def wrote(self, path: Path) -> None:
-        """Remember a file that was written: where stdout fails after that, the error says so."""
+        """Remember a file that was written: if stdout fails later, the error names it."""
         self._written.append(path)
 
     def note(self, text: str) -> None:
-        """A word to the user on stderr."""
+        """Write a note to stderr, unless --quiet."""
         if not self.quiet:
             self.err.print(printable(text))
 
@@ -93,34 +94,34 @@ class Ui:
         try:
             yield
             self.out.file.flush()
-        except BrokenPipeError:  # nobody reads any more, which is no error
+        except BrokenPipeError:  # the reader is gone, which is not an error
             raise
         except OSError as e:
-            kept = f" Written all the same: {', '.join(map(str, self._written))}." if self._written else ""
+            kept = f" These files were written: {', '.join(map(str, self._written))}." if self._written else ""
             raise OutputError(f"stdout cannot be written: {e.strerror}.{kept}") from e
 
     def fits(self, table: Table) -> bool:
-        """Whether a table needs no folding on stdout."""
+        """Return whether a table fits stdout without folding."""
         if self.width >= _UNBOUNDED:
             return True
         return Measurement.get(self.out, self.out.options.update(width=_UNBOUNDED), table).maximum <= self.width
 
 
 def new_table(name: str, columns: Sequence[str], *, title: str | None = None, left: Iterable[str] = ()) -> Table:
-    """A table that fits a narrow terminal: names fold, words wrap, numbers stay whole.
+    """Return a table that fits a narrow terminal: names fold, words wrap, numbers stay whole.
 
     Args:
         name: header of the first column, which holds names.
         columns: headers of the others.
         title: a line above the table.
-        left: which of the others hold words, not numbers.
+        left: those of the others that hold words, not numbers.
     """
     table = Table(
         box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False, show_edge=False
     )
     table.padding = (0, 1, 0, 0)
     words = set(left)
-    # Where words can give way, too, the terminal's width is shared out; rich cuts what a minimum pushes over the edge.
+    # Columns of words share the width of the terminal; rich cuts what a minimum width pushes over the edge.
     table.add_column(name, overflow="fold", min_width=None if words else _NAME_MIN_WIDTH)
     for header in columns:
         is_words = header in words

@@ -1,4 +1,4 @@
-"""Exit codes, the same for every command; 0 is fine."""
+"""Exit codes of all commands; 0 is success."""
 
 from typing import Final
 
@@ -6,4 +6,4 @@ CHECK_FAILED: Final = 1
 BAD_INPUT: Final = 2
 OUR_BUG: Final = 70
 INTERRUPTED: Final = 130
-BROKEN_PIPE: Final = 141  # the reader of stdout went away: 128 + SIGPIPE
+BROKEN_PIPE: Final = 141  # the reader of stdout is gone: 128 + SIGPIPE

@@ -1,10 +1,10 @@
-"""Numbers as table cells."""
+"""Formats numbers for tables and sentences."""
 
 from collections.abc import Sequence
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, whole numbers below a million in full; a dash where there is no number.
+    """Return three significant digits, all digits from 100 to a million; a dash for None.
 
     >>> number(-0.012345), number(1234.5), number(None), number(0.0), number(0.0000123), number(2e9)
     ('-0.0123', '1,234', '–', '0', '1.2e-05', '2e+09')
@@ -18,7 +18,7 @@ def number(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share in percent, never rounded to 0 where it is not.
+    """Return a share in percent; it is 0 only if it is exactly 0.
 
     >>> share(0.00271), share(0.0), share(0.0000003), share(None)
     ('0.27', '0', '<0.01', '–')
@@ -32,7 +32,7 @@ def share(value: float | None) -> str:
 
 
 def told_apart(error: float, limit: float) -> tuple[str, str]:
-    """An error and its limit, with as many digits as it takes to see which is larger.
+    """Return an error and its limit with enough digits to see which is larger.
 
     >>> told_apart(2.31e-7, 1e-4), told_apart(1.0004e-4, 1e-4), told_apart(0.0, 0.0)
     (('2.3e-07', '0.0001'), ('0.00010004', '0.0001'), ('0', '0'))
@@ -45,7 +45,7 @@ def told_apart(error: float, limit: float) -> tuple[str, str]:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """A shape.
+    """Return a shape as text.
 
     >>> shape_text((16, 3, 3, 3)), shape_text(())
     ('16x3x3x3', 'scalar')
@@ -54,7 +54,7 @@ def shape_text(shape: Sequence[int]) -> str:
 
 
 def counted(count: int, word: str) -> str:
-    """A count with its noun.
+    """Return a count with its noun.
 
     >>> counted(1, "weight"), counted(2300, "weight")
     ('1 weight', '2,300 weights')

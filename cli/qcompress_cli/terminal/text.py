@@ -1,8 +1,8 @@
-"""Text from files that one does not trust, made safe for a terminal."""
+"""Makes text from untrusted files safe for a terminal."""
 
 
 def printable(text: str) -> str:
-    r"""The text with everything that a terminal would act on (escape sequences, bells) written out; newlines stay.
+    r"""Return the text with everything that a terminal acts on (escape sequences, bells) written out; newlines stay.
 
     >>> printable("conv1.\x1b[31mweight")
     'conv1.\\x1b[31mweight'

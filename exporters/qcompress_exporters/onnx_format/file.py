@@ -10,6 +10,7 @@ from qcompress.artifacts import Artifact, FloatWeight
 from qcompress.artifacts.base import bits_per_weight
 from qcompress.artifacts.size import SizeReport, ideal_nbytes
 from qcompress.compressed.model import CompressedModel
+from qcompress.graph.conversion import to_numpy
 from qcompress.graph.sites import input_sites, layer_input_sites, mark
 from qcompress_exporters.formats import BuildOptions
 from qcompress_exporters.onnx_format import metadata
@@ -17,6 +18,7 @@ from qcompress_exporters.onnx_format.digests import grid_digest
 from qcompress_exporters.onnx_format.encodings.native import Native
 from qcompress_exporters.onnx_format.encodings.palette import choose
 from qcompress_exporters.onnx_format.format import OnnxFormat
+from qcompress_exporters.onnx_format.int8.biases import stepped
 from qcompress_exporters.onnx_format.int8.lowering import PADDED, SHARED
 from qcompress_exporters.onnx_format.lower import FORMATS, Lowered, lower, lower_dynamic, lower_integer
 from qcompress_exporters.onnx_format.nbytes import nbytes_with
@@ -38,6 +40,7 @@ def build(model: CompressedModel, target: Target, options: BuildOptions) -> Buil
     Raises:
         SourceError: the graph cannot be written as ONNX.
     """
+    model = stepped(model)
     sites = sites_of(model)
     graph = trace(mark(model.program, sites))
     artifacts = {name: model.artifacts[name] for name in graph.state_names}
@@ -128,15 +131,13 @@ def _lowering(model: CompressedModel, graph: Trace, artifacts: Mapping[str, Arti
 
 def float_file(graph: Trace, state: Mapping[str, Any]) -> bytes:
     """Return the stripped float ONNX file of a graph, which a compressed file is compared with."""
-    floats = {
-        name: FloatWeight(values=state[name].detach().cpu().numpy(), reason="original") for name in graph.state_names
-    }
+    floats = {name: FloatWeight(values=to_numpy(state[name]), reason="original") for name in graph.state_names}
     return lower(graph, floats, BASE_OPSET, sign=False).serialize()
 
 
 def float_file_nbytes(graph: Trace, state: Mapping[str, Any]) -> int:
     """Return the length of `float_file`, without the memory that it takes."""
-    empty = {n: FloatWeight(values=state[n].detach().flatten()[:0].cpu().numpy(), reason="") for n in graph.state_names}
+    empty = {n: FloatWeight(values=to_numpy(state[n].flatten()[:0]), reason="") for n in graph.state_names}
     model = lower(graph, empty, BASE_OPSET, sign=False).model
     open_tensors = [t for t in model.graph.initializer if t.name in empty]
     for tensor in open_tensors:

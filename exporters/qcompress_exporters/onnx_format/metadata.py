@@ -10,6 +10,7 @@ import onnx
 
 from qcompress.artifacts.digest import short_digest
 from qcompress.errors import SourceError
+from qcompress.gate.validation import FORMAT, Validation
 from qcompress.graph.options import ProgramOptions
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ SOURCE: Final = "qcompress.source"
 SITES: Final = "qcompress.sites"
 GRIDS: Final = "qcompress.grids"
 VALIDATION: Final = "qcompress.validation"
-
-VALIDATION_FORMAT: Final = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +63,8 @@ class CompressedFile:
         for path in paths:
             if not path.is_file():
                 raise SourceError(f"{self.path} keeps weights in {path}, and there is no such file.")
-        return self.nbytes + sum(path.stat().st_size for path in paths)
+        external: int = sum(path.stat().st_size for path in paths)
+        return self.nbytes + external
 
     @property
     def original_bytes(self) -> int | None:
@@ -109,7 +109,7 @@ class CompressedFile:
         """Digest of graph and initializers; the same whatever the metadata holds."""
         return content_digest(self.model)
 
-    def validation(self) -> dict[str, Any] | None:
+    def validation(self) -> Validation | None:
         """Return the measurements of `validate`: those beside the file (FILE.validation.json), else those within it.
 
         Raises:
@@ -128,13 +128,13 @@ class CompressedFile:
             stands_for, version = measured["file"]["digest"], measured["format_version"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise SourceError(f"{where} is not a validation of qcompress: {again}.") from None
-        if version != VALIDATION_FORMAT:
-            raise SourceError(f"{where} has format {version}, this version reads {VALIDATION_FORMAT}: {again}.")
+        if version != FORMAT:
+            raise SourceError(f"{where} has format {version}, this version reads {FORMAT}: {again}.")
         if stands_for != self.digest:
             raise SourceError(
                 f"{where} was measured on another file (digest {stands_for}, {self.path} has {self.digest}): {again}."
             )
-        return dict(measured)
+        return Validation.from_dict(measured, str(self.path))
 
     def with_validation(self, document: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
         """Return the file's bytes with measurements in its metadata, and the measurements with the new size.

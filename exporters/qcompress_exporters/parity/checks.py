@@ -1,7 +1,6 @@
 """The three checks of parity, each against the float graph of the original."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -10,6 +9,7 @@ import onnx
 
 from qcompress.artifacts import FloatWeight
 from qcompress.errors import SourceError
+from qcompress.gate.validation import Check
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.int8.lowering import bias_name, offset_name, scale_name
 from qcompress_exporters.onnx_format.lower import lower
@@ -32,27 +32,6 @@ from qcompress_exporters.parity.sessions import Mode, run, session
 OUTPUT_TOLERANCE: Final = 1e-3  # of outputs in float, from the same codes
 CODES_OFF: Final = 1e-4  # share of codes that may differ by 1
 CONSTANT: Final = "the network is constant on this data"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One of the three checks.
-
-    Args:
-        name: `weights`, `graph` or `exporter`.
-        session: `exact` or `deployed`.
-        ok: whether it passed.
-        error: largest difference of an output over its spread; None for weights, and where there is no spread.
-        limit: what `error` may be at most.
-        detail: one line for people.
-    """
-
-    name: str
-    session: str
-    ok: bool
-    error: float | None
-    limit: float
-    detail: str
 
 
 def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays | None]:

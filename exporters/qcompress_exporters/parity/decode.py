@@ -49,6 +49,28 @@ def mismatches(model: onnx.ModelProto, values: Mapping[str, npt.NDArray[Any]]) -
     return [name for name, digest in digests(model).items() if tensor_digest(name, values[name]) != digest]
 
 
+def decodes_as_written(data: bytes) -> dict[str, Any] | None:
+    """Check that onnxruntime loads a file of ours and decodes every tensor to what was compressed.
+
+    Args:
+        data: the file.
+
+    Returns:
+        The version of onnxruntime, the number of tensors and `ok`; None where onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    session(data, "deployed")  # the whole file loads
+    model = onnx.load_from_string(data)
+    values = decoded(model)
+    wrong = mismatches(model, values)
+    if wrong:
+        raise AssertionError(f"onnxruntime {onnxruntime.__version__} decodes {wrong[0]} to other values than we wrote")
+    return {"onnxruntime": onnxruntime.__version__, "tensors": len(values), "ok": True}
+
+
 def _decoder(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
     """The part of a model that computes the named values, as a model without inputs."""
     producer = {output: node for node in model.graph.node for output in node.output}

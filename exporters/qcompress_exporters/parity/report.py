@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qcompress.metrics.metric import MetricResult
-from qcompress_exporters.onnx_format import metadata
-from qcompress_exporters.parity.checks import Check
+from qcompress.gate.validation import Check, Validation
+from qcompress.metrics.result import MetricResult
 from qcompress_exporters.parity.noise import LayerNoise
 from qcompress_exporters.parity.timing import Timing
 
@@ -75,22 +74,20 @@ class ParityReport:
         return min(values) if values else None
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON document; its keys are documented in docs/json.md."""
-        return {
-            "format_version": metadata.VALIDATION_FORMAT,
-            "ok": self.ok,
-            "file": dict(self.file),
-            "data": dict(self.data),
-            "parity": [asdict(check) for check in self.checks],
-            "outputs": {name: asdict(output) for name, output in self.outputs.items()},
-            "agreement": self.agreement,
-            "sqnr_db": self.sqnr_db,
-            "metric": None if self.metric is None else asdict(self.metric),
-            "layers": [asdict(layer) for layer in self.layers],
-            "runtime": dict(self.runtime),
-            "timing": None if self.timing is None else asdict(self.timing),
-            "same_ops": self.same_ops,
-            "same_source": self.same_source,
-            "cpu": dict(self.cpu),
-            "notes": list(self.notes),
-        }
+        """Return the JSON document that `gate` reads; see `qcompress.gate.validation`."""
+        return Validation(
+            file=self.file,
+            data=self.data,
+            checks=self.checks,
+            outputs={name: asdict(output) for name, output in self.outputs.items()},
+            agreement=self.agreement,
+            sqnr_db=self.sqnr_db,
+            metric=self.metric,
+            layers=tuple(asdict(layer) for layer in self.layers),
+            runtime=self.runtime,
+            timing=None if self.timing is None else asdict(self.timing),
+            same_ops=self.same_ops,
+            same_source=self.same_source,
+            cpu=self.cpu,
+            notes=self.notes,
+        ).as_dict()

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError, DataError, SourceError
 from qcompress.graph.batchnorm import fold_batchnorm
+from qcompress.graph.conversion import to_numpy
 from qcompress.graph.program import FloatProgram, Runner
 from qcompress.graph.sites import mark
 from qcompress.metrics.metric import compare
@@ -119,7 +120,7 @@ def _marked(program: FloatProgram, sites: list[tuple[str, int]], file: metadata.
 
 
 def _state(program: FloatProgram) -> Arrays:
-    return {name: value.detach().cpu().numpy() for name, value in program.state().items()}
+    return {name: to_numpy(value) for name, value in program.state().items()}
 
 
 def _noise(site: SiteDifference) -> LayerNoise:

@@ -9,8 +9,9 @@ import numpy as np
 
 from qcompress.errors import SourceError
 from qcompress.graph.options import ProgramOptions
+from qcompress.kinds import UNKNOWN
 from qcompress.sources.arch import program_of_state_dict, with_kinds_of
-from qcompress.sources.base import UNKNOWN, LazyArray, SourceOptions, SourceTensor
+from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
 from qcompress.sources.memory.module import digest_of, lazy_tensor
 
 if TYPE_CHECKING:

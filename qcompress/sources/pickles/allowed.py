@@ -1,10 +1,11 @@
 """Which classes a pickled module may be made of: torch.nn's own, and those that the user names."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from qcompress.errors import SourceError, UnsafeFileError
+from qcompress.sources.pickles.machine import Unpickled
 from qcompress.sources.pickles.standins import Name
 from qcompress.user_code import find_object
 
@@ -28,7 +29,6 @@ _KNOWN_TO_TORCH: Final = frozenset(
         "builtins.dict",
         "builtins.list",
         "builtins.bytearray",
-        "__builtin__.set",
         "_codecs.encode",
         "torch.Size",
         "torch.Tensor",
@@ -70,22 +70,22 @@ def module_class(name: Name) -> type | None:
     return found if (found.__module__, found.__name__) == (name.module, name.name) else None
 
 
-def allow_list(names: Sequence[Name], allow_classes: Sequence[str], label: str) -> list[Any]:
-    """What the restricted unpickler must be allowed beyond its own list to read a pickled module.
+def allow_list(pickled: Unpickled, allow_classes: Sequence[str], label: str) -> list[Any]:
+    """The classes and functions that torch's restricted unpickler must know, beyond its own, to read a pickled module.
 
     Args:
-        names: all names in the pickle.
+        pickled: the contents of the pickle.
         allow_classes: `pkg.mod:Cls` as the user wrote them; only these are imported.
-        label: the file, for messages.
+        label: the file's name in messages.
 
     Raises:
-        UnsafeFileError: other classes are in it; the message lists them and the ways out.
+        UnsafeFileError: the pickle names other classes, or calls an allowed one with arguments of its own choice.
         SourceError: an allowed class cannot be found.
     """
     granted = {spec: _granted(spec) for spec in allow_classes}
     allowed: list[Any] = []
     refused: list[Name] = []
-    for name in names:
+    for name in pickled.names:
         if (own := module_class(name)) is not None:
             allowed.append(own)
         elif str(name) in _HARMLESS:
@@ -96,7 +96,40 @@ def allow_list(names: Sequence[Name], allow_classes: Sequence[str], label: str) 
             refused.append(name)
     if refused:
         raise refusal(refused, label)
+    for made in pickled.stand_ins:
+        if _match(made.made_by, granted) is None and not _ARGUMENTS.get(str(made.made_by), _none)(made.args):
+            raise UnsafeFileError(
+                f"{label} is refused: its pickle calls {made.made_by} with {_shown(made.args)}, which torch.save does "
+                "not write and which could take any amount of memory. Nothing of it was run."
+            )
     return allowed
+
+
+def _none(args: tuple[Any, ...]) -> bool:
+    return not args
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    return all(isinstance(arg, str | int | None) for arg in args)
+
+
+def _one_container(args: tuple[Any, ...]) -> bool:
+    return len(args) == 1 and isinstance(args[0], tuple | list | dict)
+
+
+# Arguments that these calls may have; any other call, those of torch.nn's classes for example, must have none.
+_ARGUMENTS: Final[Mapping[str, Callable[[tuple[Any, ...]], bool]]] = {
+    "torch.Size": _one_container,
+    "torch.device": _plain,
+    "_codecs.encode": _plain,
+    "collections.Counter": _one_container,
+}
+
+
+def _shown(args: tuple[Any, ...]) -> str:
+    """Arguments in few words; those of a hostile file may be endless."""
+    shown = [repr(arg)[:40] if isinstance(arg, str | int | float | None) else type(arg).__name__ for arg in args[:3]]
+    return f"the arguments {', '.join(shown)}{', …' if len(args) > 3 else ''}"
 
 
 def calls(names: Iterable[Name]) -> list[Name]:

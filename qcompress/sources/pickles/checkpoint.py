@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, Final, final
 import numpy as np
 
 from qcompress.errors import QCompressError, SourceError, UnsafeFileError, missing
+from qcompress.graph.conversion import TORCH_DTYPES
 from qcompress.graph.options import ProgramOptions
-from qcompress.sources._zip import ZipArchive
 from qcompress.sources.arch import program_of_state_dict, with_kinds_of
 from qcompress.sources.base import SourceOptions, SourceTensor
 from qcompress.sources.file_source import AbstractFile
 from qcompress.sources.pickles.allowed import allow_list, calls
 from qcompress.sources.pickles.chosen import Named, choose
-from qcompress.sources.pickles.machine import unpickle
-from qcompress.sources.pickles.standins import Name
-from qcompress.sources.strided import TORCH_DTYPES, Bytes, check_view, lazy_view
+from qcompress.sources.pickles.machine import Unpickled, unpickle
+from qcompress.sources.strided import check_view, lazy_view
 from qcompress.user_code import first_on_path, one_line
+from qcompress.zip_archive import Bytes, ZipArchive
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +38,8 @@ MAX_STORAGES: Final = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    value: Any
-    names: list[Name]
-    data: Callable[[str], Bytes]
+    pickled: Unpickled
+    data: Callable[[str], Bytes]  # of a storage, by its key
 
 
 @final
@@ -60,10 +59,11 @@ class CheckpointSource(AbstractFile):
         self.path = path
         self._options = options or SourceOptions()
         self._content = _read_legacy(path) if legacy else _read_zip(path)
+        self._sizes: dict[str, int] = {}
         try:
-            self._chosen = choose(self._content.value, str(path))
+            self._chosen = choose(self._content.pickled.value, str(path))
         except SourceError as e:
-            if others := calls(self._content.names):
+            if others := calls(self._content.pickled.names):
                 named = ", ".join(map(str, others[:10]))
                 raise UnsafeFileError(f"{e} Its pickle names {named}; nothing of it was run.") from None
             raise
@@ -114,7 +114,7 @@ class CheckpointSource(AbstractFile):
         if self._options.trust_pickle:
             first_on_path(Path.cwd())  # where the classes of a user's own script are
         else:
-            allowed = allow_list(self._content.names, self._options.allow_classes, self.label)
+            allowed = self._allow_list()
         try:
             with torch.serialization.safe_globals(allowed):
                 value = torch.load(self.path, map_location="cpu", weights_only=not self._options.trust_pickle)
@@ -140,13 +140,29 @@ class CheckpointSource(AbstractFile):
             array = lazy_view(view, partial(self._content.data, view.storage))
             yield SourceTensor(first.name, first.kind, array, tuple(t.name for t in rest))
 
+    def _allow_list(self) -> list[Any]:
+        """The classes that torch may build; first, every size in the file is compared with the bytes that are there.
+
+        torch itself does not compare: it reads beyond the data of a storage, and takes memory for a view of any size.
+        """
+        allowed = allow_list(self._content.pickled, self._options.allow_classes, self.label)
+        for ref in self._content.pickled.tensors:
+            check_view(ref.view, self._storage_nbytes(ref.view.storage), f"{self.label}: a tensor")
+        for key, storage in self._content.pickled.storages.items():
+            nbytes = self._storage_nbytes(key)
+            if not 0 <= storage.count * TORCH_DTYPES[storage.dtype].itemsize <= nbytes:
+                raise SourceError(f"{self.label} is damaged: storage {key!r} has {nbytes} bytes, fewer than it claims.")
+        return allowed
+
     def _check(self) -> None:
-        sizes: dict[str, int] = {}
         for tensor in self._chosen.tensors:
             view = tensor.ref.view
-            if view.storage not in sizes:
-                sizes[view.storage] = self._content.data(view.storage).size
-            check_view(view, sizes[view.storage], f"{self.label}: tensor {tensor.name!r}")
+            check_view(view, self._storage_nbytes(view.storage), f"{self.label}: tensor {tensor.name!r}")
+
+    def _storage_nbytes(self, key: str) -> int:
+        if key not in self._sizes:
+            self._sizes[key] = self._content.data(key).size
+        return self._sizes[key]
 
 
 def _reason(e: Exception) -> str:
@@ -156,12 +172,12 @@ def _reason(e: Exception) -> str:
 
 
 def _read_zip(path: Path) -> _Content:
-    archive = ZipArchive(path)
+    archive = ZipArchive(path).without_top_folder()
     order = archive.read("byteorder", limit=16) if "byteorder" in archive else b"little"
     if order != b"little":
         raise SourceError(f"{path}: numbers in {order!r} byte order are not read. Save the file on a usual machine.")
     found = unpickle(io.BytesIO(archive.read("data.pkl")), str(path))
-    return _Content(found.value, found.names, lambda key: archive.data(f"data/{key}"))
+    return _Content(found, lambda key: archive.data(f"data/{key}"))
 
 
 def _read_legacy(path: Path) -> _Content:
@@ -195,4 +211,4 @@ def _read_legacy(path: Path) -> _Content:
         start, nbytes = places[key]
         return np.memmap(path, np.uint8, "r", start, (nbytes,)) if nbytes else np.zeros(0, np.uint8)
 
-    return _Content(found.value, found.names, data)
+    return _Content(found, data)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qcompress.errors import SourceError
-from qcompress.sources.base import UNKNOWN
-from qcompress.sources.memory.module import layer_kind
+from qcompress.graph.module_types import layer_kind
+from qcompress.kinds import UNKNOWN
 from qcompress.sources.pickles.standins import StandIn, TensorRef
 
 # Where checkpoints keep their model, the likeliest first.
@@ -122,7 +122,7 @@ def _of_module(root: StandIn, label: str) -> Iterator[Named]:
             for name, ref in _entries(fields.get(table)):
                 if isinstance(ref, TensorRef):
                     buffer = table == "_buffers"
-                    kind = "other" if buffer else layer_kind(fields, name, len(ref.view.shape))
+                    kind = "other" if buffer else layer_kind(fields, name, ref.view.shape)
                     kept = not (buffer and isinstance(transient, set) and name in transient)
                     yield Named(f"{prefix}{name}", kind, ref, kept, buffer)
         children = [(n, m) for n, m in _entries(fields.get("_modules")) if isinstance(m, StandIn)]

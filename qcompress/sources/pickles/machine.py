@@ -1,97 +1,295 @@
-"""A pickle read without running it: every class and function becomes an inert stand-in, nothing is imported.
+"""A machine that reads a pickle without running it: it imports nothing and calls nothing that the pickle names.
 
-Tensors become `TensorRef`s, described by numbers that are checked before any of their data is read. The machine is
-Python's own pure unpickler with each opcode that could call something replaced.
+Classes and functions become `Name`s, what they would have made becomes a stand-in, tensors become `TensorRef`s, which
+describe their data by numbers that are checked before any of it is read.
+
+Two tables decide what a pickle may contain: `OPCODES`, the opcodes that torch files consist of, and `calls.CALLS`, the
+calls whose result is built. Everything else is refused, or stays a stand-in.
 """
 
 import pickle
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, cast
+from typing import Any, Final, Protocol, final
 
 from qcompress.errors import SourceError
+from qcompress.sources.pickles.calls import CALLS, safe_key
 from qcompress.sources.pickles.standins import STORAGES, Name, StandIn, StorageRef, TensorRef
-from qcompress.sources.strided import TORCH_DTYPES, Strided
+from qcompress.zip_archive import MAX_PARSED
+
+# Each opcode is a step, and so is each element that a call copies. A step takes some 200 bytes of memory at most.
+MAX_STEPS: Final = 1 << 24
+MAX_PROTOCOL: Final = 5
 
 
 @dataclass(slots=True)
 class Unpickled:
-    """What a pickle holds.
+    """The contents of a pickle.
 
     Args:
         value: its object, made of plain containers, stand-ins and tensor references.
         names: every class and function that it names, in order.
         storages: every storage that it refers to, by key.
+        stand_ins: every call that was not made, in order.
+        tensors: every tensor that it describes, in order.
     """
 
     value: Any
     names: list[Name]
     storages: dict[str, StorageRef]
+    stand_ins: list[StandIn]
+    tensors: list[TensorRef]
 
 
 class Readable(Protocol):
-    """What a pickle is read from: an open file, a buffer, a mapped file."""
+    """An open file, a buffer or a mapped file."""
 
     def read(self, n: int, /) -> bytes:
-        """The next n bytes."""
+        """Up to n bytes from where the last read ended."""
 
     def readline(self) -> bytes:
-        """The bytes up to a line's end."""
+        """The bytes up to the end of the line, and with it."""
 
 
 def unpickle(stream: Readable, label: str) -> Unpickled:
-    """Read one pickle, running nothing of it.
+    """Read one pickle without running any of it.
 
     Args:
-        stream: stands at the pickle's start, and after it at its end.
-        label: the file, for messages.
+        stream: is read from the start of the pickle up to its end, not beyond.
+        label: the file's name in messages.
 
     Raises:
-        SourceError: it is no whole pickle, or one that no torch file needs.
+        SourceError: the pickle is damaged, or contains something that no torch file needs.
 
     >>> import io
     >>> result = unpickle(io.BytesIO(b"cos\\nsystem\\n(S'echo'\\ntR."), "model.pt")
     >>> result.names, result.value.args
     ([Name(module='os', name='system')], ('echo',))
     """
-    machine = _Machine(stream, label)
+    machine = Machine(stream, label)
     try:
-        value = machine.load()
+        value = machine.run()
     except SourceError:
         raise
-    except RecursionError:
-        raise SourceError(f"{label} is refused: its pickle is nested too deeply.") from None
-    except Exception as e:  # whatever a damaged stream makes Python's unpickler stumble over
+    except Exception as e:  # a damaged pickle makes an opcode fail in any way, for example on an empty stack
         raise SourceError(f"{label} is damaged: its pickle cannot be read ({type(e).__name__}: {e}).") from None
-    return Unpickled(value, list(machine.names), machine.storages)
+    return Unpickled(value, list(machine.names), machine.storages, machine.stand_ins, machine.tensors)
 
 
-class _Machine(pickle._Unpickler):
-    """Python's unpickler, its calls taken out."""
-
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
-
-    if TYPE_CHECKING:  # what the unpickler sets up while it runs
-        stack: list[Any]
-        readline: Callable[[], bytes]
-        pop_mark: Callable[[], list[Any]]
-        append: Callable[[Any], None]
+@final
+class Machine:
+    """The stack, the marks and the memo that opcodes work on; each method is an opcode or serves several of them."""
 
     def __init__(self, stream: Readable, label: str) -> None:
-        super().__init__(stream)
         self.label = label
         self.names: dict[Name, None] = {}
         self.storages: dict[str, StorageRef] = {}
+        self.stand_ins: list[StandIn] = []
+        self.tensors: list[TensorRef] = []
+        self._stream = stream
+        self._stack: list[Any] = []
+        self._marked: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+        self._steps_left = MAX_STEPS
+        self._bytes_left = MAX_PARSED
 
-    def find_class(self, module: str, name: str) -> Any:
-        """A stand-in for the name; nothing is imported."""
-        found = Name(str(module), str(name))
-        return self.names.setdefault(found) or found
+    def run(self) -> Any:
+        """Carry out opcodes up to the pickle's end and return its object."""
+        while (opcode := self.take(1)) != pickle.STOP:
+            self.spend(1)
+            if (handler := _HANDLERS.get(opcode)) is None:
+                name = _name_of(opcode)
+                raise SourceError(f"{self.label} is refused: its pickle uses opcode {name}, which no torch file needs.")
+            handler(self)
+        return self._stack.pop()
 
-    def persistent_load(self, pid: Any) -> Any:
-        """A storage that lies beside the pickle, or the name of a class whose source text a legacy file carries."""
+    def spend(self, steps: int) -> None:
+        """Count steps, so that a small pickle cannot ask for much time and memory."""
+        self._steps_left -= steps
+        if self._steps_left < 0:
+            raise SourceError(f"{self.label} is refused: its pickle takes over {MAX_STEPS} steps to read.")
+
+    # --- reading the stream
+
+    def take(self, n: int) -> bytes:
+        """The next n bytes of the pickle."""
+        self._bytes_left -= n
+        if self._bytes_left < 0:
+            raise SourceError(f"{self.label} is refused: its pickle claims to have over {MAX_PARSED} bytes.")
+        data = self._stream.read(n)
+        if len(data) < n:
+            raise EOFError("it ends too early")
+        return data
+
+    def line(self) -> bytes:
+        """The bytes up to the end of the line, without it."""
+        found = self._stream.readline()
+        if not found.endswith(b"\n"):
+            raise EOFError("it ends too early")
+        return found[:-1]
+
+    def number(self, layout: str) -> Any:
+        """A number in the layout of `struct`."""
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    # --- numbers and text
+
+    def push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def decimal(self) -> None:
+        text = self.line().removesuffix(b"L")
+        self.push({b"00": False, b"01": True}[text] if text in (b"00", b"01") else int(text))
+
+    def integer(self, width: str) -> None:
+        count = self.number(width)
+        if count < 0:
+            raise ValueError(f"an integer of {count} bytes")
+        self.push(int.from_bytes(self.take(count), "little", signed=True))
+
+    def raw(self, width: str) -> None:
+        self.push(self.take(self.number(width)))
+
+    def text(self, width: str) -> None:
+        self.push(self.take(self.number(width)).decode("utf-8", "surrogatepass"))
+
+    def old_text(self, width: str) -> None:
+        count = self.number(width)
+        if count < 0:
+            raise ValueError(f"a string of {count} bytes")
+        self.push(self.take(count).decode("utf-8", "backslashreplace"))
+
+    def quoted(self) -> None:
+        line = self.line()
+        if len(line) < 2 or line[0] != line[-1] or line[:1] not in (b"'", b'"'):
+            raise ValueError("a string without quotes")
+        self.push(line[1:-1].decode("unicode_escape"))
+
+    # --- the stack, the marks and the memo
+
+    def mark(self) -> None:
+        self._marked.append(self._stack)
+        self._stack = []
+
+    def above_mark(self) -> list[Any]:
+        """Take what lies above the last mark off the stack."""
+        found, self._stack = self._stack, self._marked.pop()
+        return found
+
+    def pop(self) -> None:
+        if self._stack:
+            self._stack.pop()
+        else:
+            self.above_mark()
+
+    def duplicate(self) -> None:
+        self.push(self._stack[-1])
+
+    def keep(self, index: int) -> None:
+        if index < 0:
+            raise ValueError(f"place {index} of the memo")
+        self._memo[index] = self._stack[-1]
+
+    def memoize(self) -> None:
+        self.keep(len(self._memo))
+
+    def recall(self, index: int) -> None:
+        self.push(self._memo[index])
+
+    # --- containers
+
+    def make_tuple(self, count: int) -> None:
+        self._stack[-count:] = [tuple(self._stack[i] for i in range(-count, 0))]
+
+    def make_dict(self) -> None:
+        pairs = self.above_mark()
+        self.push({})
+        self.set_pairs(pairs)
+
+    def set_item(self) -> None:
+        value, key = self._stack.pop(), self._stack.pop()
+        self.set_pairs([key, value])
+
+    def append(self) -> None:
+        self.extend([self._stack.pop()])
+
+    def add_items(self) -> None:
+        values, target = self.above_mark(), self._stack[-1]
+        if isinstance(target, set):
+            target.update(map(safe_key, values))
+
+    def set_pairs(self, pairs: list[Any]) -> None:
+        target = self._stack[-1]
+        table = target.items if isinstance(target, StandIn) else target
+        if isinstance(table, dict):
+            for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+                table[safe_key(key)] = value
+
+    def extend(self, values: list[Any]) -> None:
+        target = self._stack[-1]
+        if isinstance(target, list):
+            target.extend(values)
+
+    # --- names and calls
+
+    def named(self, module: str, name: str) -> Name:
+        """A stand-in for a class or function; nothing is imported."""
+        # the name in Python 2, which protocols below 3 write
+        found = Name("builtins" if module == "__builtin__" else module, name)
+        self.names.setdefault(found)
+        return found
+
+    def global_(self) -> None:
+        self.push(self.named(self.line().decode(), self.line().decode()))
+
+    def stack_global(self) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        if type(name) is not str or type(module) is not str:
+            raise ValueError("a name that is no text")
+        self.push(self.named(module, name))
+
+    def call(self, function: Any, args: Any) -> Any:
+        """The result of a call: a container, a tensor reference or, for any call that is not in CALLS, a stand-in."""
+        if not isinstance(function, Name) or not isinstance(args, tuple):
+            raise SourceError(f"{self.label} is damaged: its pickle calls an object of type {type(function).__name__}.")
+        self.spend(len(args))
+        if (known := CALLS.get(str(function))) is None:
+            made: Any = StandIn(function, args)
+            self.stand_ins.append(made)
+        elif isinstance(made := known(self, args), TensorRef):
+            self.tensors.append(made)
+        return made
+
+    def reduce(self) -> None:
+        args = self._stack.pop()
+        self._stack[-1] = self.call(self._stack[-1], args)
+
+    def new_with_keywords(self) -> None:
+        kwargs, args = self._stack.pop(), self._stack.pop()
+        if not isinstance(args, tuple):
+            raise ValueError("arguments that are no tuple")
+        self._stack[-1] = self.call(self._stack[-1], (*args, kwargs))
+
+    def make_instance(self) -> None:
+        function = self.named(self.line().decode(), self.line().decode())
+        self.push(self.call(function, tuple(self.above_mark())))
+
+    def make_object(self) -> None:
+        function, *args = self.above_mark()
+        self.push(self.call(function, tuple(args)))
+
+    def build(self) -> None:
+        state = self._stack.pop()
+        if isinstance(self._stack[-1], StandIn):
+            self._stack[-1].state = state
+
+    def storage(self) -> None:
+        """Push a storage that lies beside the pickle, or the class whose source text an old file carries."""
+        pid = self._stack.pop()
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], Name):
-            return pid[1]
+            self.push(pid[1])
+            return
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
             raise SourceError(f"{self.label} is damaged: it refers to something beside it that is no tensor.")
         kind, key, count = pid[1], pid[2], pid[4]
@@ -100,193 +298,85 @@ class _Machine(pickle._Unpickler):
         dtype = STORAGES.get(kind.name) if isinstance(kind, Name) else None
         if dtype is None or type(key) is not str or type(count) is not int:
             raise SourceError(f"{self.label}: a storage in it is of a kind that cannot be read.")
-        return self.storages.setdefault(key, StorageRef(key, dtype, count))
+        self.push(self.storages.setdefault(key, StorageRef(key, dtype, count)))
 
-    def call(self, function: Any, args: Any) -> Any:
-        """What REDUCE and its like make: a container, a tensor reference, or a stand-in."""
-        if not isinstance(function, Name) or not isinstance(args, tuple):
-            raise SourceError(f"{self.label} is damaged: its pickle calls an object of type {type(function).__name__}.")
-        known = _CALLS.get((function.module, function.name))
-        return StandIn(function, args) if known is None else known(self, args)
-
-    # NOTE: names as in pickle._Unpickler: stack, metastack, pop_mark, append. The opcodes below are all of those that
-    # call, set attributes on, or hash something.
-
-    def _reduce(self) -> None:
-        stack = self.stack
-        args = stack.pop()
-        stack[-1] = self.call(stack[-1], args)
-
-    def _newobj_ex(self) -> None:
-        stack = self.stack
-        kwargs, args = stack.pop(), stack.pop()
-        stack[-1] = self.call(stack[-1], (*args, kwargs) if isinstance(args, tuple) else args)
-
-    def _inst(self) -> None:
-        module = self.readline()[:-1].decode("ascii")
-        name = self.readline()[:-1].decode("ascii")
-        args = self.pop_mark()
-        self.append(self.call(self.find_class(module, name), tuple(args)))
-
-    def _obj(self) -> None:
-        function, *args = self.pop_mark()
-        self.append(self.call(function, tuple(args)))
-
-    def _build(self) -> None:
-        stack = self.stack
-        state = stack.pop()
-        if isinstance(stack[-1], StandIn):
-            stack[-1].state = state
-
-    def _setitem(self) -> None:
-        stack = self.stack
-        value, key = stack.pop(), stack.pop()
-        self._set(stack[-1], [key, value])
-
-    def _setitems(self) -> None:
-        pairs = self.pop_mark()
-        self._set(self.stack[-1], pairs)
-
-    def _dict(self) -> None:
-        made: dict[Any, Any] = {}
-        self._set(made, self.pop_mark())
-        self.append(made)
-
-    def _set(self, target: Any, pairs: list[Any]) -> None:
-        table = target.items if isinstance(target, StandIn) else target
-        if isinstance(table, dict):
-            for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-                table[_key(key)] = value
-
-    def _append(self) -> None:
-        value = self.stack.pop()
-        self._extend(self.stack[-1], [value])
-
-    def _appends(self) -> None:
-        values = self.pop_mark()
-        self._extend(self.stack[-1], values)
-
-    def _extend(self, target: Any, values: list[Any]) -> None:
-        if isinstance(target, list):
-            target.extend(values)
-
-    def _additems(self) -> None:
-        values = self.pop_mark()
-        target = self.stack[-1]
-        if isinstance(target, set):
-            target.update(_key(v) for v in values)
-
-    def _frozenset(self) -> None:
-        self.append(frozenset(_key(v) for v in self.pop_mark()))
-
-    def _refuse(self) -> None:
-        raise SourceError(f"{self.label} is refused: its pickle uses an extension that no torch file needs.")
+    def protocol(self) -> None:
+        version = self.number("<B")
+        if version > MAX_PROTOCOL:
+            raise ValueError(f"protocol {version}")
 
 
-for _opcode, _method in {
-    pickle.REDUCE: _Machine._reduce,
-    pickle.NEWOBJ: _Machine._reduce,
-    pickle.NEWOBJ_EX: _Machine._newobj_ex,
-    pickle.INST: _Machine._inst,
-    pickle.OBJ: _Machine._obj,
-    pickle.BUILD: _Machine._build,
-    pickle.SETITEM: _Machine._setitem,
-    pickle.SETITEMS: _Machine._setitems,
-    pickle.DICT: _Machine._dict,
-    pickle.APPEND: _Machine._append,
-    pickle.APPENDS: _Machine._appends,
-    pickle.ADDITEMS: _Machine._additems,
-    pickle.FROZENSET: _Machine._frozenset,
-    pickle.BYTEARRAY8: _Machine._refuse,  # it allocates what the file claims, before it reads
-    pickle.EXT1: _Machine._refuse,
-    pickle.EXT2: _Machine._refuse,
-    pickle.EXT4: _Machine._refuse,
-    pickle.NEXT_BUFFER: _Machine._refuse,
-    pickle.READONLY_BUFFER: _Machine._refuse,
-}.items():
-    _Machine.dispatch[_opcode[0]] = _method
+# The opcodes that are allowed, by their names in Python's pickle module. STOP ends the pickle.
+OPCODES: Final[Mapping[str, Callable[[Machine], object]]] = {
+    "PROTO": Machine.protocol,
+    "FRAME": lambda m: m.take(8),  # a length that only helps to read ahead
+    # constants and numbers
+    "NONE": lambda m: m.push(None),
+    "NEWTRUE": lambda m: m.push(True),
+    "NEWFALSE": lambda m: m.push(False),
+    "INT": Machine.decimal,
+    "BININT": lambda m: m.push(m.number("<i")),
+    "BININT1": lambda m: m.push(m.number("<B")),
+    "BININT2": lambda m: m.push(m.number("<H")),
+    "LONG": Machine.decimal,
+    "LONG1": lambda m: m.integer("<B"),
+    "LONG4": lambda m: m.integer("<i"),
+    "FLOAT": lambda m: m.push(float(m.line())),
+    "BINFLOAT": lambda m: m.push(m.number(">d")),
+    # text and bytes
+    "STRING": Machine.quoted,
+    "BINSTRING": lambda m: m.old_text("<i"),
+    "SHORT_BINSTRING": lambda m: m.old_text("<B"),
+    "UNICODE": lambda m: m.push(m.line().decode("raw-unicode-escape")),
+    "BINUNICODE": lambda m: m.text("<I"),
+    "SHORT_BINUNICODE": lambda m: m.text("<B"),
+    "BINUNICODE8": lambda m: m.text("<Q"),
+    "BINBYTES": lambda m: m.raw("<I"),
+    "SHORT_BINBYTES": lambda m: m.raw("<B"),
+    "BINBYTES8": lambda m: m.raw("<Q"),
+    # the stack and the memo
+    "MARK": Machine.mark,
+    "POP": Machine.pop,
+    "POP_MARK": Machine.above_mark,
+    "DUP": Machine.duplicate,
+    "PUT": lambda m: m.keep(int(m.line())),
+    "BINPUT": lambda m: m.keep(m.number("<B")),
+    "LONG_BINPUT": lambda m: m.keep(m.number("<I")),
+    "MEMOIZE": Machine.memoize,
+    "GET": lambda m: m.recall(int(m.line())),
+    "BINGET": lambda m: m.recall(m.number("<B")),
+    "LONG_BINGET": lambda m: m.recall(m.number("<I")),
+    # containers
+    "EMPTY_TUPLE": lambda m: m.push(()),
+    "TUPLE1": lambda m: m.make_tuple(1),
+    "TUPLE2": lambda m: m.make_tuple(2),
+    "TUPLE3": lambda m: m.make_tuple(3),
+    "TUPLE": lambda m: m.push(tuple(m.above_mark())),
+    "EMPTY_LIST": lambda m: m.push([]),
+    "LIST": lambda m: m.push(m.above_mark()),
+    "APPEND": Machine.append,
+    "APPENDS": lambda m: m.extend(m.above_mark()),
+    "EMPTY_DICT": lambda m: m.push({}),
+    "DICT": Machine.make_dict,
+    "SETITEM": Machine.set_item,
+    "SETITEMS": lambda m: m.set_pairs(m.above_mark()),
+    "EMPTY_SET": lambda m: m.push(set()),
+    "ADDITEMS": Machine.add_items,
+    "FROZENSET": lambda m: m.push(frozenset(map(safe_key, m.above_mark()))),
+    # names, calls and storages: nothing is imported, called or loaded
+    "GLOBAL": Machine.global_,
+    "STACK_GLOBAL": Machine.stack_global,
+    "REDUCE": Machine.reduce,
+    "NEWOBJ": Machine.reduce,
+    "NEWOBJ_EX": Machine.new_with_keywords,
+    "INST": Machine.make_instance,
+    "OBJ": Machine.make_object,
+    "BUILD": Machine.build,
+    "BINPERSID": Machine.storage,
+}
+_HANDLERS: Final = {getattr(pickle, name): handler for name, handler in OPCODES.items()}
 
 
-def _key(key: Any) -> Any:
-    """A key that is safe to hash: Python hashes deeply nested tuples with no guard on its stack."""
-    if isinstance(key, str | int | float | bytes | Name | StandIn | None):
-        return key
-    if isinstance(key, tuple) and all(isinstance(k, str | int | float | bytes | Name | StandIn | None) for k in key):
-        return key
-    return f"<{type(key).__name__} at {id(key)}>"
-
-
-def _ordered_dict(machine: _Machine, args: tuple[Any, ...]) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
-    if args and isinstance(args[0], list):
-        for pair in args[0]:
-            if isinstance(pair, list | tuple) and len(pair) == 2:
-                made[_key(pair[0])] = pair[1]
-    return made
-
-
-def _set_of(machine: _Machine, args: tuple[Any, ...]) -> set[Any]:
-    return {_key(v) for v in args[0]} if args and isinstance(args[0], list | tuple) else set()
-
-
-def _tensor(machine: _Machine, args: tuple[Any, ...]) -> TensorRef:
-    storage, offset, shape, stride = args[:4]
-    return _ref(machine, storage, offset, shape, stride, None)
-
-
-def _tensor_v3(machine: _Machine, args: tuple[Any, ...]) -> TensorRef:
-    storage, offset, shape, stride = args[:4]
-    dtype = args[6]
-    return _ref(machine, storage, offset, shape, stride, dtype.name if isinstance(dtype, Name) else str(dtype))
-
-
-def _ref(machine: _Machine, storage: Any, offset: Any, shape: Any, stride: Any, dtype: str | None) -> TensorRef:
-    shape, stride = (tuple(s.args[0]) if isinstance(s, StandIn) and s.args else s for s in (shape, stride))
-    sizes = (offset, *shape, *stride)
-    if not isinstance(storage, StorageRef) or not all(type(n) is int for n in sizes):
-        raise SourceError(f"{machine.label} is damaged: a tensor in it has no storage or no shape.")
-    name = dtype or storage.dtype
-    if name not in TORCH_DTYPES:
-        raise SourceError(f"{machine.label}: a tensor of dtype {name} is not readable.")
-    return TensorRef(Strided(storage.key, TORCH_DTYPES[name], offset, tuple(shape), tuple(stride)))
-
-
-def _parameter(machine: _Machine, args: tuple[Any, ...]) -> Any:
-    inner = args[0]
-    return TensorRef(inner.view, parameter=True) if isinstance(inner, TensorRef) else inner
-
-
-def _subclass(machine: _Machine, args: tuple[Any, ...]) -> Any:
-    # _rebuild_from_type_v2(function, class, arguments, state)
-    return machine.call(args[0], args[2])
-
-
-def _unreadable(machine: _Machine, args: tuple[Any, ...]) -> Any:
-    raise SourceError(
-        f"{machine.label}: it holds a sparse, quantized, nested or otherwise special tensor, which is not readable. "
-        "Save a float model."
-    )
-
-
-_Call = Callable[[_Machine, tuple[Any, ...]], Any]
-_CALLS: Final = cast(
-    dict[tuple[str, str], _Call],
-    {
-        ("collections", "OrderedDict"): _ordered_dict,
-        ("builtins", "dict"): _ordered_dict,
-        ("builtins", "set"): _set_of,
-        ("__builtin__", "set"): _set_of,
-        ("torch._utils", "_rebuild_tensor"): _tensor,
-        ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-        ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
-        ("torch._utils", "_rebuild_parameter"): _parameter,
-        ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
-        ("torch._tensor", "_rebuild_from_type_v2"): _subclass,
-        ("torch._utils", "_rebuild_sparse_tensor"): _unreadable,
-        ("torch._utils", "_rebuild_qtensor"): _unreadable,
-        ("torch._utils", "_rebuild_nested_tensor"): _unreadable,
-        ("torch._utils", "_rebuild_meta_tensor_no_storage"): _unreadable,
-        ("torch._utils", "_rebuild_wrapper_subclass"): _unreadable,
-        ("torch._utils", "_rebuild_device_tensor_from_numpy"): _unreadable,
-    },
-)
+def _name_of(opcode: bytes) -> str:
+    """The name of an opcode in Python's pickle module, or its byte."""
+    return next((name for name, value in vars(pickle).items() if value == opcode), repr(opcode))

@@ -11,13 +11,13 @@ import logging
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 from qcompress.errors import QCompressError, SourceError, UnsafeFileError, missing
 from qcompress.graph.options import ProgramOptions
-from qcompress.sources._zip import ZipArchive
+from qcompress.graph.weights import Tensor
 from qcompress.sources.arch import program_of_state_dict
 from qcompress.sources.base import SourceOptions, SourceTensor
 from qcompress.sources.detect import DESCRIPTIONS, content_of
@@ -27,6 +27,7 @@ from qcompress.sources.pt2.kinds import graph_kinds
 from qcompress.sources.pt2.payload import Payload, read_payload
 from qcompress.sources.strided import Strided, lazy_view
 from qcompress.user_code import one_line
+from qcompress.zip_archive import ZipArchive
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ class ExportedSource(AbstractFile):
     def __init__(self, path: Path, options: SourceOptions | None = None, *, weightless: bool = False) -> None:
         self.path = path
         self._options = options or SourceOptions()
-        self._archive = ZipArchive(path)
+        self._archive = ZipArchive(path).without_top_folder()
         _check_members(self._archive)
         self._json = _parsed(self._archive)
         self._weights = read_payload(self._archive, "weights")
@@ -118,20 +119,20 @@ class ExportedSource(AbstractFile):
 
     def _tensors(self, *payloads: Payload) -> Iterator[SourceTensor]:
         views = {name: view for payload in payloads for name, view in payload.views.items()}
-        kinds = self._kinds({name: view.shape for name, view in views.items()})
         groups: dict[object, list[str]] = {}
         for name, view in views.items():
             groups.setdefault(view if view.shape and 0 not in view.shape else (name, view), []).append(name)
+        tied = {name: Tensor(first, views[first].shape) for first, *rest in groups.values() for name in (first, *rest)}
+        kinds = self._kinds(tied)
         for first, *rest in groups.values():
-            kind = next((kinds[name] for name in (first, *rest) if name in kinds), "other")
-            yield SourceTensor(first, kind, self._lazy(views[first]), tuple(rest))
+            yield SourceTensor(first, kinds.get(first, "other"), self._lazy(views[first]), tuple(rest))
 
     def _lazy(self, view: Strided) -> Any:
         return lazy_view(view, lambda: self._archive.data(view.storage))
 
-    def _kinds(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    def _kinds(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         try:
-            return graph_kinds(self._json["graph_module"], shapes)
+            return graph_kinds(self._json["graph_module"], tensors)
         except (KeyError, TypeError, AttributeError, IndexError) as e:
             raise SourceError(f"{self.label} is damaged: its graph cannot be read ({type(e).__name__}: {e}).") from None
 

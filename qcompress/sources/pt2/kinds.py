@@ -1,97 +1,71 @@
-"""Layer kinds of an exported program's parameters, read from its graph's JSON."""
+"""The graph of a `.pt2` file as calls, read from its JSON: kinds of weights without torch and without running it."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any
 
-# Operator -> (name of the weight's argument, kind).
-_WEIGHT_OF: Final[Mapping[str, tuple[str, str]]] = {
-    "conv1d": ("weight", "conv"),
-    "conv2d": ("weight", "conv"),
-    "conv3d": ("weight", "conv"),
-    "convolution": ("weight", "conv"),
-    "_convolution": ("weight", "conv"),
-    "conv_transpose1d": ("weight", "conv_transpose"),
-    "conv_transpose2d": ("weight", "conv_transpose"),
-    "conv_transpose3d": ("weight", "conv_transpose"),
-    "linear": ("weight", "linear"),
-    "addmm": ("mat2", "linear"),
-    "mm": ("mat2", "linear"),
-    "matmul": ("other", "linear"),
-    "embedding": ("weight", "embedding"),
-    "embedding_bag": ("weight", "embedding"),
-    "_embedding_bag": ("weight", "embedding"),
-}
-_RECURRENT: Final = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
-# Operators that hand a weight on, in another form.
-_VIEWS: Final = frozenset(
-    {"t", "transpose", "permute", "view", "reshape", "unsqueeze", "squeeze", "_to_copy", "to", "contiguous", "clone"}
-    | {"detach", "alias", "slice", "select"}
-)
+from qcompress.graph.operators import OPERATORS
+from qcompress.graph.weights import Call, Tensor, Value, kinds_of_calls
+
+_LIFTED = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
+_PREFIX = "torch.ops.aten."
 
 
-def graph_kinds(graph_module: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Kind of each parameter and buffer that a layer uses as its weight; the first use counts.
+def graph_kinds(graph_module: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the kind of each tensor that a layer uses as its weight, by qualified name; the first use counts.
 
     Args:
-        graph_module: the `graph_module` of `models/model.json`; only read, anything odd in it is passed over.
-        shapes: of the parameters and buffers, by qualified name.
+        graph_module: the `graph_module` of `models/model.json`; only read. Anything odd in it is skipped.
+        tensors: parameters, buffers and constants by qualified name; tied ones are the same under each of their names.
 
     >>> graph = {"nodes": [{"target": "torch.ops.aten.linear.default", "inputs": [
     ...     {"name": "weight", "arg": {"as_tensor": {"name": "p_w"}}}], "outputs": []}]}
     >>> specs = [{"parameter": {"arg": {"name": "p_w"}, "parameter_name": "fc.weight"}}]
-    >>> graph_kinds({"graph": graph, "signature": {"input_specs": specs}}, {"fc.weight": (2, 3)})
+    >>> tensors = {"fc.weight": Tensor("fc.weight", (2, 3))}
+    >>> graph_kinds({"graph": graph, "signature": {"input_specs": specs}}, tensors)
     {'fc.weight': 'linear'}
     """
-    owner = dict(_lifted(graph_module))
-    kinds: dict[str, str] = {}
-    for node in graph_module["graph"]["nodes"]:
-        operator = _operator(node.get("target"))
-        arguments = {i.get("name"): i.get("arg") for i in node.get("inputs", [])}
-        if operator in _VIEWS:
-            source = _tensor_name(arguments.get("self", arguments.get("input")))
-            for output in node.get("outputs", []):
-                if source in owner and (name := _tensor_name(output)) is not None:
-                    owner[name] = owner[source]
-        elif operator in _RECURRENT:
-            for name in _tensor_names(arguments.get("params")):
-                if name in owner and len(shapes.get(owner[name], ())) > 1:
-                    kinds.setdefault(owner[name], "recurrent")
-        elif operator in _WEIGHT_OF:
-            argument, kind = _WEIGHT_OF[operator]
-            qualified = owner.get(_tensor_name(arguments.get(argument)) or "")
-            if qualified is not None and len(shapes.get(qualified, ())) > 1:
-                shape = shapes[qualified]
-                kinds.setdefault(qualified, _conv_kind(arguments, shape) if kind == "conv" else kind)
-    return kinds
+    state = {value: tensors[name] for value, name in _lifted(graph_module) if name in tensors}
+    return kinds_of_calls(_calls(graph_module["graph"]), state)
 
 
-def _conv_kind(arguments: Mapping[Any, Any], shape: tuple[int, ...]) -> str:
-    if (arguments.get("transposed") or {}).get("as_bool") is True:
-        return "conv_transpose"
-    groups = (arguments.get("groups") or {}).get("as_int", 1)
-    return "depthwise" if isinstance(groups, int) and groups > 1 and shape[1] == 1 else "conv"
+def _calls(graph: Mapping[str, Any]) -> Iterator[Call]:
+    metadata = graph.get("tensor_values")
+    ranks = {name: _rank(value) for name, value in metadata.items()} if isinstance(metadata, dict) else {}
+    for node in graph["nodes"]:
+        target = node.get("target")
+        operator = target.removeprefix(_PREFIX) if isinstance(target, str) and target.startswith(_PREFIX) else ""
+        if operator in OPERATORS:
+            arguments = {str(i.get("name")): _argument(i.get("arg"), ranks) for i in node.get("inputs", [])}
+            outputs = [name for output in node.get("outputs", []) for name in _names(output)]
+            yield Call(operator, arguments, tuple(outputs))
 
 
 def _lifted(graph_module: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name of the graph's input, qualified name) of each parameter and buffer."""
-    fields = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
+    """Yield the name in the graph and the qualified name of each parameter, buffer and constant."""
     for spec in graph_module["signature"]["input_specs"]:
-        for which, field in fields.items():
+        for which, field in _LIFTED.items():
             if isinstance(entry := spec.get(which), dict):
                 yield str(entry["arg"]["name"]), str(entry[field])
 
 
-def _operator(target: Any) -> str:
-    parts = target.split(".") if isinstance(target, str) else []
-    return parts[3] if len(parts) > 3 and parts[:3] == ["torch", "ops", "aten"] else ""
+def _argument(argument: Any, ranks: Mapping[str, int | None]) -> Any:
+    """Return a tensor as a Value, several as a list of them, and a constant as it is."""
+    if not isinstance(argument, dict):
+        return None
+    values = [Value(name, ranks.get(name)) for name in _names(argument)]
+    if "as_tensor" in argument:
+        return values[0] if values else None
+    return values or argument.get("as_int", argument.get("as_bool"))
 
 
-def _tensor_name(argument: Any) -> str | None:
-    inner = argument.get("as_tensor") if isinstance(argument, dict) else None
-    name = inner.get("name") if isinstance(inner, dict) else None
-    return name if isinstance(name, str) else None
+def _names(argument: Any) -> list[str]:
+    """Return the names of the tensors of an argument or an output."""
+    if not isinstance(argument, dict):
+        return []
+    tensors = [argument.get("as_tensor"), *(argument.get("as_tensors") or ())]
+    return [t["name"] for t in tensors if isinstance(t, dict) and isinstance(t.get("name"), str)]
 
 
-def _tensor_names(argument: Any) -> list[str]:
-    inner = argument.get("as_tensors") if isinstance(argument, dict) else None
-    return [n["name"] for n in inner if isinstance(n, dict) and isinstance(n.get("name"), str)] if inner else []
+def _rank(value: Any) -> int | None:
+    sizes = value.get("sizes") if isinstance(value, dict) else None
+    return len(sizes) if isinstance(sizes, list) else None

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qcompress.errors import SourceError, UnsafeFileError
-from qcompress.sources._zip import ZipArchive
-from qcompress.sources.strided import TORCH_DTYPES, Strided, check_view
+from qcompress.graph.conversion import TORCH_DTYPES
+from qcompress.sources.pt2.graph import checked_record
+from qcompress.sources.strided import Strided, check_view
+from qcompress.zip_archive import ZipArchive
 
 # torch._export.serde.schema.ScalarType
 _SCALAR_TYPES: Final = {
@@ -62,7 +64,8 @@ def read_payload(archive: ZipArchive, which: str) -> Payload:
     """
     label, member = archive.path, f"data/{which}/model_{which}_config.json"
     try:
-        entries = json.loads(archive.read(member).decode())["config"]
+        parsed = json.loads(archive.read(member).decode())
+        entries = checked_record(parsed, "PayloadConfig", str(label), member)["config"]
         views = {str(name): _view(archive, str(name), entry, which) for name, entry in entries.items()}
         config = {name: _entry(entry, views[name]) for name, entry in entries.items()}
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:

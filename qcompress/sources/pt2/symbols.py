@@ -17,7 +17,8 @@ FUNCTIONS: Final = frozenset(
 )
 _WORDS: Final = frozenset({"true", "false", "oo", "int_oo", "True", "False"})
 _ASSUMPTIONS: Final = frozenset({"positive", "negative", "nonnegative", "integer", "real", "finite", "precision"})
-_SYMBOL: Final = re.compile(r"[A-Za-z]+\d+\Z", re.ASCII)
+# torch counts up to the number of a symbol, one by one.
+_SYMBOL: Final = re.compile(r"[A-Za-z]{1,10}\d{1,6}\Z", re.ASCII)
 _TEXT: Final = re.compile(r"[A-Za-z0-9_.+-]{1,40}\Z")
 _POWERS: Final = frozenset({"Pow", "PowByNatural", "FloatPow", "LShift", "RShift"})
 _OPERATORS: Final = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)

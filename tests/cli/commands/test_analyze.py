@@ -20,8 +20,10 @@ def test_a_pipe_gets_one_table_with_nothing_cut(qcompress, weights):
     (row,) = [line.split() for line in lines if line.startswith(LONG)]
     assert row[1:3] == ["32x32", "1,024"]
     assert row[-10:] == ["2.0", "kB", "272", "B", "416", "B", "576", "B", "2.0", "kB"]
-    assert "3 weights to compress; the other 2 stay as they are (not weights, or too small)." in lines
-    assert result.stderr == ("warning: NaN or infinite values in features.0.bias: only analyze takes such a model.\n")
+    assert "3 weights to compress; the other 2 tensors stay as they are (not weights, or too small)." in lines
+    assert result.stderr == (
+        "warning: NaN or infinite values in features.0.bias; other commands reject such a model.\n"
+    )
     assert qcompress("analyze", weights, "--quiet").stderr == ""
 
 
@@ -67,7 +69,7 @@ def test_inspect_lists_names_kinds_and_shapes(qcompress, weights):
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["features.0.weight", "unknown", "16x3x3x3", "float32", "432"] in rows
     assert [LONG, "unknown", "32x32", "float16", "1,024"] in rows
-    assert "5 tensors; a bare state dict does not tell their kinds: --arch does." in result.stdout
+    assert "5 tensors; a bare state dict does not tell their kinds; add --arch." in result.stdout
 
 
 def test_inspect_shows_tied_names_and_kinds(qcompress, folder):

@@ -216,11 +216,11 @@ def test_a_saved_model_exports_to_the_same_bytes(qcompress, exported, refused, n
     assert report["plan"] is None
     assert (folder / "again.onnx").read_bytes() == (folder / "model.w3.onnx").read_bytes()
     assert nothing_new(lambda: refused("export", "small", "--bits", "2")) == (
-        "small is compressed already: --bits must be left out, or name the original model.\n"
+        "small is compressed already; remove --bits, or pass the original model as MODEL.\n"
     )
     for args in (["--rows-per-lut", "2"], ["--plan", "small/plan.toml"]):
         assert nothing_new(lambda a=args: refused("export", "small", *a)).startswith(
-            f"small is compressed already: {args[0]} must be left out"
+            f"small is compressed already; remove {args[0]}, or pass"
         )
     for name in ("program.pt2", "weights.safetensors"):
         message = nothing_new(lambda n=name: refused("export", "small", "-o", f"small/{n}", "--force"))
@@ -249,7 +249,7 @@ def test_integer_compute_through_the_command_line(qcompress, exported, nothing_n
     )
     wide = sum(a["widened"] for a in dry["activations"])
     assert wide == sum(a["bits"] == 8 for a in dry["activations"]) > 0
-    assert f"{wide} activations at 8 bits though fewer were asked for: sums, pooling, " in result.stdout
+    assert f"{wide} activations at 8 bits although the plan asks for fewer: sums, pooling, " in result.stdout
     assert re.search(r"^activation +bits +scale +zero +clipped %", result.stdout, re.M)
     assert re.search(r"^x +4 +0\.\d+ +\d+ +\d", result.stdout, re.M)
     assert "biases as int32: 4 tensors" in result.stdout
@@ -300,18 +300,30 @@ def test_without_calibration_data_inputs_are_synthesised(qcompress, exported, re
     assert plain.stderr.endswith(wanted)
     shutil.copy("test.npz", "inputs.npz")
     assert qcompress(*wanted.split()[1:]).exit_code == 0
-    assert "no calibration data, and none are synthesised: each weight goes to its nearest level" in plain.stderr
+    assert (
+        "no calibration data, and synthesising inputs is switched off: each weight is rounded to its nearest level"
+        in plain.stderr
+    )
     assert "85.1 % against 21.3 % without any" in plain.stderr
     told = exported("model.pt", "--bits", "2", "-o", "again.onnx")
     assert told["solved_on"] == "128 inputs synthesised from BatchNorm statistics"
     assert (folder / "again.onnx").read_bytes() == (folder / "model.w2.onnx").read_bytes()
+    for name, seed in (("seed0.onnx", 0), ("seed1.onnx", 1)):
+        exported("model.pt", "--bits", "2", "-o", name, "--seed", seed)
+    assert (folder / "seed0.onnx").read_bytes() == (folder / "model.w2.onnx").read_bytes()
+    assert (folder / "seed1.onnx").read_bytes() != (folder / "model.w2.onnx").read_bytes()
+    message = nothing_new(lambda: refused("export", "model.pt", "--bits", "2", "--seed", "-1", "-o", "x.onnx"))
+    assert message == "seed must be at least 0 and below 2**63, got -1.\n"
     assert exported("model.pt", "--bits", "2", "-o", "none.onnx", "--no-synthetic")["solved_on"] is None
     for flags, message in (
-        (["--effort", "balanced"], "effort balanced must have inputs to solve weights on, and none are synthesised: "),
-        (["--calibration", "test.npz"], "--no-synthetic is about exports without calibration data: leave out it or "),
+        (
+            ["--effort", "balanced"],
+            'effort "balanced" needs inputs to solve weights on, but synthesising inputs is switched off; ',
+        ),
+        (["--calibration", "test.npz"], "--no-synthetic has no effect with --calibration; remove one of the two.\n"),
     ):
         said = nothing_new(lambda flags=flags: refused("export", "model.pt", "--bits", "4", "--no-synthetic", *flags))
-        assert said == message + ("give --calibration.\n" if "balanced" in flags else "--calibration.\n")
+        assert said == message + ("pass --calibration.\n" if "balanced" in flags else "")
 
 
 @pytest.mark.usefixtures("traced_once")
@@ -334,15 +346,14 @@ def test_names_and_reports_of_other_ways_to_compute(qcompress, exported, model, 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--activation-bits", "8"], "activation_bits must have calibration data to find the activations' grids: "),
-        (["--compute", "int8"], "compute int8 must have activation_bits for some layer: give --activation-bits 8.\n"),
-        (["--memory", "packed"], "memory packed, weights that stay packed at run time, comes later: say memory "),
-        (["--format", "qdq"], "format qdq is a way to write compute int8, and this is compute float: leave format out"),
-        (["--placement", "paper"], "--placement is about the grids of activations, and compute float stores none"),
-        (["--reduce-range"], "--reduce-range is about sums of integers, and compute float has none: leave it out"),
-        (["--percentile", "99"], "--percentile is about the grids of activations, and compute float stores none"),
+        (["--activation-bits", "8"], "activation_bits needs calibration data to find the ranges of activations; add "),
+        (["--compute", "int8"], "compute int8 needs activation_bits for at least one layer; add --activation-bits"),
+        (["--format", "qdq"], "format qdq applies to compute int8 only, but this is compute float; remove format, or "),
+        (["--placement", "paper"], "--placement applies to compute int8 only, but this is compute float; remove it"),
+        (["--reduce-range"], "--reduce-range applies to compute int8 or dynamic8 only, but this is compute float; "),
+        (["--percentile", "99"], "--percentile applies to compute int8 only, but this is compute float; remove it"),
         (["--activation-bits", "8", "--calibration", "test.npz", "--percentile", "99"],
-         "--percentile is about --calibration-method percentile: give both, or leave it out.\n"),
+         "--percentile applies to --calibration-method percentile only; add that option, or remove --percentile.\n"),
         (["--activation-bits", "8", "--calibration", "wrong.npz"], "Input x must have shape [any, 3, 8, 8], got "),
         (["--activation-bits", "8", "--calibration", "wrong.npz", "--data", "test.npz"],
          "Input x must have shape [any, 3, 8, 8], got [1, 3, 9, 9]"),
@@ -366,9 +377,9 @@ def test_what_is_settled_in_a_compressed_folder(refused, nothing_new, exported, 
         ("--calibration-method", "minmax"), ("--percentile", "99"), ("--placement", "paper"), ("--reduce-range",),
     ):  # fmt: skip
         message = nothing_new(lambda a=args: refused("export", "small", *a))
-        assert message.startswith(f"small is compressed already: {args[0]} must be left out, or name the original")
+        assert message.startswith(f"small is compressed already; remove {args[0]}, or pass the original model")
     message = nothing_new(lambda: refused("export", "small", "--format", "integer"))
-    assert message.startswith("format integer is a way to write compute int8, and this is compute float")
+    assert message.startswith("format integer applies to compute int8 only, but this is compute float")
 
 
 class Padded(torch.nn.Module):
@@ -408,12 +419,12 @@ def test_learned_offsets_are_added_exactly_or_moved_onto_their_grids(exported, r
     result = qcompress("export", "learned", "--offsets", "snap", *calibration, "--dry-run")
     assert re.search(r"offset of the input moved onto its grid, at most \d.* % of the output's spread", result.stdout)
     result = qcompress("export", "whole", "--offsets", "snap", *calibration, "--dry-run")
-    assert "no offset had to move" in result.stderr
+    assert "no offset was moved" in result.stderr
 
     for args, message in (
-        (("learned", "--offsets", "snap"), "--offsets snap must have calibration data to correct the biases by: "),
-        (("learned", *calibration), "learned is compressed already: --calibration must be left out"),
-        (("model.pt", *INTEGER, "--offsets", "exact"), "--offsets is about learned offsets, and those that export "),
+        (("learned", "--offsets", "snap"), "--offsets snap needs calibration data to correct the biases; add "),
+        (("learned", *calibration), "learned is compressed already; remove --calibration, or pass"),
+        (("model.pt", *INTEGER, "--offsets", "exact"), "--offsets applies to compressed folders only, which can "),
     ):
         assert nothing_new(lambda a=args: refused("export", *a, "--dry-run")).startswith(message)
 
@@ -423,7 +434,10 @@ def test_a_constant_calibration_is_legal_and_told(qcompress, folder, model):
     np.savez("zeros.npz", x=np.zeros((3, 3, 8, 8), np.float32))
     result = qcompress("export", "model.pt", "--bits", "4", "--activation-bits", "8", "--calibration", "zeros.npz")
     assert result.exit_code == 0, result.output
-    note = "calibration data zeros.npz: input x is the same in all 3 samples, and its grids fit nothing else\n"
+    note = (
+        "calibration data zeros.npz: all 3 samples have identical values for input x; the activation ranges will be "
+        "wrong for other data\n"
+    )
     assert result.stderr == note
 
 
@@ -452,8 +466,8 @@ def test_an_activation_that_is_not_finite(qcompress, nothing_new, folder):
     args = ("--bits", "4", "--activation-bits", "8", "--calibration", "negative.npz")
     result = nothing_new(lambda: qcompress("export", "log.pt2", *args))
     assert result.stderr.endswith(
-        "error: the activation log must be finite in float32 on calibration data, got 48 of 48 that are not: leave "
-        "those samples out.\n"
+        "error: the activation log must be finite in float32 on calibration data, but 48 of 48 values are not; "
+        "remove the samples that cause them.\n"
     )
 
 
@@ -464,7 +478,7 @@ def test_fewer_calibration_samples_than_a_fixed_batch(qcompress, nothing_new, fo
     args = ("export", "fixed.pt2", "--bits", "4", "--activation-bits", "8", "--calibration", "few.npz")
     result = nothing_new(lambda: qcompress(*args))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.endswith("error: The model takes batches of 4 alone, few.npz has 3 samples: give more.\n")
+    assert result.stderr.endswith("error: The model needs batches of 4 samples, but few.npz has 3; add samples.\n")
 
 
 @pytest.mark.parametrize("through", ["itself", "symlink", "hard link"])
@@ -510,11 +524,11 @@ def test_places_that_cannot_be_written(refused, nothing_new, model, folder):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--bits", "9"], "Invalid value for '--bits': 9 is not in the range 1<=x<=8.\n"),
-        (["--bits", "0"], "Invalid value for '--bits': 0 is not in the range 1<=x<=8.\n"),
-        (["--bits", "2", "--rows-per-lut", "0"], "must be auto or a number of output channels, at least 1, got '0'.\n"),
+        (["--bits", "9"], "Invalid value for '--bits': must be an integer in [1, 8], got 9.\n"),
+        (["--bits", "0"], "Invalid value for '--bits': must be an integer in [1, 8], got 0.\n"),
+        (["--bits", "2", "--rows-per-lut", "0"], "must be 'auto' or an integer of at least 1, got 0.\n"),
         (["--bits", "2", "--target", "tensorrt"], "target must be onnxruntime==1.16 or later, written like "),
-        ([], "stem.weight and 3 more weights: no bits set: give --bits N (1 to 8), or set bits in a plan"),
+        ([], "stem.weight and 3 more weights: bits is unset; add --bits N (1 to 8), or set bits in a plan"),
         (["--plan", "no.toml"], "no.toml: the plan cannot be read: No such file or directory.\n"),
         (["--bits", "2", "--dynamic", "y:0=batch"], "--dynamic: the model has no input 'y'; it has x.\n"),
         (["--bits", "2", "--output-names", "a,b"], "must be 1 different names (the outputs: output), got a,b.\n"),
@@ -636,12 +650,12 @@ def test_what_a_state_dict_lacks(refused, nothing_new, words):
     assert "state.pt" in message
     assert "--arch" in message
     message = nothing_new(lambda: refused("export", "state.pt", "--arch", "nets.py:words", "--bits", "2"))
-    assert message.startswith("Tracing the model takes an example input: give --input-shape")
+    assert message.startswith("Tracing the model needs an example input: pass --input-shape")
     args = ("export", "state.pt", "--arch", "nets.py:words", "--arch-kwargs", "width=9", "--bits", "2")
     message = nothing_new(lambda: refused(*args, "--input-shape", "ids=1,6:int64", "--input-shape", "mask=1,6"))
     assert "embed.weight" in message
     message = nothing_new(lambda: refused(*args, "--input-shape", "1,6:int64", "--input-shape", "mask=1,6"))
-    assert message.startswith("Several --input-shape must each have a name")
+    assert message.startswith("Each of several --input-shape must have a name")
 
 
 def pickled(value, path="model.pt"):
@@ -679,7 +693,7 @@ HOSTILE = {
     "a checkpoint with weights": (lambda trap: pickled({"w": torch.zeros(9, 9), "x": trap}), "holds no program"),
     "sample inputs": (in_sample_inputs, "its sample inputs are a pickle of more than tensors and plain values"),
     "weights": (in_weights, "among its weights is a pickle or a custom object"),
-    "a module of one's own": (lambda trap: pickled(Small()), r"sources.conftest.Small"),
+    "a module of one's own": (lambda trap: pickled(Small()), "tests.helpers.archives.Small"),
 }  # fmt: skip
 
 

@@ -169,7 +169,7 @@ def test_a_model_that_the_file_was_not_made_from(qcompress, files):
     assert document["sqnr_db"] < -20
     judged = qcompress("gate", FILE, "--max-size", "1MB")
     assert judged.exit_code == 1
-    assert "same_source: validate measured it against another model" in judged.stdout
+    assert "same_source: validate compared it with another model" in judged.stdout
 
 
 class Pair(torch.nn.Module):
@@ -189,8 +189,8 @@ def test_what_cannot_be_measured(refused, files):
         return message
 
     data = ("--data", "test.npz")
-    assert says("model.pt", FILE).startswith("validate must have inputs to measure on: --data X.npz")
-    assert says("model.pt", *data).startswith(("validate must have the FILE to measure", "model.pt is not an ONNX"))
+    assert says("model.pt", FILE).startswith("validate needs inputs to measure on; add --data X.npz")
+    assert says("model.pt", *data).startswith(("validate needs the FILE to measure", "model.pt is not an ONNX"))
     assert says("model.pt", "none.onnx", *data) == "none.onnx cannot be read: No such file or directory.\n"
     assert says("model.pt", "test.npz", *data) == "test.npz is not an ONNX model.\n"
     assert says(FILE, FILE, *data)
@@ -198,7 +198,7 @@ def test_what_cannot_be_measured(refused, files):
     assert says("model.pt", FILE, "--data", "wrong.npz").startswith("Input x must have shape [any, 3, 8, 8], got [")
     np.savez("unlabelled.npz", x=small_models.images(4))
     assert says("model.pt", FILE, "--data", "unlabelled.npz", "--metric", "top1") == (
-        "--metric top1 needs labels, and unlabelled.npz has no array y.\n"
+        "--metric top1 needs labels, but unlabelled.npz has no array y.\n"
     )
     assert "Unknown metric 'acc'" in says("model.pt", FILE, *data, "--metric", "acc")
     two = torch.export.export(Pair(), (torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)))

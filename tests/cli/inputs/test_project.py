@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from qcompress.errors import ConfigError
-from qcompress_cli.inputs.project import Settings, load_project, require_model, settings
+from qcompress_cli.inputs.project import RunOptions, load_project, require_model, run_options
 from qcompress_cli.inputs.shapes import Dynamic, InputShape, parse_dynamic, parse_input_shape
 
 
@@ -12,9 +12,9 @@ def write(text, name="qcompress.toml"):
 
 
 def test_no_config_gives_defaults():
-    assert settings({}) == Settings()
+    assert run_options({}) == RunOptions()
     write("[tool.other]\nx = 1", "pyproject.toml")
-    assert settings({}) == Settings()
+    assert run_options({}) == RunOptions()
 
 
 EVERYTHING = """
@@ -37,7 +37,7 @@ bits = 2
 @pytest.mark.parametrize("name", ["qcompress.toml", "pyproject.toml"])
 def test_every_key_is_read_from_both_files(name):
     write(EVERYTHING if name == "qcompress.toml" else "[tool.qcompress]\n" + EVERYTHING, name)
-    assert settings({}) == Settings(
+    assert run_options({}) == RunOptions(
         model=Path("model.pt"),
         arch="net.py:Net",
         arch_kwargs={"num_classes": 10, "width": 0.75},
@@ -56,15 +56,15 @@ def test_every_key_is_read_from_both_files(name):
 
 def test_flags_win_key_by_key():
     write(EVERYTHING)
-    merged = settings({"model": Path("other.pt"), "bits": 4, "metric": None, "arch_kwargs": {"width": 1}, "own": 3})
+    merged = run_options({"model": Path("other.pt"), "bits": 4, "metric": None, "arch_kwargs": {"width": 1}, "own": 3})
     assert (merged.model, merged.bits, merged.metric) == (Path("other.pt"), 4, "top1")
     assert merged.arch_kwargs == {"num_classes": 10, "width": 1}
 
 
 def test_another_arch_does_not_get_this_ones_arguments():
     write(EVERYTHING)
-    assert settings({"arch": "other:Net", "arch_kwargs": {"depth": 3}}).arch_kwargs == {"depth": 3}
-    assert settings({"arch": "other:Net", "arch_kwargs": {}}).arch_kwargs == {}
+    assert run_options({"arch": "other:Net", "arch_kwargs": {"depth": 3}}).arch_kwargs == {"depth": 3}
+    assert run_options({"arch": "other:Net", "arch_kwargs": {}}).arch_kwargs == {}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_another_arch_does_not_get_this_ones_arguments():
 )
 def test_input_shapes(shape, parsed):
     write(f"input_shape = {shape}")
-    assert settings({}).input_shape == parsed
+    assert run_options({}).input_shape == parsed
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,10 @@ def test_input_shapes(shape, parsed):
         ("modle = 'x'", r"^qcompress\.toml: unknown key 'modle'\. Did you mean model\?$"),
         ("arch-kwargs = 1", r"^qcompress\.toml: unknown key 'arch-kwargs'\. Did you mean arch_kwargs\?$"),
         ("trust_pickle = true", r"^qcompress\.toml: unknown key 'trust_pickle'\."),
-        ("bits = 9", r"^qcompress\.toml: bits: Input should be less than or equal to 8, got 9\.$"),
-        ("bits = true", r"^qcompress\.toml: bits: Input should be a valid integer, got True\.$"),
-        ("bits = '2'", r"^qcompress\.toml: bits: Input should be a valid integer, got '2'\.$"),
-        ("model = 3", r"^qcompress\.toml: model: Input should be a valid string, got 3\.$"),
+        ("bits = 9", r"^qcompress\.toml: bits: must be an integer in \[1, 8\], got 9\.$"),
+        ("bits = true", r"^qcompress\.toml: bits: must be an integer in \[1, 8\], got True\.$"),
+        ("bits = '2'", r"^qcompress\.toml: bits: must be an integer in \[1, 8\], got '2'\.$"),
+        ("model = 3", r"^qcompress\.toml: model must be a valid string, got 3\.$"),
         ("input_shape = 'a,b'", r"^qcompress\.toml: input_shape: An input shape must read like"),
         ("model = ", r"^qcompress\.toml is not valid TOML: Invalid value"),
     ],
@@ -101,17 +101,17 @@ def test_input_shapes(shape, parsed):
 def test_wrong_configs(text, message):
     write(text)
     with pytest.raises(ConfigError, match=message):
-        settings({})
+        run_options({})
 
 
 def test_wrong_encoding_and_a_tool_that_is_no_table():
     Path("qcompress.toml").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"^qcompress\.toml is not valid TOML"):
-        settings({})
+        run_options({})
     Path("qcompress.toml").unlink()
     write("tool.qcompress = 3", "pyproject.toml")
     with pytest.raises(ConfigError, match=r"^pyproject\.toml: tool\.qcompress must be a table, got 3\.$"):
-        settings({})
+        run_options({})
 
 
 def test_two_configs_say_which_to_keep():
@@ -126,18 +126,18 @@ def test_require_model_names_the_files_and_the_command():
         Path(name).touch()
     Path("folder.pt").mkdir()
     with pytest.raises(ConfigError) as caught:
-        require_model(Settings(), ("export", "--bits", "2"))
+        require_model(RunOptions(), ("export", "--bits", "2"))
     assert str(caught.value) == (
-        "No MODEL was given, and no config names one; model files here: a b.safetensors, net.pt.\n"
+        "MODEL is missing, from the command line and from the config; model files here: a b.safetensors, net.pt.\n"
         "Type: qcompress export 'a b.safetensors' --bits 2\n"
         'or write model = "…" into qcompress.toml once.'
     )
-    assert require_model(Settings(model=Path("x")), ()) == Path("x")
+    assert require_model(RunOptions(model=Path("x")), ()) == Path("x")
 
 
 def test_require_model_in_an_empty_folder():
     with pytest.raises(ConfigError, match=r"no model file here \(\.pt, .*\)\.\nType: qcompress analyze MODEL\n"):
-        require_model(Settings(), ("analyze",))
+        require_model(RunOptions(), ("analyze",))
 
 
 @pytest.mark.parametrize("text", ["", "1,,2", "a", "x=", "1,0", "1,2:float8", "=1,2", "1,-2", "1.5"])

@@ -44,7 +44,7 @@ def test_a_stdout_that_fails_tells_what_was_written(monkeypatch):
     with pytest.raises(OutputError, match=r"^stdout cannot be written: No space left on device\.$"):
         ui.show("a result")
     ui.wrote(Path("net.onnx"))
-    with pytest.raises(OutputError, match=r"device\. Written all the same: net\.onnx\.$"):
+    with pytest.raises(OutputError, match=r"device\. These files were written: net\.onnx\.$"):
         ui.show("a result")
 
 

@@ -14,8 +14,10 @@ from torch import nn
 from qcompress.artifacts import FloatWeight, PalettizedWeight
 from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.graph.program import FloatProgram
-from qcompress.plan.plan import Plan, Settings
+from qcompress.plan.plan import Plan
+from qcompress.plan.settings import Settings
 from qcompress.posthoc.compress import compress, compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build, export
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.file import float_file, float_file_nbytes
@@ -53,7 +55,7 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_width_runs_exactly_as_the_float_file_with_its_weights(bits: int) -> None:
-    small = compress_program(wide(), Plan.from_flags(bits=bits), effort="fast")
+    small = compress_program(wide(), Plan.from_flags(bits=bits), PosthocSettings(effort="fast"))
     built = build(small)
     onnx.checker.check_model(onnx.load_from_string(built.data), full_check=True)
     graph = small_models.trace_once(small.program)
@@ -70,7 +72,7 @@ def test_every_width_runs_exactly_as_the_float_file_with_its_weights(bits: int) 
 def test_files_shrink_with_every_bit_and_stay_near_the_ideal() -> None:
     program = wide()
     sizes = {
-        bits: build(compress_program(program, Plan.from_flags(bits=bits), effort="fast")).report.size
+        bits: build(compress_program(program, Plan.from_flags(bits=bits), PosthocSettings(effort="fast"))).report.size
         for bits in range(1, 9)
     }
     assert [s.file for s in sizes.values()] == sorted({s.file for s in sizes.values()})
@@ -85,7 +87,7 @@ def test_targets_and_granularities(target: str, rows_per_lut: int | None) -> Non
         default=Settings(bits=3, rows_per_lut=rows_per_lut or "auto"),
         kind={"depthwise": Settings(bits=5), "last": Settings(bits=4)},
     )
-    small = compress_program(residual(), plan, effort="fast")
+    small = compress_program(residual(), plan, PosthocSettings(effort="fast"))
     built = build(small, target=target)
     wanted = small.to_module()(torch.from_numpy(image(5))).detach().numpy()
     got = run(session(built.data, "deployed"), {"x": image(5)})["output"]
@@ -113,19 +115,20 @@ def test_the_same_input_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(onnx_file, "trace", trace)
     net = randomized(Residual())
     files = [
-        build(compress_program(traced(net, x=image()), Plan.from_flags(bits=3), effort="fast")).data for _ in range(2)
+        build(compress_program(traced(net, x=image()), Plan.from_flags(bits=3), PosthocSettings(effort="fast"))).data
+        for _ in range(2)
     ]
     assert files[0] == files[1]
 
 
 def test_nothing_of_the_machine_or_of_torch_is_in_the_file() -> None:
-    data = build(compress_program(residual(), Plan.from_flags(bits=2), effort="fast")).data
+    data = build(compress_program(residual(), Plan.from_flags(bits=2), PosthocSettings(effort="fast"))).data
     for word in (b"pkg.torch", str(Path.cwd()).encode(), b".py", b"site-packages"):
         assert word not in data
 
 
 def test_metadata_says_what_the_gate_needs(tmp_path: Path) -> None:
-    small = compress_program(wide(), Plan.from_flags(bits=2), source_digest="abc", effort="fast")
+    small = compress_program(wide(), Plan.from_flags(bits=2), PosthocSettings(effort="fast"), source_digest="abc")
     report = export(small, tmp_path / "net.onnx")
     file = read(tmp_path / "net.onnx")
     assert file.is_ours
@@ -137,7 +140,7 @@ def test_metadata_says_what_the_gate_needs(tmp_path: Path) -> None:
 
 
 def test_float16_leftovers_take_half_and_are_exact_in_float16() -> None:
-    small = compress_program(wide(), Plan.from_flags(bits=2), effort="fast")
+    small = compress_program(wide(), Plan.from_flags(bits=2), PosthocSettings(effort="fast"))
     full, half = build(small), build(small, float_leftovers="float16")
     assert half.report.size.file < full.report.size.file
     assert {t.encoding for t in half.report.left_in_float} == {"float16", "float32"}  # the head's 10 biases pay nothing
@@ -173,7 +176,7 @@ def test_weights_that_are_not_finite_name_the_layer(value: float) -> None:
     with torch.no_grad():
         net.grouped.weight[0, 0, 0, 0] = value
     with pytest.raises(SourceError, match=r"grouped\.weight must be finite, but 1 of its 288 values are NaN or Inf"):
-        compress_program(traced(net, x=image()), Plan.from_flags(bits=2), effort="fast")
+        compress_program(traced(net, x=image()), Plan.from_flags(bits=2), PosthocSettings(effort="fast"))
 
 
 def test_an_existing_file_is_kept(tmp_path: Path) -> None:

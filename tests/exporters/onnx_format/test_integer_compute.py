@@ -14,10 +14,11 @@ from qcompress.artifacts import ActivationGrid
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
 from qcompress.plan.plan import Plan
-from qcompress.posthoc.biases import in_steps
 from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build, validate
 from qcompress_exporters.onnx_format import file as onnx_file
+from qcompress_exporters.onnx_format.int8.biases import stepped
 from qcompress_exporters.onnx_format.lower import serialize
 from qcompress_exporters.parity import validate as parity
 from qcompress_exporters.parity.sessions import optimized_ops, run, session
@@ -128,14 +129,15 @@ def with_offset(model, site: tuple[str, int], share: float):
     offset = np.asarray(np.float32(grid.offset + np.float32(share) * grid.scale))
     moved = ActivationGrid(site=site, scale=grid.scale, offset=offset, bits=grid.bits, signed=False)
     assert moved.zero_point is None
-    return in_steps(dataclasses.replace(model, activations={**model.activations, site: moved}))
+    return dataclasses.replace(model, activations={**model.activations, site: moved})
 
 
 def reference(model, x):
-    """What the artifacts say, in torch: every site through its grid, padding with real zeros."""
+    """What the file's artifacts say, in torch: every site through its grid, padding with real zeros."""
     from qcompress.graph.sites import MarkedRunner, mark, rounding
 
-    marked = mark(model.program.with_state({n: a.dequantize() for n, a in model.artifacts.items()}), model.activations)
+    state = {n: a.dequantize() for n, a in stepped(model).artifacts.items()}
+    marked = mark(model.program.with_state(state), model.activations)
     return MarkedRunner(marked)({"x": x}, rounding(list(model.activations.values())))["output"]
 
 
@@ -181,7 +183,7 @@ class FloatInTheMiddle(nn.Module):
 
 
 def test_a_layer_left_in_float_stays_float():
-    from qcompress.plan.plan import Settings
+    from qcompress.plan.settings import Settings
 
     x = image(16, shape=(3, 9, 9))
     program = traced(randomized(FloatInTheMiddle()), x=x[:2])
@@ -198,7 +200,9 @@ def test_a_layer_left_in_float_stays_float():
 @pytest.mark.parametrize(("bits", "scheme"), [(8, "uniform"), (4, "palette"), (2, "uniform")])
 def test_dynamic8_needs_no_data(bits, scheme, tmp_path):
     model = compress_program(
-        small_models.program(), Plan.from_flags(bits=bits, scheme=scheme), compute="dynamic8", effort="fast"
+        small_models.program(),
+        Plan.from_flags(bits=bits, scheme=scheme),
+        PosthocSettings(compute="dynamic8", effort="fast"),
     )
     built, report = checked(model, tmp_path)
     assert report.ok, [c for c in report.checks if not c.ok]
@@ -209,13 +213,13 @@ def test_dynamic8_needs_no_data(bits, scheme, tmp_path):
 def test_int8_without_data_or_widths_is_refused():
     with pytest.raises(ConfigError, match="--calibration"):
         compress_program(small_models.program(), Plan.from_flags(bits=8, activation_bits=8))
+    plan, dynamic = Plan.from_flags(bits=8, activation_bits=8), PosthocSettings(compute="dynamic8")
     with pytest.raises(ConfigError, match="--activation-bits 8"):
-        compress_program(small_models.program(), Plan.from_flags(bits=8), compute="int8", calibration=calibration())
-    with pytest.raises(ConfigError, match="at run time"):
         compress_program(
-            small_models.program(), Plan.from_flags(bits=8, activation_bits=8), compute="dynamic8",
-            calibration=calibration(),
-        )  # fmt: skip
+            small_models.program(), Plan.from_flags(bits=8), PosthocSettings(compute="int8"), calibration=calibration()
+        )
+    with pytest.raises(ConfigError, match="at run time"):
+        compress_program(small_models.program(), plan, dynamic, calibration=calibration())
     with pytest.raises(ConfigError, match="format must be one of qdq, integer"):
         build(compressed(), format="int")
 
@@ -237,7 +241,7 @@ def test_sites_of_one_value_are_checked_each(form, tmp_path):
     x = image(16)
     program = traced(randomized(Branches()), x=x[:2])
     plan, data = Plan.from_flags(bits=8, activation_bits=8), Dataset(inputs={"x": x}, name="x.npz")
-    small = compress_program(program, plan, calibration=data, placement="paper")
+    small = compress_program(program, plan, PosthocSettings(placement="paper"), calibration=data)
     assert [site for site, _ in small.activations] == ["x", "b.weight", "c.weight"]
     built = build(small, format=form)
     built.write(tmp_path / "net.onnx")
@@ -248,12 +252,10 @@ def test_sites_of_one_value_are_checked_each(form, tmp_path):
 @pytest.mark.parametrize("compute", ["int8", "dynamic8"])
 def test_reduce_range_leaves_no_sum_that_saturates_without_vnni(compute):
     widths = {"bits": 8, "scheme": "uniform"} | ({"activation_bits": 8} if compute == "int8" else {})
-    shares = []
+    shares, data = [], calibration() if compute == "int8" else None
     for reduce_range in (False, True):
-        model = compress_program(
-            small_models.program(), Plan.from_flags(**widths), calibration=calibration() if compute == "int8" else None,
-            compute=compute, reduce_range=reduce_range,
-        )  # fmt: skip
+        settings = PosthocSettings(compute=compute, reduce_range=reduce_range)
+        model = compress_program(small_models.program(), Plan.from_flags(**widths), settings, calibration=data)
         shares.append({r.weight: r.saturation for r in build(model).report.layers if r.compute != "float"})
     assert shares[0].keys() == ({f"{n}.weight" for n in small_models.LAYERS} if compute == "int8" else {"head.weight"})
     assert 0 < min(shares[0].values()) < max(shares[0].values()) <= 1 or compute == "dynamic8"
@@ -266,6 +268,6 @@ def test_dynamic8_palettes_have_one_scale_unless_channels_differ(spread, ndim):
     with torch.no_grad():
         module.weight[::2] *= spread
     small = compress_program(
-        traced(module, x=np.zeros((2, 32), np.float32)), Plan.from_flags(bits=4), compute="dynamic8"
+        traced(module, x=np.zeros((2, 32), np.float32)), Plan.from_flags(bits=4), PosthocSettings(compute="dynamic8")
     )
     assert small.artifacts["weight"].scale.ndim == ndim

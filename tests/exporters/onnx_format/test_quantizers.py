@@ -1,4 +1,4 @@
-"""Every method of `QUANTIZERS` from training to files: what trained is stored, and onnxruntime computes with it."""
+"""Every method of `QUANTIZERS` from training to files: trained weights are stored, and onnxruntime uses them."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -13,8 +13,9 @@ from torch import nn
 from qcompress.artifacts import FloatWeight
 from qcompress.compressed.model import CompressedModel
 from qcompress.finetune import attach
-from qcompress.finetune.attach import Prepared, prepare
+from qcompress.finetune.attach import prepare
 from qcompress.finetune.methods import Methods
+from qcompress.finetune.prepared import Prepared
 from qcompress.graph import tracing
 from qcompress.graph.sites import MarkedRunner, mark, rounding
 from qcompress.plan.plan import Plan
@@ -35,12 +36,12 @@ WEIGHTS = [(name, m.weight.bits) for name, m in QUANTIZERS.items() if m.weight]
 ACTIVATIONS = [(name, m.activation.bits) for name, m in QUANTIZERS.items() if m.activation]
 CONVS = ("padded", "depthwise", "unpadded")
 LAYERS = (*CONVS, "head", "embed")
-# A code that falls on the other side of a tie runs through the rest of the net.
+# A tie that is rounded the other way changes values in the rest of the net.
 DISTANCE = 0.75
 
 
 class Kinds(nn.Module):
-    """A layer of each kind that a weight can have, their inputs of either sign; a sum, for its operands have 8 bits."""
+    """A layer of each kind, with inputs of either sign, and a sum, whose operands have 8 bits."""
 
     def __init__(self, norm: bool) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ def inputs(samples: int = 16, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def trace_once(module: nn.Module, options: Any) -> Any:
-    """The program of such a net: all have the same weights before they train."""
+    """Returns the program of such a net: all have the same weights before training."""
     return _program(isinstance(module.padded_norm, nn.BatchNorm2d))
 
 
@@ -95,7 +96,7 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trained(plan: Plan, methods: Methods, *, norm: bool = False, snap: bool = False) -> Prepared:
-    """A net with quantizers after two steps, in eval mode."""
+    """Returns a net with quantizers after two steps, in eval mode."""
     module = net(norm).train()
     prepared = prepare(module, plan, example_inputs=inputs(), methods=methods, batchnorm="freeze")
     if snap:
@@ -112,7 +113,7 @@ def trained(plan: Plan, methods: Methods, *, norm: bool = False, snap: bool = Fa
 
 
 def finalized(prepared: Prepared, *, norm: bool = False) -> CompressedModel:
-    """The compressed model, whose weights are those that the forward computes with."""
+    """Returns the compressed model, after checking that its weights are those that the forward uses."""
     small = prepared.finalize()
     for name in LAYERS:
         wanted = prepared.model.get_submodule(name).weight.detach().numpy()
@@ -121,7 +122,7 @@ def finalized(prepared: Prepared, *, norm: bool = False) -> CompressedModel:
             found = prepared.model.get_submodule(f"{name}_norm")
             factor = found.weight.detach().double() / (found.running_var.double() + found.eps).sqrt()
             wanted = wanted * factor.numpy().reshape(-1, 1, 1, 1)
-            # A channel of zeros has a scale that holds its bias: half-integer levels are next to nothing there.
+            # The scale of a channel of zeros is chosen for its bias: half-integer levels are tiny there.
             np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
         else:
             assert got.dtype == wanted.dtype == np.float32
@@ -132,7 +133,7 @@ def finalized(prepared: Prepared, *, norm: bool = False) -> CompressedModel:
 
 
 def as_trained(prepared: Prepared, small: CompressedModel) -> bool:
-    """Whether the artifacts give what the trained model gives, bit for bit, but for biases: those went to steps."""
+    """Returns whether the artifacts compute the same as the trained model, bit for bit, apart from rounded biases."""
     model = prepared.model
     biases = {f"{n}.bias": model.get_submodule(n).bias.detach().numpy() for n in LAYERS if n != "embed"}
     artifacts = small.artifacts | {n: FloatWeight(values=v, reason="not a weight") for n, v in biases.items()}
@@ -145,7 +146,7 @@ def as_trained(prepared: Prepared, small: CompressedModel) -> bool:
 
 
 def checked(small: CompressedModel) -> Agreement:
-    """The model with its files compared; those of int8 compute in both formats."""
+    """Returns the model after comparing its files, in both formats for int8 compute."""
     arrays = {name: value.numpy() for name, value in inputs(32, seed=7).items()}
     found = Agreement(small, arrays)
     if small.compute == "float":
@@ -168,7 +169,7 @@ def checked(small: CompressedModel) -> Agreement:
 
 
 def same_values(small: CompressedModel, values: dict[str, Any]) -> None:
-    """Weights as onnxruntime decodes them are what the artifacts say."""
+    """Checks that weights as onnxruntime decodes them equal the artifacts."""
     for name in LAYERS:
         wanted, got = small.artifacts[f"{name}.weight"].dequantize(), values[f"{name}.weight"]
         assert got.dtype == wanted.dtype == np.float32
@@ -176,7 +177,7 @@ def same_values(small: CompressedModel, values: dict[str, Any]) -> None:
 
 
 def widths(table: list[tuple[str, Sequence[int]]]) -> list[Any]:
-    """Each method at each width; all but one width of each are slow."""
+    """Returns each method at each width; all but one width per method are marked slow."""
     cases = []
     for turn, (name, legal) in enumerate(table):
         found = [bits for bits in BITS if bits in legal]
@@ -184,6 +185,13 @@ def widths(table: list[tuple[str, Sequence[int]]]) -> list[Any]:
             marks = () if bits == found[turn % len(found)] else pytest.mark.slow
             cases.append(pytest.param(name, bits, id=f"{name}-{bits}", marks=marks))
     return cases
+
+
+def combinations_with_lsq() -> list[tuple[str, str, int]]:
+    """Returns each method for weights beside LSQ's activations, and the reverse, at each width that both support."""
+    weights, activations = dict(WEIGHTS), dict(ACTIVATIONS)
+    pairs = dict.fromkeys([*((name, "lsq") for name in weights), *(("lsq", name) for name in activations)])
+    return [(w, a, bits) for w, a in pairs for bits in BITS if bits in weights[w] and bits in activations[a]]
 
 
 @pytest.mark.parametrize(("method", "bits"), widths(WEIGHTS))
@@ -217,14 +225,8 @@ def test_a_folded_batchnorm_scales_what_was_trained(method, bits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("weights", "activations"), [(n, "lsq") for n, _ in WEIGHTS] + [("lsq", n) for n, _ in ACTIVATIONS]
-)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("weights", "activations", "bits"), combinations_with_lsq())
 def test_files_with_a_folded_batchnorm(weights, activations, bits):
-    found = {"weights": QUANTIZERS[weights].weight.bits, "activations": QUANTIZERS[activations].activation.bits}
-    if any(bits not in legal for legal in found.values()):
-        return
     plan = Plan.from_flags(bits=bits, activation_bits=bits)
     checked(finalized(trained(plan, Methods(weights=weights, activations=activations), norm=True), norm=True))
 

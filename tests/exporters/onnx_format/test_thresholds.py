@@ -14,9 +14,9 @@ from qcompress.compressed.model import CompressedModel
 from qcompress.data.dataset import Dataset
 from qcompress.errors import SourceError
 from qcompress.plan.plan import Plan
-from qcompress.posthoc.biases import in_steps
 from qcompress.posthoc.compress import compress_program
 from qcompress.posthoc.offsets import snap_offsets
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build, validate
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.lower import serialize
@@ -63,7 +63,7 @@ def with_thresholds(model: CompressedModel, *, same: bool = False) -> Compressed
         site: thresholds(grid, 0 if same else index) if grid.bits <= 4 else grid
         for index, (site, grid) in enumerate(model.activations.items())
     }
-    return in_steps(dataclasses.replace(model, activations=grids))
+    return dataclasses.replace(model, activations=grids)
 
 
 def compressed(placement: str = "deploy", activation_bits: int = 4) -> CompressedModel:
@@ -71,7 +71,7 @@ def compressed(placement: str = "deploy", activation_bits: int = 4) -> Compresse
     plan = Plan.from_flags(bits=4, scheme="uniform", activation_bits=activation_bits)
     data = Dataset(inputs={"x": x}, name="c.npz")
     program = traced(randomized(Moves()), x=x[:2])
-    return compress_program(program, plan, calibration=data, effort="fast", placement=placement)
+    return compress_program(program, plan, PosthocSettings(effort="fast", placement=placement), calibration=data)
 
 
 @pytest.mark.parametrize("activation_bits", [2, 4])

@@ -16,6 +16,7 @@ from qcompress.errors import DataError, SourceError
 from qcompress.metrics.metric import METRICS
 from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import export, validate
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format import metadata
@@ -172,7 +173,9 @@ def test_signal_to_noise_tells_good_from_bad(tmp_path: Path) -> None:
     found = {}
     for bits in (4, 8):
         path = tmp_path / f"{bits}.onnx"
-        export(compress_program(small_models.program(), Plan.from_flags(bits=bits), effort="fast"), path)
+        export(
+            compress_program(small_models.program(), Plan.from_flags(bits=bits), PosthocSettings(effort="fast")), path
+        )
         found[bits] = validate(small_models.program(), path, data(60)).sqnr_db
     assert found[8] is not None
     assert found[4] is not None
@@ -296,7 +299,7 @@ def test_a_constant_network_is_no_success(tmp_path: Path) -> None:
     nn.init.zeros_(model.head.weight)
     program = traced(model, x=small_models.images(2))
     path = tmp_path / "constant.onnx"
-    export(compress_program(program, Plan.from_flags(bits=2), effort="fast"), path)
+    export(compress_program(program, Plan.from_flags(bits=2), PosthocSettings(effort="fast")), path)
     report = validate(program, path, data())
     says = "the network is constant on this data: give data that its outputs vary on"
     assert failed(report) == dict.fromkeys([f"exporter {s}" for s in SESSIONS], says)
@@ -351,7 +354,7 @@ def test_a_fixed_batch_measures_whole_batches(tmp_path: Path) -> None:
     program = traced(Fixed().eval(), x=random.standard_normal((3, 12)).astype(np.float32))
     assert program.fixed_batch == 3
     path = tmp_path / "fixed.onnx"
-    export(compress_program(program, Plan.from_flags(bits=2), effort="fast"), path)
+    export(compress_program(program, Plan.from_flags(bits=2), PosthocSettings(effort="fast")), path)
     samples = Dataset(inputs={"x": random.standard_normal((11, 12)).astype(np.float32)}, labels=np.zeros(11, int))
     report = validate(program, path, samples, metric=METRICS["top1"])
     assert failed(report) == {}
@@ -365,7 +368,7 @@ def test_a_fixed_batch_measures_whole_batches(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("traced_once")
 def test_several_outputs_are_told_one_by_one(tmp_path: Path) -> None:
     program = tied()
-    small = compress_program(program, Plan.from_flags(bits=4), effort="fast")
+    small = compress_program(program, Plan.from_flags(bits=4), PosthocSettings(effort="fast"))
     path = tmp_path / "tied.onnx"
     export(small, path)
     report = validate(small, path, Dataset(inputs=dict(sentences(20, seed=3))))
@@ -391,7 +394,7 @@ def test_outputs_that_are_not_finite_cannot_be_compared(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32) * 9
     program = traced(Infinite().eval(), x=x)
     path = tmp_path / "infinite.onnx"
-    export(compress_program(program, Plan.from_flags(bits=2), effort="fast"), path)
+    export(compress_program(program, Plan.from_flags(bits=2), PosthocSettings(effort="fast")), path)
     with pytest.raises(
         DataError, match=r"^Output output of the original must be finite to be compared, \d+ of its 240 "
     ):
@@ -421,7 +424,7 @@ def test_measurements_in_the_metadata_leave_digest_and_graph_as_they_are(tmp_pat
     assert after.model.graph == before.model.graph
     measured = after.validation()
     assert measured is not None
-    assert measured["sqnr_db"] == json.loads(document)["sqnr_db"]
+    assert measured.as_dict() == json.loads(document)
 
 
 @pytest.mark.usefixtures("traced_once")

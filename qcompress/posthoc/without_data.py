@@ -1,4 +1,4 @@
-"""A weight by itself, without data: each value goes to the nearest of the levels that its plan allows."""
+"""Compress a weight by itself, without data: each value goes to the nearest of the levels that its plan allows."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -9,25 +9,25 @@ import numpy.typing as npt
 
 from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight
 from qcompress.palettes.even_grid import round_to_nearest
-from qcompress.palettes.integer import palettize_int8
+from qcompress.palettes.int8_palette import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.palettes.vector import palettize_vectors
-from qcompress.plan.plan import TensorPlan
-from qcompress.posthoc.schemes import Codes, better, codes_for
+from qcompress.plan.resolve import TensorPlan
+from qcompress.posthoc.schemes import CodeKind, better, codes_for
 
-_AS_GOOD: Final = 10 ** (0.5 / 10)  # squared error that one scale for a tensor may cost: 0.5 dB
-_UNCLIPPED: Final = 8  # bits at which clipping gains nothing
+_AS_GOOD: Final = 10 ** (0.5 / 10)  # factor of squared error that a single scale per tensor may cost: 0.5 dB
+_UNCLIPPED: Final = 8  # bits from which clipping gains nothing
 _PARAMETRIZED: Final = ".parametrizations."
 
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """How a weight is compressed, beside what its plan says.
+    """What the compression of a weight depends on, in addition to its plan.
 
     Args:
-        axis: of the output channels.
-        integer: whether integer kernels shall compute with it.
-        one_scale: whether the kernel is faster with one scale for the tensor than with one for each output channel.
+        axis: the axis that counts output channels.
+        integer: whether its layer computes in integers.
+        one_scale: whether the kernel is faster with one scale per tensor than with one per output channel.
         reduce_range: whether 8-bit codes keep to 7 bits.
     """
 
@@ -37,21 +37,27 @@ class How:
     reduce_range: bool
 
 
-def nearest(values: npt.NDArray[Any], tensor: TensorPlan | None, how: How) -> Artifact:
-    """One tensor by its plan; float where that is smaller."""
+def compress_weight(values: npt.NDArray[Any], tensor: TensorPlan | None, how: How) -> Artifact:
+    """Return one tensor compressed by its plan, or left in float if that takes fewer bytes.
+
+    Args:
+        values: the tensor.
+        tensor: its plan; None: it is no tensor of the plan's.
+        how: the rest.
+    """
     if tensor is None or tensor.settings is None:
         reason = None if tensor is None else tensor.reason
         if tensor is not None and _PARAMETRIZED in tensor.name:
-            reason = "part of a parametrization: torch.nn.utils.parametrize.remove_parametrizations makes it a weight"
+            reason = "part of a parametrization; torch.nn.utils.parametrize.remove_parametrizations makes it a weight"
         return FloatWeight(values=values, reason=reason or "not a weight")
     made = [_MAKERS[codes](values, tensor, how) for codes in codes_for(tensor, integer=how.integer)]
-    small = made[0] if len(made) == 1 else better((a, _error(a, values)) for a in made)
-    if how.integer and small.nbytes >= values.nbytes and tensor.bits > 1:  # a table does not pay, plain codes may
-        small = _uniform(values, tensor, how)
-    if small.nbytes >= values.nbytes:
-        reason = f"too small: {small.nbytes} bytes at {tensor.bits} bits, {values.nbytes} in float"
+    found = made[0] if len(made) == 1 else better((a, _error(a, values)) for a in made)
+    if how.integer and found.nbytes >= values.nbytes and tensor.bits > 1:  # too small for a table
+        found = _uniform(values, tensor, how)
+    if found.nbytes >= values.nbytes:
+        reason = f"too small: {found.nbytes} bytes at {tensor.bits} bits, {values.nbytes} in float"
         return FloatWeight(values=values, reason=reason)
-    return _narrowed(small) if isinstance(small, PalettizedWeight) else small
+    return _narrowed(found) if isinstance(found, PalettizedWeight) else found
 
 
 def _palette(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
@@ -70,7 +76,7 @@ def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Art
         return by_channel
     whole = made(per_channel=False)
     if not how.integer:
-        return better((small, _error(small, values)) for small in (whole, by_channel))
+        return better((a, _error(a, values)) for a in (whole, by_channel))
     return whole if _error(whole, values) <= _AS_GOOD * _error(by_channel, values) else by_channel
 
 
@@ -85,11 +91,11 @@ def _uniform(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact
     )  # fmt: skip
 
 
-def _error(small: Artifact, values: npt.NDArray[Any]) -> float:
-    return float(np.square(small.dequantize().astype(np.float64) - values).sum())
+def _error(artifact: Artifact, values: npt.NDArray[Any]) -> float:
+    return float(np.square(artifact.dequantize().astype(np.float64) - values).sum())
 
 
-_MAKERS: Final[Mapping[Codes, Callable[[npt.NDArray[Any], TensorPlan, How], Artifact]]] = {
+_MAKERS: Final[Mapping[CodeKind, Callable[[npt.NDArray[Any], TensorPlan, How], Artifact]]] = {
     "palette": _palette,
     "int8 palette": _palette_int8,
     "vectors": _vectors,
@@ -98,7 +104,7 @@ _MAKERS: Final[Mapping[Codes, Callable[[npt.NDArray[Any], TensorPlan, How], Arti
 
 
 def _narrowed(weight: PalettizedWeight) -> PalettizedWeight:
-    """The same weight at the fewest bits that hold its codes: one with few distinct values needs no more."""
+    """Return the same weight at the fewest bits that hold its codes: it may have few distinct values."""
     entries = weight.lut.shape[1]
     bits = max(1, (entries - 1).bit_length())
     if bits == weight.bits:

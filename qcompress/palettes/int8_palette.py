@@ -1,11 +1,11 @@
-"""Palettes of integers: a weight as codes into a table of int8 values, times one scale per output channel.
+"""int8 palettes: a weight as codes into a table of int8 values, times one scale per output channel.
 
-What integer kernels compute with is looked up, not decoded, and a channel of small weights has a step of its own.
+The int8 values for integer kernels come from a table look-up, and a channel of small weights has a small step.
 
-Source: with each output channel in steps of its own, a palette is some K of the integers in [-p, p]. Between two
-neighbouring entries a < b every value goes to the nearer one, so that the squared error of a palette is a sum over
-neighbours, and the best palette is a shortest path over the integers with K stops: dynamic programming.
-Deviations from k-means on the values with entries rounded afterwards: none is rounded, no two fall together, and the
+Source: with each output channel in its own steps, a palette is a choice of K integers in [-p, p]. Between neighbouring
+entries a < b every value goes to the nearer one, so the squared error of a palette is a sum over neighbours, and the
+best palette is a shortest path over the integers with K stops: dynamic programming.
+Deviations from k-means on the values with entries rounded afterwards: no entry is rounded, no two become equal, and the
 result is the optimum for these scales.
 
 Shape suffixes: N = values, A, B = integers in [-p, p], H = half steps from -p up, O = output channels, K = entries.
@@ -24,8 +24,8 @@ from qcompress.palettes.even_grid import finite_floats, in_steps, symmetric_scal
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-LARGEST: Final = 127
-LARGEST_REDUCED: Final = 63
+LARGEST: Final = 127  # largest entry
+LARGEST_REDUCED: Final = 63  # with reduce_range
 
 
 def palettize_int8(
@@ -37,19 +37,19 @@ def palettize_int8(
     reduce_range: bool = False,
     per_channel: bool = True,
 ) -> PalettizedWeight:
-    """A weight as codes into int8 palettes with the least total squared error for its scales.
+    """Return a weight as codes into int8 palettes with the least total squared error for its scales.
 
     Args:
         weight: float32, float16 or bfloat16, finite; not modified.
         bits: width of a code, 1 to 8.
         rows_per_lut: output channels that share a palette; None: all.
         axis: the axis that counts output channels.
-        reduce_range: entries stay in [-63, 63], for CPUs without VNNI, which saturate the sums of larger ones.
-        per_channel: one scale for each output channel; else one for the tensor.
+        reduce_range: whether entries stay in [-63, 63]: CPUs without VNNI saturate sums of products of larger ones.
+        per_channel: whether each output channel has a scale, or the tensor has one.
 
     Returns:
-        The artifact. Its scale is max|w| / 127 (63). Palettes are sorted and hold no entry that no code points to; one
-        with fewer entries than the longest is padded with its last.
+        The artifact. Its scale is max|w| / 127 (63). Palettes are sorted and hold no unused entries; short ones are
+        padded with their last entry.
 
     Raises:
         ConfigError: bits outside 1..8, another dtype, NaN or Inf, or rows_per_lut below 1.
@@ -87,11 +87,11 @@ def palettize_int8(
 
 
 def best_integers(values_N: F64, mass_N: F64, k: int, largest: int) -> I64:
-    """The integers with the least total squared distance of values to the nearest of them.
+    """Return the integers with the least total squared distance of values to the nearest of them.
 
     Args:
         values_N: in [-largest, largest].
-        mass_N: how much each value counts, finite, > 0.
+        mass_N: weight of each value, finite, > 0.
         k: how many integers, at least 1.
         largest: the integers are in [-largest, largest].
 
@@ -104,7 +104,7 @@ def best_integers(values_N: F64, mass_N: F64, k: int, largest: int) -> I64:
     integers_A = np.arange(-largest, largest + 1)
     if k >= len(integers_A):
         return integers_A
-    # Values between two integers part at whole or half steps: sums over half steps are all that any palette needs.
+    # The border between two integers is at a whole or half step, so sums over half steps are all that is needed.
     half_N = np.clip(np.floor(2 * (values_N + largest)).astype(np.int64), 0, 4 * largest)
     sums_3H = [
         np.concatenate([[0.0], np.cumsum(np.bincount(half_N, mass_N * values_N**power, 4 * largest + 1))])
@@ -116,7 +116,7 @@ def best_integers(values_N: F64, mass_N: F64, k: int, largest: int) -> I64:
         mass, first, second = (sums_H[high] - sums_H[low] for sums_H in sums_3H)
         return np.asarray(second - 2 * entry * first + entry**2 * mass)
 
-    at_A = 2 * np.arange(len(integers_A))  # the half step at which each integer stands
+    at_A = 2 * np.arange(len(integers_A))  # the half step of each integer
     low_AB, high_AB = np.broadcast_arrays(at_A[:, None], at_A[None, :])
     middle_AB = (low_AB + high_AB) // 2
     between_AB = error(low_AB, middle_AB, integers_A[:, None]) + error(middle_AB, high_AB, integers_A[None, :])

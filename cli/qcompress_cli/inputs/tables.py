@@ -1,4 +1,4 @@
-"""A table (of TOML) read into a frozen pydantic dataclass: wrong keys and values are errors with a remedy."""
+"""A table (of TOML) read into a frozen pydantic dataclass; wrong keys and values are errors that name the remedy."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -12,16 +12,16 @@ T = TypeVar("T")
 
 
 def read_table(cls: type[T], table: Mapping[str, object], where: str, *, also: Iterable[str] = ()) -> T:
-    """An instance of a pydantic dataclass (`extra="forbid"`) from a table.
+    """Return an instance of a pydantic dataclass (`extra="forbid"`) made from a table.
 
     Args:
         cls: the dataclass.
         table: keys and values, as TOML gives them.
-        where: what a user calls the table, `[gate] of qcompress.toml`.
-        also: keys that the caller has taken out of the table, for the hint.
+        where: what messages call the table: `gate in qcompress.toml`.
+        also: legal keys that the caller has taken out of the table, for the hint.
 
     Raises:
-        ConfigError: the first thing that is wrong, with the nearest legal key where the key is.
+        ConfigError: the first key or value that is wrong; for a key with the nearest legal one.
     """
     known = [field.name for field in fields(cls) if field.init]  # type: ignore[arg-type]
     legal = [*known, *also]
@@ -35,8 +35,9 @@ def read_table(cls: type[T], table: Mapping[str, object], where: str, *, also: I
         return cls(**table)
     except ValidationError as e:
         first = e.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        name = first["loc"][0]
         ours = first.get("ctx", {}).get("error")
-        if isinstance(ours, Exception):
-            raise ConfigError(f"{where}: {key}: {ours}") from None
-        raise ConfigError(f"{where}: {key}: {first['msg']}, got {first['input']!r}.") from None
+        if isinstance(ours, Exception):  # raised by a validator of this project
+            raise ConfigError(f"{where}: {name}: {ours}") from None
+        required = first["msg"].removeprefix("Input should be ")
+        raise ConfigError(f"{where}: {name} must be {required}, got {first['input']!r}.") from None

@@ -1,0 +1,203 @@
+"""A model in training with quantized weights and activations.
+
+Quantizers of weights are `torch.nn.utils.parametrize` parametrizations. Activations are quantized at the sites of the
+program's graph, which runs instead of the model's own forward: operands of a sum are not the input of any module.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from qcompress.compressed.model import CompressedModel
+from qcompress.errors import DataError
+from qcompress.finetune.finalize import Parts, compressed
+from qcompress.finetune.live_graph import AtSite, LiveGraph
+from qcompress.finetune.methods import Methods, ObservedSite
+from qcompress.graph.batchnorm import unfolded_names
+from qcompress.graph.sites import OUTPUT, mark
+from qcompress.quantizers import AbstractQuantizer
+from qcompress.regularizers.places import place_of
+
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+_KEPT: Final = 1 << 16  # values per batch from which the quantizer of a site is initialised
+
+
+@final
+class Prepared(nn.Module):
+    """A model in training with quantized weights and activations; made by `prepare`.
+
+    Call it in place of the model. `parameters()` are those of the model, of its quantizers and of its regularizers.
+    `notes` tells what the user should know about the quantizers.
+    """
+
+    def __init__(self, model: nn.Module, parts: Parts) -> None:
+        super().__init__()
+        self.model, self.parts, self.training = model, parts, model.training
+        self.activations, self.regularizers = nn.ModuleList(), nn.ModuleList()
+        self.notes: tuple[str, ...] = ()
+        names = unfolded_names(parts.program, parts.folded)
+        keys = [(names.get(s.name, s.name) if s.index == OUTPUT else s.name, s.index) for s in parts.sites]
+        self._graph = LiveGraph(mark(parts.program, keys))
+        self._places = {name: place for name in self._graph.tensors if (place := place_of(model, name)) is not None}
+        for name in set(self._graph.tensors) - set(self._places):  # constants in the model's code
+            constant = parts.program.state()[name].clone().to(next(model.parameters()).device)
+            self.register_buffer(_constant(name), constant, persistent=False)
+        trained = parts.batchnorm == "train"
+        self._norms = {n: p.module for n, p in self._places.items() if trained and isinstance(p.module, _BatchNorm)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the model's outputs for the arguments of its forward."""
+        return self._run(self._flat(args, kwargs), self._quantized)
+
+    def penalty(self) -> Tensor:
+        """Returns the sum of all regularizers' terms, 0-d; 0 without regularizers."""
+        terms: list[Tensor] = [getattr(regularizer, "penalty")() for regularizer in self.regularizers]  # noqa: B009
+        return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def quantizers(self) -> dict[str, AbstractQuantizer]:
+        """Returns all quantizers: of weights by qualified name, of activations by the site's name."""
+        sites = (f"{s.name} (activation)" for s in self.parts.sites)
+        return self._weight_quantizers() | dict(zip(sites, self._activations, strict=True))
+
+    def quantizer_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters of all quantizers, which usually have their own learning rate."""
+        return [parameter for quantizer in self.quantizers().values() for parameter in quantizer.parameters()]
+
+    @torch.no_grad()
+    def first_not_finite(self, batch: Inputs) -> str | None:
+        """Returns the name of the first layer (its weight) or other value with NaN or Inf; None: all are finite."""
+        self._run(self._batch(batch), self._quantized, watch=True)
+        return self._graph.first_not_finite
+
+    def snap_offsets(self) -> None:
+        """Keeps the offsets of activations from now on at multiples of their scales, which zero points can store.
+
+        Call it before the last steps: a layer that pads its input with zeros computes in integers only with such an
+        offset.
+        """
+        for quantizer in self._activations:
+            quantizer.snap_offset()
+
+    def finalize(self) -> CompressedModel:
+        """Returns the compressed model with the codes of the last step.
+
+        Weights are stored bit for bit as the forward uses them; γ/σ of a folded BatchNorm is multiplied into their
+        scales.
+
+        Raises:
+            ConfigError: a trained tensor is not finite.
+        """
+        tensors = {name: place.used() for name, place in self._places.items()}
+        quantizers, planned = self._weight_quantizers(), {t.name for t in self.parts.resolved.compressed}
+        weights = {
+            name: quantizer.weight_artifact(self._places[name].weight().detach())
+            for name, quantizer in quantizers.items()
+            if name in planned
+        }
+        grids = [q.activation_grid(s.key) for q, s in zip(self._activations, self.parts.sites, strict=True)]
+        return compressed(self.parts, tensors, weights, grids, self.notes)
+
+    def unwrap(self) -> nn.Module:
+        """Removes the quantizers and returns the plain model with its current float weights."""
+        for name in self._weight_quantizers():
+            place = self._places[name]
+            parametrize.remove_parametrizations(place.module, place.attribute, leave_parametrized=False)
+        return self.model
+
+    @torch.no_grad()
+    def reestimate_batchnorm(self, batches: Iterable[Inputs]) -> None:
+        """Sets the statistics of all BatchNorms to the mean over some batches.
+
+        Args:
+            batches: arguments of `forward`.
+        """
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        kept = [(norm, norm.momentum, norm.training) for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True
+        for batch in batches:
+            self._run(self._batch(batch), self._quantized)
+        for norm, momentum, training in kept:
+            norm.momentum, norm.training = momentum, training
+
+    @torch.no_grad()
+    def initialise(self, methods: Methods, batches: Iterable[Inputs]) -> None:
+        """Makes the quantizers of the sites and initialises them from the float model's values there.
+
+        Args:
+            methods: how activations are quantized.
+            batches: arguments of `forward`.
+        """
+        seen: list[list[Tensor]] = [[] for _ in self.parts.sites]
+        negative = [False] * len(seen)
+
+        def observe(index: int, x: Tensor) -> Tensor:
+            seen[index].append(x.reshape(-1)[:: max(1, x.numel() // _KEPT)])
+            negative[index] |= bool((x < 0).any())
+            return x
+
+        training = [m for m in self.model.modules() if m.training]
+        self.model.eval()
+        for batch in batches if self.parts.sites else ():
+            self._run(self._batch(batch), observe)
+        for module in training:
+            module.training = True
+        observed = [ObservedSite(s.name, s.bits, sign) for s, sign in zip(self.parts.sites, negative, strict=True)]
+        self.notes = methods.notes(observed)
+        for site, values in zip(observed, seen, strict=True):
+            quantizer = methods.activation(site)
+            quantizer.initialise([v.float() for v in values])
+            self.activations.append(quantizer.to(values[0].device))
+
+    def quantize_weights(self, quantizers: Mapping[str, AbstractQuantizer]) -> None:
+        """Attaches quantizers to tensors of the model, by qualified name."""
+        for name, quantizer in quantizers.items():
+            place = self._places[name]
+            device = place.weight().device
+            parametrize.register_parametrization(place.module, place.attribute, quantizer.to(device))
+
+    @property
+    def _activations(self) -> list[AbstractQuantizer]:
+        return [part for part in self.activations if isinstance(part, AbstractQuantizer)]
+
+    def _quantized(self, index: int, x: Tensor) -> Tensor:
+        quantized: Tensor = self.activations[index](x)
+        return quantized
+
+    def _run(self, inputs: list[Tensor], at_site: AtSite, *, watch: bool = False) -> Any:
+        tensors = {name: getattr(self, _constant(name)) for name in self._graph.tensors if name not in self._places}
+        tensors |= {name: place.used() for name, place in self._places.items()}
+        outputs = self._graph.outputs(tensors, inputs, at_site, self._norms, training=self.training, watch=watch)
+        return pytree.tree_unflatten(outputs, self.parts.program.exported.call_spec.out_spec)
+
+    def _flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Returns the tensors among forward's arguments in the program's order."""
+        spec = self.parts.program.exported.call_spec.in_spec
+        positional, by_name = pytree.tree_unflatten(range(spec.num_leaves), spec)
+        given = dict(zip(self.parts.arguments, args, strict=False)) | dict(kwargs)
+        wanted = [*self.parts.arguments[: len(positional)], *by_name]
+        if len(args) > len(self.parts.arguments) or set(given) != set(wanted):
+            raise DataError(
+                f"The model was prepared with the inputs {', '.join(wanted)}, got {', '.join(given) or 'no inputs'}."
+            )
+        return pytree.tree_leaves([given[name] for name in wanted])
+
+    def _batch(self, batch: Inputs) -> list[Tensor]:
+        """Returns the tensors of one batch in the program's order."""
+        if isinstance(batch, Mapping):
+            return self._flat((), batch) if set(batch) <= set(self.parts.arguments) else self._flat((batch,), {})
+        return self._flat((batch,) if isinstance(batch, Tensor) else batch, {})
+
+    def _weight_quantizers(self) -> dict[str, AbstractQuantizer]:
+        return {name: found for name, place in self._places.items() if (found := place.quantizer()) is not None}
+
+
+def _constant(name: str) -> str:
+    return "constant_" + name.replace(".", "_")

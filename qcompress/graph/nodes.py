@@ -1,0 +1,64 @@
+"""Nodes of a live graph: which operator each calls, its row in the table, and its arguments by name."""
+
+import operator as python
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from qcompress.graph.operators import UNLISTED, Operator, operator
+from qcompress.graph.weights import Call, Value
+
+
+def operator_name(node: Node) -> str:
+    """Return what the table of operators calls a node's target; empty for what calls no operator.
+
+    >>> graph = Graph()
+    >>> x = graph.placeholder("x")
+    >>> operator_name(graph.call_function(torch.ops.aten.relu.default, (x,))), operator_name(x)
+    ('relu.default', '')
+    """
+    if node.op != "call_function":
+        return ""
+    if node.target is python.getitem:
+        return "getitem"
+    return str(node.target).removeprefix("aten.") if isinstance(node.target, OpOverload) else ""
+
+
+def row_of(node: Node) -> Operator:
+    """Return the node's row in the table of operators; an empty one if it has none."""
+    name = operator_name(node)
+    return operator(name) if name else UNLISTED
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """Return the arguments that a call was given, in the schema's order and by its names.
+
+    >>> graph = Graph()
+    >>> x = graph.placeholder("x")
+    >>> arguments(graph.call_function(torch.ops.aten.softmax.int, (x,), {"dim": 1}))
+    {'self': x, 'dim': 1}
+    """
+    names = [a.name for a in node.target._schema.arguments] if isinstance(node.target, OpOverload) else ["self", "item"]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def calls(graph: Graph) -> Iterator[Call]:
+    """Yield the calls of a graph that use a weight or hand one on, in order; each returns its node's name."""
+    for node in graph.nodes:
+        row = row_of(node)
+        if row.layer is not None or row.hands_on or row.transposes:
+            given = {name: as_value(argument) for name, argument in arguments(node).items()}
+            yield Call(operator_name(node), given, (node.name,))
+
+
+def as_value(argument: Any) -> Any:
+    """Return an argument as a `Call` has it: nodes are Values, lists stay lists, constants stay what they are."""
+    if isinstance(argument, list | tuple):
+        return [as_value(item) for item in argument]
+    if not isinstance(argument, Node):
+        return argument
+    value = argument.meta.get("val")
+    return Value(argument.name, value.ndim if isinstance(value, torch.Tensor) else None)
