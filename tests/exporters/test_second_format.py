@@ -18,8 +18,10 @@ from qcompress.errors import ConfigError
 from qcompress.graph.options import ProgramOptions
 from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_cli.app import cli
 from qcompress_exporters import ExportReport, build, export, formats
+from qcompress_exporters.options import BuildOptions
 from qcompress_exporters.report import Built, TensorReport
 from tests.helpers import small_models
 from tests.helpers.nets import residual
@@ -76,10 +78,6 @@ class JsonFile:
         """Return None: such files are not measured."""
         return None
 
-    def validate(self, program: Any, data: Any, how: Any) -> Any:
-        """Refuse to measure."""
-        raise ConfigError("JSON files cannot be run.")
-
     def with_validation(self, document: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
         """Refuse to hold measurements."""
         raise ConfigError("JSON files hold no measurements.")
@@ -100,7 +98,7 @@ class JsonFormat:
             raise ConfigError(f"target must be json-reader, got {text!r}.")
         return Reader()
 
-    def build(self, model: CompressedModel, target: Deployment, options: formats.BuildOptions) -> Built:
+    def build(self, model: CompressedModel, target: Deployment, options: BuildOptions) -> Built:
         """Write every artifact as its kind, its arrays as lists, and its fields."""
         original = 4 * sum(int(np.prod(a.shape)) for a in model.artifacts.values())
         tensors, reports = {}, []
@@ -138,6 +136,10 @@ class JsonFormat:
             return None
         return JsonFile(path, document) if document.get("made_by") == "toy" else None
 
+    def validate(self, program: Any, file: Any, data: Any, how: Any) -> Any:
+        """Refuse to measure."""
+        raise ConfigError("JSON files cannot be run.")
+
 
 @pytest.fixture(autouse=True)
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +152,7 @@ def test_it_meets_the_protocols() -> None:
 
 
 def test_from_python(tmp_path: Path) -> None:
-    small = compress_program(residual(), Plan.from_flags(bits=3), effort="fast")
+    small = compress_program(residual(), Plan.from_flags(bits=3), PosthocSettings(effort="fast"))
     report = export(small, tmp_path / "net.json", format="json")
     written = json.loads((tmp_path / "net.json").read_text())
     assert set(written["tensors"]) == set(small.artifacts)
@@ -158,7 +160,7 @@ def test_from_python(tmp_path: Path) -> None:
     arrays, _ = small.artifacts["grouped.weight"].to_arrays()
     assert (kept["kind"], kept["codes"]) == ("palette", arrays["codes"].tolist())
     assert report.target == written["target"] == "json-reader"
-    assert report.size.file == (tmp_path / "net.json").stat().st_size == formats.read(tmp_path / "net.json").nbytes
+    assert report.size.file == (tmp_path / "net.json").stat().st_size == formats.read(tmp_path / "net.json")[1].nbytes
     with pytest.raises(ConfigError, match=r"^target must be json-reader, got 'portable'\.$"):
         build(small, format="json", target="portable")
     assert build(small).report.opset == 18  # the default is the first format still

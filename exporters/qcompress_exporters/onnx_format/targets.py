@@ -104,7 +104,7 @@ def find(text: str) -> Target:
     match = _VERSION.fullmatch(name)
     if match and int(match[1]) >= _FIRST_MINOR[BASE_OPSET]:
         return _onnxruntime(int(match[1]))
-    near = difflib.get_close_matches(name, (*TARGETS, "onnxruntime"), n=1)
+    near = difflib.get_close_matches(name.lower(), (*TARGETS, "onnxruntime"), n=1)
     hint = f" Did you mean {'onnxruntime==1.24' if near[0] == 'onnxruntime' else near[0]}?" if near else ""
     oldest = f"onnxruntime==1.{_FIRST_MINOR[BASE_OPSET]}"
     raise ConfigError(f"target must be portable, {oldest} or later, openvino or web, got {text!r}.{hint}")

@@ -19,6 +19,7 @@ from qcompress.errors import ConfigError
 from qcompress.graph.layers import weight_layers
 from qcompress.plan.plan import Plan, Settings
 from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.targets import PORTABLE, TARGETS, find
@@ -48,7 +49,7 @@ class Shapes(nn.Module):
 def model() -> CompressedModel:
     """All weights in float."""
     plan = Plan(default=Settings(bits=8), name={"*": Settings(skip=True)})
-    return compress_program(traced(Shapes().eval(), x=image()), plan, effort="fast")
+    return compress_program(traced(Shapes().eval(), x=image()), plan, PosthocSettings(effort="fast"))
 
 
 @functools.cache
@@ -148,7 +149,7 @@ def test_charges_are_paid_once_and_named_by_what_they_are() -> None:
 
 
 def test_newer_types_only_make_a_file_smaller() -> None:
-    small = compress_program(model().program, Plan.from_flags(bits=2), effort="fast")
+    small = compress_program(model().program, Plan.from_flags(bits=2), PosthocSettings(effort="fast"))
     assert build(small, target="1.24").report.size.file <= build(small).report.size.file
     assert find("1.24").cost((8, 8), 0, Choice(artifact="palette", bits=2)) == PORTABLE.cost(
         (8, 8), 0, Choice(artifact="palette", bits=2)

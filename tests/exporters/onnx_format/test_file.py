@@ -211,7 +211,7 @@ def test_unknown_targets(target: str, hint: str) -> None:
 @pytest.mark.parametrize("target", [None, "portable", "openvino", "web", "onnxruntime==1.16", "1.18"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_portable_files_hold_no_type_below_8_bits(bits: int, target: str | None) -> None:
-    small = compress_program(wide(), Plan.from_flags(bits=bits), effort="fast")
+    small = compress_program(wide(), Plan.from_flags(bits=bits), PosthocSettings(effort="fast"))
     built = build(small, target=target)
     model = onnx.load_from_string(built.data)
     onnx.checker.check_model(model, full_check=True)
@@ -224,17 +224,19 @@ def test_portable_files_hold_no_type_below_8_bits(bits: int, target: str | None)
 
 
 def test_native_types_are_for_targets_that_read_them_and_only_where_they_pay() -> None:
-    two = compress_program(wide(), Plan.from_flags(bits=2), effort="fast")
+    two = compress_program(wide(), Plan.from_flags(bits=2), PosthocSettings(effort="fast"))
     for target, opset, encoding in (("1.24", 25, "native"), ("1.23", 18, "words"), ("portable", 18, "words")):
         report = build(two, target=target).report
         weights = [t for t in report.tensors if t.artifact == "palette"]
         assert (report.opset, {t.encoding for t in weights}) == (opset, {encoding})
     assert build(two, target="1.24").report.size.file < 0.99 * build(two).report.size.file
     assert {t.why for t in weights} == {"portable allows no type of 2 bits"}
-    eight = build(compress_program(wide(), Plan.from_flags(bits=8), effort="fast"), target="1.24").report
+    eight = build(
+        compress_program(wide(), Plan.from_flags(bits=8), PosthocSettings(effort="fast")), target="1.24"
+    ).report
     assert eight.opset == 18
     assert {t.why for t in eight.tensors if t.artifact == "palette"} == {"codes pack evenly into bytes"}
-    seven = build(compress_program(wide(), Plan.from_flags(bits=7), effort="fast")).report
+    seven = build(compress_program(wide(), Plan.from_flags(bits=7), PosthocSettings(effort="fast"))).report
     assert {t.why for t in seven.tensors if t.artifact == "palette"} == {"codes do not pack evenly into bytes"}
 
 
