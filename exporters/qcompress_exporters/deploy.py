@@ -96,5 +96,6 @@ def validate(
     how = Measuring(metric=metric, source_digest=source_digest, seed=seed, device=device, timing=timing, track=track)
     found, file = formats.read(Path(path))
     if isinstance(model, CompressedModel):
-        model, how = model.program, replace(how, source_digest=model.source_digest)
+        how = replace(how, source_digest=model.source_digest)
+        return found.validate(model.program, file, as_dataset(data), how)
     return found.validate(model, file, as_dataset(data), how)

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, final
 
+from qcompress import deployment
 from qcompress.deployment import Choice, Compute, Cost
 from qcompress.errors import ConfigError
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET, UINT2_OPSET, UINT4_OPSET
@@ -12,11 +13,6 @@ from qcompress_exporters.onnx_format.opsets import BASE_OPSET, UINT2_OPSET, UINT
 # The onnxruntime 1.x that first runs files of an opset, whose types its Cast must know.
 _FIRST_MINOR: Final = {BASE_OPSET: 16, UINT4_OPSET: 23, UINT2_OPSET: 24}
 _VERSION: Final = re.compile(r"(?:onnxruntime==)?1\.(\d+)(?:\.\d+)?")
-_INTEGER_KINDS: Final[dict[Compute, tuple[str, ...]]] = {
-    "float": (),
-    "int8": ("conv", "depthwise", "linear"),
-    "dynamic8": ("linear",),
-}
 
 
 @final
@@ -36,18 +32,18 @@ class Target:
 
     @property
     def fused(self) -> frozenset[str]:
-        """Operators that are computed on codes together with their neighbours; see `Deployment.fused`."""
-        return frozenset({"clamps", "moves", "pads", "sums", "pools", "averages", "joins"})
+        """Operators that are computed on codes together with their neighbours, as measured in onnxruntime."""
+        return deployment.DEFAULT.fused
 
     @property
     def largest_bias(self) -> int:
-        """Half of what int32 holds: the other half is room for free offsets that are folded into biases."""
-        return 1 << 30
+        """Largest bias of an integer layer; see `Deployment`."""
+        return deployment.DEFAULT.largest_bias
 
     @property
     def largest_pair(self) -> int:
-        """What 16 bits hold: CPUs without VNNI add pairs of products in them."""
-        return (1 << 15) - 1
+        """Largest sum of two neighbouring products; see `Deployment`."""
+        return deployment.DEFAULT.largest_pair
 
     def integer_kinds(self, compute: Compute) -> tuple[str, ...]:
         """Return the kinds of layers that compute in integers.
@@ -55,7 +51,7 @@ class Target:
         >>> PORTABLE.integer_kinds("dynamic8")
         ('linear',)
         """
-        return _INTEGER_KINDS[compute]
+        return deployment.DEFAULT.integer_kinds(compute)
 
     def reads(self, bits: int) -> tuple[str, ...]:
         """Return the encodings of `bits`-wide codes that this place reads, the smallest first.
