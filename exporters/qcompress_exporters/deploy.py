@@ -13,7 +13,7 @@ from qcompress.metrics.metric import Metric
 from qcompress.plan.combinations import check_file
 from qcompress.progress import Track, untracked
 from qcompress_exporters import formats
-from qcompress_exporters.formats import BuildOptions, Leftovers, Measuring
+from qcompress_exporters.options import BuildOptions, Leftovers, Measuring
 from qcompress_exporters.parity.report import ParityReport
 from qcompress_exporters.report import Built, ExportReport
 
@@ -94,7 +94,8 @@ def validate(
         DataError: the data does not fit the model.
     """
     how = Measuring(metric=metric, source_digest=source_digest, seed=seed, device=device, timing=timing, track=track)
-    file = formats.read(Path(path))
+    found, file = formats.read(Path(path))
     if isinstance(model, CompressedModel):
-        return file.validate(model.program, as_dataset(data), replace(how, source_digest=model.source_digest))
-    return file.validate(model, as_dataset(data), how)
+        how = replace(how, source_digest=model.source_digest)
+        return found.validate(model.program, file, as_dataset(data), how)
+    return found.validate(model, file, as_dataset(data), how)

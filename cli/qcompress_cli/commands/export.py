@@ -27,7 +27,7 @@ from qcompress_cli.inputs.project import RunOptions, run_options
 from qcompress_cli.terminal.console import Ui
 from qcompress_cli.terminal.exits import CHECK_FAILED
 from qcompress_exporters import formats
-from qcompress_exporters.formats import BuildOptions
+from qcompress_exporters.options import BuildOptions
 
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel

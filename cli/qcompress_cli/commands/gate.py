@@ -80,7 +80,7 @@ def command(
     accuracy = limits.max_drop is not None or limits.min_agreement is not None
     measured = []
     for path in _expand(patterns):
-        file = formats.read(path)
+        _, file = formats.read(path)
         measured.append(
             Measurements(
                 file=str(path),
@@ -125,7 +125,7 @@ def _nbytes_of(original: Path) -> int:
     if not original.is_file():
         raise SourceError(f"--original {original}: there is no such file.")
     try:
-        return formats.read(original).whole_nbytes
+        return formats.read(original)[1].whole_nbytes
     except SourceError:
         return original.stat().st_size
 

@@ -52,7 +52,7 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
         raise ConfigError("validate needs the FILE to measure; type qcompress validate MODEL FILE --data X.npz")
     if given.data is None:
         raise ConfigError("validate needs inputs to measure on; add --data X.npz (x, and y where there are labels).")
-    compressed = formats.read(file)
+    _, compressed = formats.read(file)
     data = load_inputs(given.data, given, ui, "--data")
     metric = _metric(given, data)
     result_path = validation_path(file)

@@ -19,7 +19,7 @@ from qcompress_exporters import formats
 
 if TYPE_CHECKING:
     from qcompress.graph.sites import Placement
-    from qcompress_exporters.formats import Leftovers
+    from qcompress_exporters.options import Leftovers
 
 # Options that apply to some ways to compute only.
 _COMPUTES: Final[Mapping[str, tuple[Compute, ...]]] = {

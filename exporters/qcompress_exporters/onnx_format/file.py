@@ -13,12 +13,10 @@ from qcompress.compressed.model import CompressedModel
 from qcompress.graph.conversion import to_numpy
 from qcompress.graph.marks import input_sites, mark
 from qcompress.graph.sites import layer_input_sites
-from qcompress_exporters.formats import BuildOptions
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.digests import grid_digest
 from qcompress_exporters.onnx_format.encodings.native import Native
 from qcompress_exporters.onnx_format.encodings.palette import choose
-from qcompress_exporters.onnx_format.format import OnnxFormat
 from qcompress_exporters.onnx_format.int8.biases import stepped
 from qcompress_exporters.onnx_format.int8.lowering import PADDED, SHARED
 from qcompress_exporters.onnx_format.lower import FORMATS, Lowered, lower, lower_dynamic, lower_integer
@@ -27,6 +25,7 @@ from qcompress_exporters.onnx_format.opsets import BASE_OPSET
 from qcompress_exporters.onnx_format.small_integers import shorten_integers
 from qcompress_exporters.onnx_format.targets import Target
 from qcompress_exporters.onnx_format.trace import Trace, trace
+from qcompress_exporters.options import BuildOptions
 from qcompress_exporters.report import Built, ExportReport, TensorReport
 
 # A newer opset brings smaller types; it is taken where these save this share of the file.
@@ -48,7 +47,7 @@ def build(model: CompressedModel, target: Target, options: BuildOptions) -> Buil
     if options.float_leftovers == "float16":
         artifacts = {name: artifact.halved() for name, artifact in artifacts.items()}
     original = float_file_nbytes(graph, model.program.state())
-    lower_at = _lowering(model, graph, artifacts, options.way or OnnxFormat.ways[0])
+    lower_at = _lowering(model, graph, artifacts, options.way or next(iter(FORMATS)))
     lowered, opset, found = _at_best_opset(lower_at, artifacts, target)
     payload = lowered.payload
     shorten_integers(lowered.model)

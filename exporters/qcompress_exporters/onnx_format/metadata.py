@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import onnx
 
@@ -12,12 +12,6 @@ from qcompress.artifacts.digest import short_digest
 from qcompress.errors import SourceError
 from qcompress.gate.validation import FORMAT, Validation
 from qcompress.graph.options import ProgramOptions
-
-if TYPE_CHECKING:
-    from qcompress.data.dataset import Dataset
-    from qcompress.graph.program import FloatProgram
-    from qcompress_exporters.formats import Measuring
-    from qcompress_exporters.parity.report import ParityReport
 
 VERSION: Final = "qcompress.version"
 TARGET: Final = "qcompress.target"
@@ -62,7 +56,7 @@ class CompressedFile:
         paths = [self.path.parent / place for place in sorted(places)]
         for path in paths:
             if not path.is_file():
-                raise SourceError(f"{self.path} keeps weights in {path}, and there is no such file.")
+                raise SourceError(f"{self.path} keeps weights in {path}, but there is no such file.")
         external: int = sum(path.stat().st_size for path in paths)
         return self.nbytes + external
 
@@ -150,12 +144,6 @@ class CompressedFile:
             if len(data) == nbytes:
                 return data, document
             nbytes = len(data)
-
-    def validate(self, program: "FloatProgram", data: "Dataset", how: "Measuring") -> "ParityReport":
-        """Return the measurements of the file against its original; see `parity.validate`."""
-        from qcompress_exporters.parity.validate import validate
-
-        return validate(program, self, data, how)
 
 
 def serialize(model: onnx.ModelProto, metadata: Mapping[str, str] | None = None) -> bytes:

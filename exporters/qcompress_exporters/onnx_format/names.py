@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from string import ascii_letters, digits
 from typing import Final
 
-_LETTERS: Final = digits + ascii_letters
+ONE_CHARACTER: Final = digits + ascii_letters  # the shortest names
 
 
 class ShortNames:
@@ -24,8 +24,8 @@ class ShortNames:
         while True:
             number, name = self._next, ""
             while True:
-                number, digit = divmod(number, len(_LETTERS))
-                name = _LETTERS[digit] + name
+                number, digit = divmod(number, len(ONE_CHARACTER))
+                name = ONE_CHARACTER[digit] + name
                 if not number:
                     break
             self._next += 1

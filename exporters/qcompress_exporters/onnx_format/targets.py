@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, final
 
-from qcompress.deployment import DEFAULT as GENERIC
+from qcompress import deployment
 from qcompress.deployment import Choice, Compute, Cost
 from qcompress.errors import ConfigError
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET, UINT2_OPSET, UINT4_OPSET
@@ -32,18 +32,18 @@ class Target:
 
     @property
     def fused(self) -> frozenset[str]:
-        """Operators that are computed on codes together with their neighbours; see `Deployment.fused`."""
-        return GENERIC.fused
+        """Operators that are computed on codes together with their neighbours, as measured in onnxruntime."""
+        return deployment.DEFAULT.fused
 
     @property
     def largest_bias(self) -> int:
-        """Half of what int32 holds: the other half is room for free offsets that are folded into biases."""
-        return GENERIC.largest_bias
+        """Largest bias of an integer layer; see `Deployment`."""
+        return deployment.DEFAULT.largest_bias
 
     @property
     def largest_pair(self) -> int:
-        """What 16 bits hold: CPUs without VNNI add pairs of products in them."""
-        return GENERIC.largest_pair
+        """Largest sum of two neighbouring products; see `Deployment`."""
+        return deployment.DEFAULT.largest_pair
 
     def integer_kinds(self, compute: Compute) -> tuple[str, ...]:
         """Return the kinds of layers that compute in integers.
@@ -51,7 +51,7 @@ class Target:
         >>> PORTABLE.integer_kinds("dynamic8")
         ('linear',)
         """
-        return GENERIC.integer_kinds(compute)
+        return deployment.DEFAULT.integer_kinds(compute)
 
     def reads(self, bits: int) -> tuple[str, ...]:
         """Return the encodings of `bits`-wide codes that this place reads, the smallest first.
@@ -100,7 +100,7 @@ def find(text: str) -> Target:
     match = _VERSION.fullmatch(name)
     if match and int(match[1]) >= _FIRST_MINOR[BASE_OPSET]:
         return _onnxruntime(int(match[1]))
-    near = difflib.get_close_matches(name, (*TARGETS, "onnxruntime"), n=1)
+    near = difflib.get_close_matches(name.lower(), (*TARGETS, "onnxruntime"), n=1)
     hint = f" Did you mean {'onnxruntime==1.24' if near[0] == 'onnxruntime' else near[0]}?" if near else ""
     oldest = f"onnxruntime==1.{_FIRST_MINOR[BASE_OPSET]}"
     raise ConfigError(f"target must be portable, {oldest} or later, openvino or web, got {text!r}.{hint}")

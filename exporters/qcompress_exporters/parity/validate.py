@@ -21,10 +21,10 @@ from qcompress.graph.program import FloatProgram, Runner
 from qcompress.metrics.metric import compare
 from qcompress.metrics.similarity import agreement, is_constant, sqnr_db
 from qcompress.progress import Track
-from qcompress_exporters.formats import Measuring
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.file import float_file
 from qcompress_exporters.onnx_format.trace import trace
+from qcompress_exporters.options import Measuring
 from qcompress_exporters.parity.checks import (
     CONSTANT,
     check_codes,

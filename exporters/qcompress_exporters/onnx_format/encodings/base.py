@@ -35,7 +35,7 @@ class GraphWriter:
         self.initializers: list[onnx.TensorProto] = []
         self._names = names
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
-        self._tables: dict[tuple[int, int, tuple[int, ...], int], str] = {}
+        self._shared: dict[tuple[str, ...], str] = {}
 
     def tensor(self, values: npt.NDArray[Any], name: str | None = None) -> str:
         """An initializer of its own."""
@@ -78,22 +78,24 @@ class GraphWriter:
         """Cast to int32, the narrowest type that can index."""
         return self.node("Cast", [value], to=TensorProto.INT32)
 
+    def shared(self, op_type: str, inputs: Sequence[str]) -> str:
+        """A node that is shared by all who ask for the same; its inputs are shared, too."""
+        key = op_type, *inputs
+        if key not in self._shared:
+            self._shared[key] = self.node(op_type, inputs)
+        return self._shared[key]
+
     def table(self, bits: int, words: int, shape: tuple[int, ...], shift: int = 0) -> str:
-        """int32 [words, *shape]: the codes in each word, LSB first, each shifted left by `shift`.
+        """int32 [words, *shape]: the codes in each word, LSB first, each shifted left by `shift`; shared.
 
         Computed in the graph (Range, Unsqueeze, Div, Mod) and folded when the file is loaded: stored, the table of a
         12-bit word would be 16 kB in a file of 100.
         """
-        key = bits, words, shape, shift
-        if key not in self._tables:
-            span = [self.constant(np.array(v, np.int32)) for v in (0, words, 1)]
-            column = self.node("Unsqueeze", [self.node("Range", span), self.shape(range(1, 1 + len(shape)))])
-            steps = self.constant((1 << bits * np.arange(np.prod(shape), dtype=np.int32)).reshape(shape))
-            codes = self.node("Mod", [self.node("Div", [column, steps]), self.constant(np.array(1 << bits, np.int32))])
-            if shift:
-                codes = self.node("Mul", [codes, self.constant(np.array(1 << shift, np.int32))])
-            self._tables[key] = codes
-        return self._tables[key]
+        span = [self.constant(np.array(v, np.int32)) for v in (0, words, 1)]
+        column = self.shared("Unsqueeze", [self.shared("Range", span), self.shape(range(1, 1 + len(shape)))])
+        steps = self.constant((1 << bits * np.arange(np.prod(shape), dtype=np.int32)).reshape(shape))
+        codes = self.shared("Mod", [self.shared("Div", [column, steps]), self.constant(np.array(1 << bits, np.int32))])
+        return self.shared("Mul", [codes, self.constant(np.array(1 << shift, np.int32))]) if shift else codes
 
     def _add(self, tensor: onnx.TensorProto, name: str | None) -> str:
         tensor.name = name or self._names.new()

@@ -1,20 +1,25 @@
-"""ONNX as a deployment format: what the table of formats holds."""
+"""ONNX as a deployment format."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
+from qcompress_exporters.formats.protocol import DeployedFile
+
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
+    from qcompress.data.dataset import Dataset
     from qcompress.deployment import Deployment
-    from qcompress_exporters.formats import BuildOptions
+    from qcompress.graph.program import FloatProgram
     from qcompress_exporters.onnx_format.metadata import CompressedFile
     from qcompress_exporters.onnx_format.targets import Target
+    from qcompress_exporters.options import BuildOptions, Measuring
+    from qcompress_exporters.parity.report import ParityReport
     from qcompress_exporters.report import Built
 
 
 @final
 class OnnxFormat:
-    """ONNX files; see `formats.Format`."""
+    """ONNX files; see `Format`."""
 
     name: ClassVar[str] = "onnx"
     noun: ClassVar[str] = "an ONNX model"
@@ -59,3 +64,12 @@ class OnnxFormat:
         from qcompress_exporters.onnx_format.metadata import parsed
 
         return parsed(path)
+
+    def validate(
+        self, program: "FloatProgram", file: DeployedFile, data: "Dataset", how: "Measuring"
+    ) -> "ParityReport":
+        """Return the measurements of an ONNX file against its original; see `parity.validate`."""
+        from qcompress_exporters.onnx_format.metadata import read
+        from qcompress_exporters.parity.validate import validate
+
+        return validate(program, read(file.path), data, how)

@@ -1,0 +1,1 @@
+"""The ways to write a weight: one file each."""
