@@ -62,7 +62,7 @@ class CompressedFile:
         paths = [self.path.parent / place for place in sorted(places)]
         for path in paths:
             if not path.is_file():
-                raise SourceError(f"{self.path} keeps weights in {path}, and there is no such file.")
+                raise SourceError(f"{self.path} keeps weights in {path}, but there is no such file.")
         external: int = sum(path.stat().st_size for path in paths)
         return self.nbytes + external
 
