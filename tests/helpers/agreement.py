@@ -32,6 +32,7 @@ from qcompress_exporters.parity.checks import (
 from qcompress_exporters.parity.replay import file_grids, reference_state, replay
 from qcompress_exporters.parity.sessions import Mode, run, session
 from tests.helpers import quick_torch
+from tests.helpers.saturation import kernels_saturate, model_exact_here
 
 quick_torch.look_up_once()
 
@@ -46,13 +47,16 @@ class Agreement:
     """A compressed model, written in any format and compared with torch on some inputs; traced once for all of it.
 
     Args:
-        small: for int8 compute.
+        small: for int8 compute; its weights become such that this CPU's kernels multiply exactly.
         inputs: by name; one batch.
     """
 
     small: CompressedModel
     inputs: Mapping[str, npt.NDArray[Any]]
     built: dict[str, Built] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.small = model_exact_here(self.small)
 
     @cached_property
     def marked(self) -> FloatProgram:
@@ -86,6 +90,9 @@ class Agreement:
         return list(self._failures(format))
 
     def _failures(self, format: str) -> Iterator[str]:
+        saturated = [r.weight for r in self.layers(format).values() if r.saturation]
+        if kernels_saturate() and saturated:
+            yield f"{format}: {', '.join(saturated)} saturate on this CPU"
         model = self.model(format)
         onnx.checker.check_model(model, full_check=True)
         weights, values = check_weights(self.graph, model)

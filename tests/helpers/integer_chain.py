@@ -34,6 +34,7 @@ from qcompress_exporters.parity.replay import file_grids, reference_state, repla
 from qcompress_exporters.parity.sessions import Mode, run, session
 from tests.helpers import small_models
 from tests.helpers.nets import traced
+from tests.helpers.saturation import all_exact_here, kernels_saturate
 
 Doubles = npt.NDArray[np.float64]
 MODES: tuple[Mode, ...] = ("exact", "deployed")
@@ -254,7 +255,8 @@ class Case:
 
     def failures(self, format: str) -> list[str]:
         """What does not agree with the reference, in either session; nothing, if all is well."""
-        found = []
+        reports = self.file(format).report.layers
+        found = [f"{r.weight} saturates on this CPU" for r in reports if kernels_saturate() and r.saturation]
         for mode in MODES:
             values = codes_and_outputs(self.file(format).data, len(self.model.activations), self.x, mode)
             found += [f"{mode}: {text}" for text in self.compare(values, format)]
@@ -379,7 +381,7 @@ def case(
             axis = int(isinstance(module.layer, nn.ConvTranspose2d) and name == "layer.weight")
             how = (weight, bits) if name == "layer.weight" else ("per channel", 8)
             made[name] = artifact(how[0], shape, axis, how[1], random)
-    made |= artifacts or {}
+    made = all_exact_here(made | dict(artifacts or {}))
     shape = (KINDS[kind].batch, *KINDS[kind].shape)
     x = (random.standard_normal(shape) * 1.5 + 0.4).astype(np.float32)
     sites = activation_sites(program, {"layer.weight": activation_bits, "head.weight": activation_bits})

@@ -161,7 +161,7 @@ def checked(small: CompressedModel) -> Agreement:
         assert found.failures(form) == []
         proto = found.model(form)
         grids = file_grids(proto, len(small.activations))
-        same_values(small, reference_state(found.marked, decoded(proto), grids).state)
+        same_values(found.small, reference_state(found.marked, decoded(proto), grids).state)
     assert found.distance("qdq") < DISTANCE
     return found
 
