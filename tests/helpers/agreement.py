@@ -1,4 +1,4 @@
-"""What tests of integer compute on whole nets do: compress, write, and compare with torch as `validate` does."""
+"""Whole nets in integer compute: written in any format, and compared with torch as `validate` does."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,8 @@ from qcompress.graph.program import FloatProgram, state_nodes, user_inputs
 from qcompress.graph.sites import MarkedRunner, mark, rounding
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.file import Built, build, float_file, sites_of
-from qcompress_exporters.onnx_format.int8.lowering import LayerReport
+from qcompress_exporters.onnx_format.int8.grids import file_grids
+from qcompress_exporters.onnx_format.int8.layers import LayerReport
 from qcompress_exporters.onnx_format.trace import Trace, trace
 from qcompress_exporters.parity.checks import (
     EXPORTER_TOLERANCE,
@@ -29,7 +30,7 @@ from qcompress_exporters.parity.checks import (
     output_error,
     output_limit,
 )
-from qcompress_exporters.parity.replay import file_grids, reference_state, replay
+from qcompress_exporters.parity.replay import reference_state, replay
 from qcompress_exporters.parity.sessions import Mode, run, session
 from tests.helpers import quick_torch
 from tests.helpers.saturation import kernels_saturate, model_exact_here
@@ -44,7 +45,7 @@ _AS_ROUNDED = 4  # times torch's own float32 error
 
 @dataclass
 class Agreement:
-    """A compressed model, written in any format and compared with torch on some inputs; traced once for all of it.
+    """Writes a compressed model in any format and compares it with torch on some inputs; traces it once.
 
     Args:
         small: for int8 compute; its weights become such that this CPU's kernels multiply exactly.
@@ -86,7 +87,7 @@ class Agreement:
         return {node.op_type for node in self.model(format).graph.node}
 
     def failures(self, format: str) -> list[str]:
-        """What does not agree; nothing, if all is well."""
+        """Return what does not agree; empty if all is well."""
         return list(self._failures(format))
 
     def _failures(self, format: str) -> Iterator[str]:
@@ -99,9 +100,10 @@ class Agreement:
         yield from _said(weights)
         if values is None:
             return
-        grids = file_grids(model, len(self.small.activations))
-        for grid, wanted in zip(grids, self.small.activations.values(), strict=True):
-            same = grid.scale == wanted.scale and 0 <= grid.low <= grid.high <= wanted.levels
+        grids = file_grids(model, list(self.small.activations))
+        for read, wanted in zip(grids, self.small.activations.values(), strict=True):
+            grid = read.grid
+            same = grid.scale == wanted.scale and 0 <= read.low <= read.high <= wanted.levels
             if not same or (wanted.zero_point is not None and grid.zero_point != wanted.zero_point):
                 yield f"{format}: the grid of {wanted.site} is {grid}, not {wanted}"
         state = reference_state(self.marked, values, grids)
@@ -115,11 +117,11 @@ class Agreement:
                     yield f"{format} {mode}: {name} is off by {error:.1e} without the codes as outputs"
 
     def distance(self, format: str) -> float:
-        """The file from a torch program that quantizes by the artifacts' grids itself, no code shared.
+        """Return the distance of a file from a torch program that quantizes by the artifacts' grids itself.
 
         Returns:
-            Root mean square of the difference over that of the outputs' noise; each difference of a code runs through
-            the rest of the net, so that this is small, and not 0.
+            Root mean square of the difference over that of the outputs' noise. Each difference of a code runs through
+            the rest of the net, so that the distance is small, but not 0.
         """
         small, quantize = self.small, rounding(list(self.small.activations.values()))
         weights = {name: artifact.dequantize() for name, artifact in small.artifacts.items()}
@@ -131,7 +133,7 @@ class Agreement:
         return float(np.sqrt(off / max(noise, 1e-12)))
 
     def exporter(self) -> list[str]:
-        """What the float file has of the outputs that torch computes in float64 that is not so.
+        """Return which outputs of the float file differ too much from those that torch computes in float64.
 
         Where float32 loses digits by cancellation, the file may lose a few times as many as torch does.
         """

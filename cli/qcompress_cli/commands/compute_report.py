@@ -16,7 +16,7 @@ from qcompress_cli.terminal.text import printable
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
     from qcompress_exporters.onnx_format.file import ExportReport
-    from qcompress_exporters.onnx_format.int8.lowering import LayerReport
+    from qcompress_exporters.onnx_format.int8.layers import LayerReport
 
 _NAMED = 3
 

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight, ThresholdGrid
+from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight
 from qcompress.artifacts.base import bits_per_weight
 from qcompress.artifacts.size import SizeReport, ideal_nbytes
 from qcompress.compressed.model import CompressedModel
@@ -17,11 +17,11 @@ from qcompress.files import check_writable, write_whole
 from qcompress.graph.sites import input_sites, layer_input_sites, mark
 from qcompress.plan.combinations import QDQ, check_file
 from qcompress_exporters.onnx_format import metadata
-from qcompress_exporters.onnx_format.digests import grid_digest
+from qcompress_exporters.onnx_format.encodings.codes import ENCODINGS, choose
 from qcompress_exporters.onnx_format.encodings.native import Native
-from qcompress_exporters.onnx_format.encodings.palette import ENCODINGS, choose
 from qcompress_exporters.onnx_format.encodings.words import Words
-from qcompress_exporters.onnx_format.int8.lowering import PADDED, SHARED, LayerReport, Quantized
+from qcompress_exporters.onnx_format.int8.grids import grid_entry
+from qcompress_exporters.onnx_format.int8.layers import PADDED, SHARED, LayerReport
 from qcompress_exporters.onnx_format.lower import FORMATS, Lowered, lower, lower_dynamic, lower_integer
 from qcompress_exporters.onnx_format.nbytes import nbytes_with
 from qcompress_exporters.onnx_format.targets import BASE_OPSET, DEFAULT_TARGET, Target
@@ -168,6 +168,7 @@ def build(
         raise ConfigError(f"float_leftovers must be float32 or float16, got {float_leftovers!r}.")
     original = float_file_nbytes(graph, model.program.state())
     lowered, opset, found = _at_best_opset(_lowering(model, graph, artifacts, format or QDQ), artifacts, runtime)
+    entries = [grid_entry(grid) for grid in model.activations.values()] if model.compute == "int8" else []
     data = lowered.serialize(
         {
             metadata.VERSION: package_metadata.version("qcompress"),
@@ -176,7 +177,7 @@ def build(
             metadata.PLAN: model.plan_digest,
             metadata.SOURCE: model.source_digest,
             **({metadata.SITES: metadata.sites_text(model.compute, sites)} if sites else {}),
-            **({metadata.GRIDS: metadata.grids_text(_grid_entries(model))} if model.compute == "int8" else {}),
+            **({metadata.GRIDS: metadata.grids_text(entries)} if entries else {}),
         }
     )
     count = sum(int(np.prod(a.shape)) for a in artifacts.values())
@@ -219,16 +220,6 @@ def unfolded(model: CompressedModel, report: ExportReport) -> list[tuple[str, in
     inputs = input_sites(mark(model.program, sites))
     found = {sites[inputs[r.weight]] for r in report.layers if r.why in (PADDED, SHARED) and r.weight in inputs}
     return [site for site in sites if site in found]
-
-
-def _grid_entries(model: CompressedModel) -> list[metadata.GridEntry]:
-    found = []
-    for grid in model.activations.values():
-        stored = Quantized("", 0, grid, "")
-        thresholds = grid.thresholds if isinstance(grid, ThresholdGrid) else None
-        digest = grid_digest(grid.site, grid.scale, stored.zero_point, stored.offset, grid.bits, thresholds)
-        found.append(metadata.GridEntry(grid.bits, digest, float(stored.offset)))
-    return found
 
 
 Lower = Callable[[int], Lowered]

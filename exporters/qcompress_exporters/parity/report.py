@@ -25,6 +25,7 @@ from qcompress.metrics.similarity import agreement, is_constant, sqnr_db
 from qcompress.progress import Track, untracked
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.file import float_file
+from qcompress_exporters.onnx_format.int8.grids import file_grids
 from qcompress_exporters.onnx_format.trace import trace
 from qcompress_exporters.parity.checks import (
     CONSTANT,
@@ -43,7 +44,7 @@ from qcompress_exporters.parity.checks import (
     runtime_share,
     samples_in,
 )
-from qcompress_exporters.parity.replay import SiteDifference, file_grids, reference_state, replay
+from qcompress_exporters.parity.replay import SiteDifference, reference_state, replay
 from qcompress_exporters.parity.sessions import Mode, cpu_features, optimized_ops, run, session
 from qcompress_exporters.parity.timing import Timing, measure
 
@@ -191,7 +192,7 @@ def validate(
     checks = [weights]
     layers: tuple[LayerNoise, ...] = ()
     if values is not None and sites:
-        grids = file_grids(file.model, len(sites)) if compute == "int8" else []
+        grids = file_grids(file.model, sites) if compute == "int8" else []
         state = reference_state(marked, values, grids)
         for mode in _MODES:
             found = replay(marked, file.model, sites, state, grids, head, mode)

@@ -7,9 +7,11 @@ from functools import reduce
 from typing import ClassVar, final
 
 import numpy as np
+import onnx_ir as ir
 
+from qcompress.artifacts.base import Int8s
 from qcompress.artifacts.packing import pack, to_planes
-from qcompress_exporters.onnx_format.encodings.base import Codes, GraphWriter
+from qcompress_exporters.onnx_format.graph_writer import Codes, GraphWriter
 from qcompress_exporters.onnx_format.targets import BASE_OPSET
 
 _ROW = 8  # codes per row of every plane: one byte of the 1-bit plane
@@ -17,24 +19,24 @@ _ROW = 8  # codes per row of every plane: one byte of the 1-bit plane
 
 @final
 class Planes:
-    """See the module."""
+    """Codes as planes of bits; see the module."""
 
     name: ClassVar[str] = "planes"
 
     def opset(self, bits: int) -> int | None:
-        """Any; a code of 8 bits is a byte and needs no planes."""
+        """Return the lowest opset of all; None for 8 bits: such a code is a byte and needs no planes."""
         return BASE_OPSET if bits < 8 else None
 
     def exact(self, bits: int) -> bool:
-        """Never: the codes come back in rows of 8."""
+        """Return False: the codes come back in rows of 8."""
         return False
 
     def padding(self, count: int, bits: int) -> int:
-        """Up to the last whole row."""
+        """Return how many elements the last row has beyond the codes."""
         return -count % _ROW
 
-    def codes(self, writer: GraphWriter, codes: Codes, bits: int) -> str:
-        """int32 codes, [rows, 8]."""
+    def codes(self, writer: GraphWriter, codes: Codes, bits: int) -> ir.Value:
+        """Write codes; return them as int32 [rows, 8]."""
         widths = [width for width in (4, 2, 1) if bits & width]
         padded = np.zeros(codes.size + self.padding(codes.size, bits), np.uint8)
         padded[: codes.size] = codes.ravel()
@@ -46,6 +48,10 @@ class Planes:
             shift += width
         return reduce(lambda a, b: writer.node("Add", [a, b]), values)
 
-    def lookup(self, writer: GraphWriter, codes: Codes, bits: int, lut: str) -> str:
-        """lut[codes]."""
+    def cast(self, writer: GraphWriter, codes: Codes | Int8s, bits: int, to: ir.DataType) -> ir.Value | None:
+        """Return None: codes come from a lookup."""
+        return None
+
+    def lookup(self, writer: GraphWriter, codes: Codes, bits: int, lut: ir.Value) -> ir.Value:
+        """Write codes; return lut[codes]."""
         return writer.node("Gather", [lut, self.codes(writer, codes, bits)])

@@ -9,8 +9,10 @@ of protobuf and, measured at 17 million weights, twice the time to load.
 from typing import ClassVar, Final, final
 
 import numpy as np
+import onnx_ir as ir
 
-from qcompress_exporters.onnx_format.encodings.base import Codes, GraphWriter
+from qcompress.artifacts.base import Int8s
+from qcompress_exporters.onnx_format.graph_writer import Codes, GraphWriter
 from qcompress_exporters.onnx_format.targets import BASE_OPSET, UINT2_OPSET, UINT4_OPSET
 
 # bits -> (codes in a word, bits of the word beyond the byte)
@@ -21,39 +23,47 @@ _OPSET: Final = {0: BASE_OPSET, 2: UINT2_OPSET, 4: UINT4_OPSET}
 
 @final
 class Words:
-    """See the module."""
+    """Codes as words; see the module."""
 
     name: ClassVar[str] = "words"
 
     def opset(self, bits: int) -> int | None:
-        """Any for whole bytes, else that of the second plane's type; 7 bits have no such word."""
+        """Return the lowest opset of all for whole bytes, else that of the second plane's type; None for 7 bits."""
         return _OPSET[_LAYOUT[bits][1]] if bits in _LAYOUT else None
 
     def exact(self, bits: int) -> bool:
-        """At 8 bits a code is a byte."""
+        """Return whether a code is a byte."""
         return bits == 8
 
     def padding(self, count: int, bits: int) -> int:
-        """Up to the last whole word."""
+        """Return how many elements the last word has beyond the codes."""
         return -count % _LAYOUT[bits][0]
 
-    def codes(self, writer: GraphWriter, codes: Codes, bits: int) -> str:
-        """int32 codes."""
+    def codes(self, writer: GraphWriter, codes: Codes, bits: int) -> ir.Value:
+        """Write codes; return them as int32."""
         word = self._word(writer, codes, bits)
         return word if bits == 8 else writer.node("Gather", [self._table(writer, bits), word])
 
-    def lookup(self, writer: GraphWriter, codes: Codes, bits: int, lut: str) -> str:
-        """lut[codes]."""
+    def cast(self, writer: GraphWriter, codes: Codes | Int8s, bits: int, to: ir.DataType) -> ir.Value | None:
+        """Write bytes and return them as numbers of a type; None where words hold several codes."""
+        if bits < 8:
+            return None
+        if to == ir.DataType.INT8:  # no byte is above 127
+            return writer.tensor(codes.astype(np.int8))
+        return writer.node("Cast", [writer.tensor(codes)], to=to)
+
+    def lookup(self, writer: GraphWriter, codes: Codes, bits: int, lut: ir.Value) -> ir.Value:
+        """Write codes; return lut[codes]."""
         word = self._word(writer, codes, bits)
         return writer.node(
             "Gather", [lut if bits == 8 else writer.node("Gather", [lut, self._table(writer, bits)]), word]
         )
 
-    def _table(self, writer: GraphWriter, bits: int) -> str:
+    def _table(self, writer: GraphWriter, bits: int) -> ir.Value:
         per_word, beyond = _LAYOUT[bits]
         return writer.table(bits, 256 << beyond, per_word)
 
-    def _word(self, writer: GraphWriter, codes: Codes, bits: int) -> str:
+    def _word(self, writer: GraphWriter, codes: Codes, bits: int) -> ir.Value:
         if bits == 8:
             return writer.to_int(writer.tensor(codes))
         per_word, beyond = _LAYOUT[bits]
