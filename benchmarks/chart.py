@@ -122,7 +122,7 @@ def axes(original: dict[str, Any]) -> list[str]:
     height = y(original["top1"])
     text = f"float: {original['top1']:.1%}, {original['nbytes'] / 1000:,.0f} kB".replace("%", " %")
     parts.append(f'<line class="float" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height}" y2="{height}"/>')
-    parts.append(f'<text class="soft end" x="{WIDTH - RIGHT}" y="{height + 22}">{escape(text)}</text>')
+    parts.append(f'<text class="soft end" x="{WIDTH - RIGHT}" y="{height - 9}">{escape(text)}</text>')
     return parts
 
 
