@@ -4,7 +4,7 @@ BIN := .venv/bin
 SET_UP := .venv/.set-up
 PYTEST = $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all lint runtimes data-is-given
 
 $(SET_UP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,3 +28,18 @@ test: lint
 # As `test`, with the slow tests too.
 test-all: lint
 	$(PYTEST) -m 'slow or not slow'
+
+# Whether OpenVINO and MNN compute what onnxruntime does with ResNet-20's files: `make runtimes DATA=DIR`, where DIR holds
+# the nets and images of benchmarks/_nets.py. Each runtime gets a venv of its own.
+RUNTIMES := build/runtimes/openvino/.set-up build/runtimes/mnn/.set-up
+
+build/runtimes/%/.set-up: benchmarks/requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -qq --disable-pip-version-check -r $<
+	@touch $@
+
+runtimes: data-is-given $(SET_UP) $(RUNTIMES)
+	$(BIN)/python benchmarks/runtimes.py --data $(DATA) --json benchmarks/results/runtimes.json
+
+data-is-given:
+	@test -d "$(DATA)" || { echo "DATA must be the folder of the nets and images: make runtimes DATA=DIR"; exit 2; }

@@ -31,9 +31,9 @@ from qcompress.data.dataset import Dataset
 from qcompress.deployment import Compute
 from qcompress.errors import QCompressError
 from qcompress.graph.batchnorm import fold_batchnorm
+from qcompress.graph.marks import MarkedRunner, mark, rounding
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram
-from qcompress.graph.sites import MarkedRunner, mark, rounding
 from qcompress.graph.tracing import from_module
 from qcompress.metrics.metric import MetricResult, compare, load_metric
 from qcompress.plan.plan import Plan

@@ -1,13 +1,14 @@
 """Compression without training or labels, beside other tools: bytes, accuracy, KL, time and memory, held to bars.
 
     python benchmarks/posthoc.py --data DIR [--nets digits resnet20 mobilenet] [--bits 4 3 2] [--recipes fast ...]
-                                 [--no-peers] [--json FILE]
+                                 [--peers "SKM groups" ...] [--json FILE]
 
 DIR holds the nets and images of `_nets.py`; `digits` needs none. Recipes: `fast` takes the nearest levels, `no data`
 solves weights on synthesised inputs, the solvers solve them on calibration images without labels, `best` tunes all
 layers together where that pays. Peers are those of `_peers.py`; one that is not installed is left out. Files are
 measured through onnxruntime as they were written. Peers that write none for it (`*`) run in torch, and their bytes are
-the least that a file would take.
+the least that a file would take. `--json` writes each row when it is made: it replaces
+the same row of an earlier FILE, and the file's other rows stay.
 
 Each row is made in a fresh process. CPU seconds are those from the traced net to the file, for onnxruntime's from the
 float file, and without any file where none is written. The peak is the largest resident set of that process until then,
@@ -24,6 +25,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,7 @@ class Row:
         kl: mean Kullback-Leibler divergence of the answers from the float file's, nats.
         cpu_s: see Made.
         peak_mb: see Made.
+        made_with: the tool that compressed and the versions of what ran it.
     """
 
     net: str
@@ -138,6 +141,7 @@ class Row:
     kl: float
     cpu_s: float
     peak_mb: float
+    made_with: str
 
 
 AT_LEAST = {"nbytes": False, "drop": False, "top1": True, "agreement": True}
@@ -162,12 +166,12 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(CALIBRATION), choices=list(CALIBRATION))
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], choices=range(1, 9))
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # also scikit-learn's, in the processes to come
-    peers = [name for name, peer in PEERS.items() if args.peers and peer.is_installed]
-    absent = [name for name, peer in PEERS.items() if args.peers and not peer.is_installed]
+    peers = [name for name in args.peers if PEERS[name].is_installed]
+    absent = [name for name in args.peers if not PEERS[name].is_installed]
     if absent:
         print(f"left out, not installed: {', '.join(absent)}. {INSTALL}")
     print(
@@ -180,12 +184,26 @@ def main() -> None:
             for row in measure(Task(name, folder, bits, recipe) for bits, recipe in asked(args, peers)):
                 rows.append(row)
                 show(row)
-    bars = list(bars_of(rows))
-    for bar in bars:
+                if args.json is not None:
+                    write(args.json, row)
+    for bar in bars_of(rows):
         print(bar)
-    if args.json is not None:
-        found = {"rows": [asdict(r) for r in rows], "bars": [{**asdict(b), "verdict": b.verdict} for b in bars]}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def write(path: Path, row: Row) -> None:
+    """Write a row to a JSON file, in place of its earlier figures; the file's other rows stay."""
+    earlier = [Row(**found) for found in json.loads(path.read_text())["rows"]] if path.exists() else []
+    rows = list({(r.net, r.bits, r.recipe): r for r in [*earlier, row]}.values())
+    rows.sort(key=lambda r: (r.net, -r.bits))
+    bars = [{**asdict(bar), "verdict": bar.verdict} for bar in bars_of(rows)]
+    path.write_text(json.dumps({"rows": [asdict(r) for r in rows], "bars": bars}, indent=1) + "\n")
+
+
+def made_with(recipe: str) -> str:
+    """`coremltools 9.0, torch 2.13.0`: the tool behind a recipe and what runs it, with their versions."""
+    tool = PEERS[recipe].needs.partition(".")[0] if recipe in PEERS else "qcompress"
+    packages = dict.fromkeys(["scikit-learn" if tool == "sklearn" else tool, "torch", "onnxruntime"])
+    return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
 
 
 def asked(args: argparse.Namespace, peers: list[str]) -> Iterator[tuple[int, str]]:
@@ -220,6 +238,7 @@ def measure(tasks: Iterable[Task]) -> Iterator[Row]:
             *closeness(wanted, made.outputs),
             made.cpu_s,
             made.peak_mb,
+            made_with(task.recipe),
         )
 
 

@@ -67,7 +67,10 @@ class Deployment(Protocol):
 
     @property
     def fused(self) -> frozenset[str]:
-        """Operators, by their class in `graph.operators`, that are computed on codes together with their neighbours."""
+        """Operators between layers that are computed on codes, so that their operands and outputs are quantized too.
+
+        Properties of the rows in `graph.operators`: `clamps`, `sums`, `pools`, `averages`, `joins`.
+        """
 
     @property
     def largest_bias(self) -> int:
@@ -105,7 +108,7 @@ class Generic:
     """
 
     name: str = "generic"
-    fused: frozenset[str] = frozenset({"clamps", "moves", "pads", "sums", "pools", "averages", "joins"})
+    fused: frozenset[str] = frozenset({"clamps", "sums", "pools", "averages", "joins"})
     largest_bias: int = 1 << 30  # half of what int32 holds
     largest_pair: int = (1 << 15) - 1  # CPUs without VNNI add pairs of products in 16 bits
 

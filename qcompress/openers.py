@@ -1,4 +1,4 @@
-"""From a path or an object to a Source: one hand-written table, handed over as an argument."""
+"""Turns a path or an object into a Source; the kinds of files are one table, which callers can replace."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,9 @@ class Opener:
     """One kind of file.
 
     Args:
-        name: what the kind is called, for messages.
-        accepts: whether a file or folder is of this kind, told by its content.
-        open: reads it.
+        name: the kind's name, for messages.
+        accepts: returns whether a file or folder is of this kind, judged by its content.
+        open: returns its Source.
     """
 
     name: str
@@ -38,7 +38,7 @@ def _legacy(path: Path, options: SourceOptions) -> Source:
     return CheckpointSource(path, options, legacy=True)
 
 
-# The table of file kinds: a new one is a module with a Source and a line here, or in the caller's own table.
+# The table of kinds of files. A new kind is a module with a Source and a line here, or in the caller's own table.
 DEFAULT_OPENERS: Final[tuple[Opener, ...]] = (
     Opener(".safetensors", _is("safetensors"), SafetensorsSource),
     Opener("exported program", _is("exported"), ExportedSource),
@@ -47,7 +47,7 @@ DEFAULT_OPENERS: Final[tuple[Opener, ...]] = (
     Opener("compressed model", _is("compressed_folder"), CompressedSource),
 )
 
-# Models, but of kinds that nothing here reads.
+# Models of kinds that are not read.
 _OTHER_MODELS: Final[tuple[Content, ...]] = ("torchscript", "old_exported", "tar_checkpoint", "onnx")
 
 _ADVICE: Final[dict[Content, str]] = {
@@ -55,11 +55,11 @@ _ADVICE: Final[dict[Content, str]] = {
     "old_exported": "Load it with the torch that wrote it and save it again with a newer one.",
     "torchscript": "Export the module itself: torch.export.save(torch.export.export(model, (x,)), 'model.pt2').",
     "tar_checkpoint": "Load it with the torch that wrote it and save model.state_dict() again.",
-    "zip": "Name the model file itself.",
-    "folder": "Name a model file in it.",
-    "onnx": "Name the PyTorch model that it came from.",
-    "text": "A model file is needed: .pt2, .pt or .safetensors.",
-    "unknown": "A model file is needed: .pt2, .pt or .safetensors.",
+    "zip": "Pass the model file itself.",
+    "folder": "Pass a model file in it.",
+    "onnx": "Pass the PyTorch model that it was made from.",
+    "text": "Pass a model file: .pt2, .pt or .safetensors.",
+    "unknown": "Pass a model file: .pt2, .pt or .safetensors.",
 }
 
 
@@ -70,11 +70,11 @@ def load_source(
 
     Args:
         model: a path, a torch.nn.Module, a torch.export.ExportedProgram, a mapping of names to tensors, or a Source.
-        openers: the kinds of file that are read, asked in order.
+        openers: the kinds of files that are read, tried in order.
         options: how a file may be read.
 
     Raises:
-        SourceError: it is nothing of these; the message says what it is and what to do.
+        SourceError: it is none of these; the message says what it is and what to do.
 
     >>> import numpy as np
     >>> load_source({"w": np.zeros((2, 2), np.float32)}).label
@@ -94,8 +94,9 @@ def _from_file(path: Path, openers: Sequence[Opener], options: SourceOptions) ->
     content = content_of(path)
     if content == "pickle":
         return _from_pickle(path, options)
-    what = DESCRIPTIONS[content] if content in _OTHER_MODELS else f"no model but {DESCRIPTIONS[content]}"
-    raise SourceError(f"{path} is {what}. {_ADVICE.get(content, _ADVICE['unknown'])}")
+    what = DESCRIPTIONS[content]
+    found = f"{path} is {what}" if content in _OTHER_MODELS else f"{path} must be a model, but it is {what}"
+    raise SourceError(f"{found}. {_ADVICE.get(content, _ADVICE['unknown'])}")
 
 
 def _from_pickle(path: Path, options: SourceOptions) -> Source:
@@ -110,7 +111,7 @@ def _from_pickle(path: Path, options: SourceOptions) -> Source:
         names = unpickle(f, str(path)).names
     named = f" that names {', '.join(map(str, names[:10]))}" if names else ""
     raise UnsafeFileError(
-        f"{path} is a plain Python pickle{named}, not a file of torch.save: reading it would run what it names. "
+        f"{path} is a plain Python pickle{named}, not written by torch.save: reading it would run what it names. "
         "Nothing of it was run. Save it with torch.save(model.state_dict(), …) or torch.export.save. Only if you trust "
         "whoever made it: --trust-pickle."
     )

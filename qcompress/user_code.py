@@ -1,4 +1,4 @@
-"""`package.module:factory` and `path/file.py:factory`: user code that the user named, found and called."""
+"""Finds and calls the user's own code, given as `package.module:factory` or `path/file.py:factory`."""
 
 import importlib
 import importlib.util
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def find_object(spec: str, flag: str) -> Any:
-    """The object that `package.module:name` or `path/file.py:name` names; imports that module, and so runs it.
+    """The object named by `package.module:name` or `path/file.py:name`; its module is imported, and so run.
 
     Args:
-        spec: what the user wrote.
-        flag: the flag it was written after, for messages.
+        spec: the value of the option.
+        flag: the name of the option, for messages.
 
     Raises:
-        SourceError: no such file, module or name, or the module fails while it is imported.
+        SourceError: there is no such file, module or name, or the module fails while it is imported.
 
     >>> find_object("collections:OrderedDict", "--arch").__name__
     'OrderedDict'
@@ -41,17 +41,17 @@ def find_object(spec: str, flag: str) -> Any:
 
 
 def build_module(spec: str, kwargs: Mapping[str, Any]) -> "torch.nn.Module":
-    """The float module that the factory of `--arch` returns.
+    """Build the float module that the factory of `--arch` returns.
 
     Raises:
-        SourceError: the factory cannot be found, fails, or returns something else.
+        SourceError: the factory cannot be found, fails, or does not return a module.
     """
     import torch
 
     factory: Callable[..., Any] = find_object(spec, "--arch")
     call = f"{spec.rpartition(':')[2]}({', '.join(f'{k}={v!r}' for k, v in kwargs.items())})"
     if not callable(factory):
-        raise SourceError(f"--arch {spec}: a factory or a class is needed, it is of type {type(factory).__name__}.")
+        raise SourceError(f"--arch {spec} must be a function or a class, got {type(factory).__name__}.")
     try:
         module = factory(**kwargs)
     except (Exception, SystemExit) as e:
@@ -64,13 +64,13 @@ def build_module(spec: str, kwargs: Mapping[str, Any]) -> "torch.nn.Module":
 
 
 def first_on_path(folder: Path) -> None:
-    """Put a folder first on the import path, as `python -m` does with the working directory."""
+    """Put a folder at the head of the import path, as `python -m` does with the working directory."""
     if sys.path[:1] != [str(folder)]:
         sys.path.insert(0, str(folder))
 
 
 def one_line(e: BaseException) -> str:
-    """An exception in one line.
+    """The type and message of an exception in one line.
 
     >>> one_line(TypeError("bad\\nvalue"))
     'TypeError: bad value'
@@ -99,7 +99,7 @@ def _import_file(path: Path, spec: str, flag: str) -> ModuleType:
     name = f"_qcompress_arch_{path.stem}"
     found = importlib.util.spec_from_file_location(name, path)
     if found is None or found.loader is None:
-        raise SourceError(f"{flag} {spec}: {path} is no Python file.")
+        raise SourceError(f"{flag} {spec}: {path} is not a Python file.")
     first_on_path(path.resolve().parent)
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module

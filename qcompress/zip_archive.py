@@ -6,6 +6,7 @@ other, and members that would grow far too much when they are unpacked.
 """
 
 import contextlib
+import io
 import math
 import re
 import struct
@@ -42,8 +43,8 @@ class ZipArchive:
     """The members of a zip file by name.
 
     Args:
-        path: the file.
-        label: what messages call the archive.
+        file: its path, or its bytes.
+        label: what messages call the archive; None: its path.
         error: the class of the errors that are raised.
         free_nbytes: bytes to which members that grow more than MAX_RATIO times may unpack, all together.
 
@@ -52,13 +53,19 @@ class ZipArchive:
     """
 
     def __init__(
-        self, path: Path, *, label: str | None = None, error: type[QCompressError] = SourceError, free_nbytes: int = 0
+        self,
+        file: Path | bytes,
+        *,
+        label: str | None = None,
+        error: type[QCompressError] = SourceError,
+        free_nbytes: int = 0,
     ) -> None:
-        self.path = path
-        self.label = label or str(path)
+        self._file = file
+        self.label = str(file) if label is None else label
         self._error = error
         try:
-            self._zip = zipfile.ZipFile(path)  # closed by Python together with this object
+            # closed by Python together with this object
+            self._zip = zipfile.ZipFile(io.BytesIO(file) if isinstance(file, bytes) else file)
         except (*_DAMAGE, MemoryError) as e:
             raise self._cut_off(str(e)) from None
         infos = self._zip.infolist()
@@ -140,7 +147,12 @@ class ZipArchive:
         start = self._start(info)
         if not info.file_size:
             return np.zeros(0, np.uint8)
-        return np.memmap(self.path, np.uint8, "r", start, (info.file_size,))
+        if isinstance(self._file, bytes):
+            return np.frombuffer(self._file, np.uint8, info.file_size, start)
+        return np.memmap(self._file, np.uint8, "r", start, (info.file_size,))
+
+    def _opened(self) -> IO[bytes]:
+        return io.BytesIO(self._file) if isinstance(self._file, bytes) else self._file.open("rb")
 
     def _info(self, name: str) -> zipfile.ZipInfo:
         if name not in self._infos:
@@ -149,7 +161,7 @@ class ZipArchive:
 
     def _start(self, info: zipfile.ZipInfo) -> int:
         """Where the bytes of a member begin, from the header in front of them."""
-        with self.path.open("rb") as f:
+        with self._opened() as f:
             f.seek(info.header_offset)
             magic, *_, name_length, extra_length = _HEADER.unpack(f.read(_HEADER.size).ljust(_HEADER.size, b"\0"))
             name = f.read(name_length)

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from qcompress.graph.program import FloatProgram
 
 # 2: int8 palettes, one scale for a whole palette, activation grids. 3: float16 palettes. 4: grids with thresholds.
-FORMAT_VERSION: Final = 4
-_READABLE: Final = (1, 2, 3, FORMAT_VERSION)
+# 5: grids name their kind.
+FORMAT_VERSION: Final = 5
+_READABLE: Final = (1, 2, 3, 4, FORMAT_VERSION)
 
 WEIGHTS: Final = "weights.safetensors"
 PLAN: Final = "plan.toml"

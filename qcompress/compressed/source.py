@@ -1,4 +1,4 @@
-"""A folder that `CompressedModel.save` wrote, as a Source: its tensors dequantized, its float program."""
+"""The Source of a folder that `CompressedModel.save` wrote: its dequantized tensors and its float program."""
 
 import hashlib
 from collections.abc import Iterator
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @final
 class CompressedSource:
-    """See the module.
+    """The tensors and the program of a compressed model.
 
     Args:
         path: the folder.
-        options: not used; nothing in the folder needs them.
+        options: not used, because nothing in the folder needs them.
     """
 
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
@@ -40,7 +40,7 @@ class CompressedSource:
 
     @property
     def original_bytes(self) -> int:
-        """Bytes of the files that hold weights."""
+        """Size in bytes of the files that hold weights."""
         from qcompress.compressed.folder import PROGRAM, WEIGHTS
 
         return sum((self.path / name).stat().st_size for name in (WEIGHTS, PROGRAM) if (self.path / name).exists())

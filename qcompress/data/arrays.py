@@ -1,4 +1,4 @@
-"""What every array of samples must be, wherever it comes from. Messages leave out the file, which the caller names."""
+"""The checks that every array of samples must pass, whatever it comes from. The caller adds the file to messages."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -18,14 +18,14 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 # bfloat16 and float8: numpy cannot compute with them, and float32 holds each of their values exactly.
 _WIDENED: Final = frozenset(dtype for dtype in TORCH_DTYPES.values() if dtype.isbuiltin != 1)
-_BLOCK: Final = 1 << 22  # elements that are looked at together
+_BLOCK: Final = 1 << 22  # elements that are processed together
 
 
 def as_array(value: object) -> npt.NDArray[Any]:
     """An array of samples from an array, a torch tensor, a number or a list; bfloat16 and float8 become float32.
 
     Raises:
-        DataError: it has no regular shape, or is nothing of that kind.
+        DataError: it has no regular shape, or cannot become an array.
 
     >>> as_array([1.0, 2.0])
     array([1., 2.])
@@ -34,21 +34,21 @@ def as_array(value: object) -> npt.NDArray[Any]:
         array = to_numpy(cast("torch.Tensor", value)) if hasattr(value, "detach") else np.asarray(value)
         return array.astype(np.float32) if array.dtype in _WIDENED else array
     except Exception as e:
-        raise DataError(f"an array or a tensor is needed, got {type(value).__name__}: {one_line(e)}.") from None
+        raise DataError(f"an array or a tensor is needed, got {type(value).__name__} ({one_line(e)}).") from None
 
 
 def check_layout(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     """Refuse an array that cannot be a batch of samples.
 
     Raises:
-        DataError: elements that are no real numbers, no axis for the samples, or nothing in it.
+        DataError: its elements are not real numbers, it has no axis for the samples, or it is empty.
 
     >>> check_layout("x", np.dtype("f4"), (5, 3))
     """
     if dtype.kind == "O":
         raise DataError(
-            f"array {name!r} must hold numbers, it holds Python objects, which are never unpickled: "
-            "save it again as an array of one numeric dtype."
+            f"array {name!r} must hold numbers, but it holds Python objects, which are never unpickled: "
+            "save it again with a numeric dtype."
         )
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise DataError(
@@ -56,19 +56,23 @@ def check_layout(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Non
         )
     if not shape:
         raise DataError(
-            f"array {name!r} must have the samples along its first axis, got a single number: save a batch."
+            f"array {name!r} must have the samples along its first axis, got a single number: save a batch of samples."
         )
     if shape[0] == 0:
-        raise DataError(f"array {name!r} must hold at least one sample, got none (shape {list(shape)}).")
+        raise DataError(f"array {name!r} must hold at least one sample, got shape {list(shape)}.")
     if 0 in shape:
         raise DataError(f"array {name!r} must not be empty, got shape {list(shape)}.")
 
 
 def check_lengths(lengths: Mapping[str, int], hint: str = "") -> None:
-    """Refuse arrays of different length, with what to do about it.
+    """Refuse arrays of different lengths.
+
+    Args:
+        lengths: numbers of samples by array name.
+        hint: what to do about it, for the message.
 
     Raises:
-        DataError: they differ.
+        DataError: the lengths differ.
     """
     if len(set(lengths.values())) > 1:
         text = ", ".join(f"{name} {length}" for name, length in lengths.items())
@@ -79,17 +83,19 @@ def check_finite(name: str, values: npt.NDArray[Any]) -> None:
     """Refuse NaN and Inf.
 
     Raises:
-        DataError: how many samples hold one.
+        DataError: some samples hold one; the message counts them.
     """
     if values.dtype.kind != "f":
         return
     bad = sum(int((~np.isfinite(block)).reshape(len(block), -1).any(axis=1).sum()) for block in blocks(values))
     if bad:
-        raise DataError(f"array {name!r} must be finite, {bad} of {len(values)} samples hold NaN or Inf: drop them.")
+        raise DataError(
+            f"array {name!r} must be finite, but {bad} of {len(values)} samples hold NaN or Inf: drop them."
+        )
 
 
 def hash_bytes(values: npt.NDArray[Any]) -> bytes:
-    """SHA-256 of the elements in row-major order."""
+    """The SHA-256 of the elements in row-major order."""
     state = hashlib.sha256()
     for block in blocks(values):
         state.update(block.tobytes())
@@ -97,6 +103,6 @@ def hash_bytes(values: npt.NDArray[Any]) -> bytes:
 
 
 def blocks(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    """The array in pieces of whole samples, so that a mapped file is never in memory as a whole."""
+    """Split an array into pieces of whole samples, so that a mapped file is never in memory as a whole."""
     step = max(1, _BLOCK * len(values) // max(1, values.size))
     return (values[start : start + step] for start in range(0, len(values), step))

@@ -1,6 +1,6 @@
-"""Data files: inputs for a model, with labels where there are any, in batches, through the user's transform.
+"""Data for a model: inputs and, optionally, labels, in batches, through the user's transform.
 
-Nothing in a file is executed, and no pickle is read; `module:factory` and a transform are code that the user names.
+Nothing in a data file is executed, and no pickle is read; a `module:factory` or a transform is the user's own code.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,11 +25,11 @@ Transform = Callable[[Any], Any]
 @final
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some consecutive samples, transformed: what the model takes.
+    """Some consecutive samples, transformed into the model's inputs.
 
     Args:
-        inputs: arrays by input name, the caller's own copies.
-        labels: their labels, or None.
+        inputs: arrays by input name; the caller may change them.
+        labels: labels of the samples, or None.
     """
 
     inputs: Arrays
@@ -47,14 +47,14 @@ class Dataset:
     Args:
         inputs: raw arrays by input name, samples along the first axis; kept read-only. A single unnamed one is `x`.
         labels: one per sample, or None.
-        name: what reports call it; never a path of the machine.
-        transform: raw arrays to the model's inputs, batch in, batch out; it gets the array where there is one input,
-            else a dict.
-        transform_name: what messages and the digest call the transform.
-        notes: what a user should be told, arrays that were left out for one.
+        name: its name in reports; never a path of the machine.
+        transform: turns a batch of raw arrays into a batch of the model's inputs; it is called with the array if there
+            is one input, else with a dict.
+        transform_name: the transform's name in messages and in the digest.
+        notes: notes for the user, for example about arrays that were skipped.
 
     Raises:
-        DataError: arrays of different length, empty ones, dtypes that are no numbers, NaN or Inf.
+        DataError: the arrays differ in length, are empty, are not numeric, or hold NaN or Inf.
 
     >>> data = Dataset(inputs={"x": np.arange(6, dtype=np.float32).reshape(3, 2)}, labels=np.array([0, 1, 1]))
     >>> data.samples, [len(batch) for batch in data.batches(2)], data.digest
@@ -70,7 +70,7 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if not self.inputs:
-            raise DataError("at least one input array is needed, got none.")
+            raise DataError("at least one input array is needed, but there are none.")
         arrays = dict(self.inputs) if self.labels is None else {**self.inputs, "y": self.labels}
         for name, values in arrays.items():
             check_layout(name, values.dtype, values.shape)
@@ -82,12 +82,12 @@ class Dataset:
 
     @property
     def samples(self) -> int:
-        """How many there are."""
+        """Number of samples."""
         return len(next(iter(self.inputs.values())))
 
     @cached_property
     def digest(self) -> str:
-        """11 characters over names, dtypes, shapes and bytes of all arrays and the transform's name."""
+        """A digest of 11 characters of the arrays' names, dtypes, shapes and bytes, and of the transform's name."""
         parts = [f"transform {self.transform_name}".encode()]
         for name, values in sorted(self.inputs.items()):
             parts += [f"input {name} {values.dtype.str}{list(values.shape)}".encode(), hash_bytes(values)]
@@ -96,18 +96,18 @@ class Dataset:
         return short_digest(*parts)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """All samples in order, `size` at a time, the last batch as small as it comes.
+        """All samples in order, `size` at a time; the last batch may be smaller.
 
         Raises:
             ConfigError: `size` is below 1.
-            DataError: the transform fails, or returns what no model takes.
+            DataError: the transform fails, or does not return a batch of inputs.
         """
         if size < 1:
             raise ConfigError(f"The batch size must be at least 1, got {size}.")
         return (self._batch(start, min(start + size, self.samples)) for start in range(0, self.samples, size))
 
     def head(self, n: int) -> "Dataset":
-        """The first `n` samples, or all where there are fewer.
+        """The first `n` samples, or all if there are fewer.
 
         Raises:
             ConfigError: `n` is below 1.
@@ -120,7 +120,7 @@ class Dataset:
         return replace(self, inputs={name: values[:n] for name, values in self.inputs.items()}, labels=labels)
 
     def example(self) -> Arrays:
-        """The first two samples, transformed; a single sample stands there twice. What tracing needs.
+        """The first two samples, transformed, for tracing; a single sample is repeated.
 
         >>> Dataset(inputs={"x": np.array([[5.0]])}).example()["x"].tolist()
         [[5.0], [5.0]]
@@ -142,13 +142,13 @@ class Dataset:
 
 
 def as_dataset(data: object) -> Dataset:
-    """What a Python caller has at hand, as a Dataset.
+    """Make a Dataset of arrays or batches.
 
     Args:
-        data: a Dataset, arrays by name (`y`: labels), or batches: arrays, pairs (x, y), dicts of arrays.
+        data: a Dataset, arrays by name (`y`: labels), or batches: arrays, pairs (x, y) or dicts of arrays.
 
     Raises:
-        DataError: it is nothing of these.
+        DataError: it is none of these, or cannot be joined.
 
     >>> as_dataset({"x": np.zeros((3, 2)), "y": np.array([0, 1, 0])}).labels.tolist()
     [0, 1, 0]
@@ -168,20 +168,23 @@ def as_dataset(data: object) -> Dataset:
 
 
 def load_data(spec: str, *, transform: str | Transform | None = None, what: str = "--data") -> Dataset:
-    """A data file, or what the user's factory returns.
+    """Read a data file, or call the user's factory.
 
     Args:
-        spec: `FILE.npz`: `y` are labels, every other array an input of that name (text is left out, and noted);
-            `FILE.npz:test_x,test_y`: these keys as x and labels, one key as x alone; `FILE.npz:ids=a,mask=b,y=c`:
-            inputs by name; `FILE.npy`: x; a folder of `.npy` files: batches of x, joined in the order of their names;
-            `module:factory` or `path/file.py:factory`: called without arguments, it returns a torch Dataset or a
-            sequence of (x, y) pairs or of x.
-        transform: a function, or `module:fn`, from raw batches to the model's inputs.
-        what: the flag that `spec` came from, for messages.
+        spec: one of
+
+            - `FILE.npz`: `y` holds labels, every other array is the input of that name (text is skipped, with a note);
+            - `FILE.npz:test_x,test_y`: x and labels by their keys; `FILE.npz:test_x`: x alone;
+            - `FILE.npz:ids=a,mask=b,y=c`: inputs by name;
+            - `FILE.npy`: x; a folder of `.npy` files: batches of x, joined in the order of their names;
+            - `module:factory` or `path/file.py:factory`: is called without arguments and returns a torch Dataset or a
+              sequence of (x, y) pairs or of x.
+        transform: a function, or `module:fn`, that turns raw batches into the model's inputs.
+        what: the option that `spec` was given to, for messages.
 
     Raises:
         ConfigError: the transform cannot be found.
-        DataError: the data cannot be read, or does not fit itself.
+        DataError: the data cannot be read, or its arrays do not fit together.
     """
     function, transform_name = _find_transform(transform)
     try:
@@ -210,17 +213,17 @@ def _transformed(transform: Transform, raw: Arrays, samples: int) -> Arrays:
         result = transform(given)
     except (Exception, SystemExit) as e:
         got = next(iter(kinds.values())) if len(raw) == 1 else f"a dict of {', '.join(kinds)}"
-        raise DataError(f"it failed with {one_line(e)}. It was given {got}.") from e
+        raise DataError(f"it failed with {one_line(e)}. It was called with {got}.") from e
     if isinstance(result, tuple | list | str) or result is None or (isinstance(result, Mapping) and not result):
         raise DataError(
-            f"it must return an array, a tensor, or a dict of such by input name, got {type(result).__name__}."
+            f"it must return an array, a tensor, or a dict of them by input name, got {type(result).__name__}."
         )
     named = result if isinstance(result, Mapping) else {"x": result}
     arrays = {str(name): as_array(value) for name, value in named.items()}
     for name, values in arrays.items():
         check_layout(name, values.dtype, values.shape)
         if len(values) != samples:
-            raise DataError(f"it must return as many samples as it gets, {samples}, got {name} of {len(values)}.")
+            raise DataError(f"it must return all {samples} samples, got {len(values)} in {name}.")
         check_finite(name, values)
     return arrays
 

@@ -1,4 +1,4 @@
-"""Samples that the user's own code gives, one by one, stacked into arrays."""
+"""Stacks the samples that the user's own code returns into arrays."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,10 +13,10 @@ from qcompress.user_code import find_object, one_line
 
 
 def find_function(spec: str, flag: str) -> tuple[str, Callable[..., Any]]:
-    """The function that `module:name` or `path/file.py:name` names, and a name for it without the machine's path.
+    """A display name without folders, and the function named by `module:name` or `path/file.py:name`.
 
     Raises:
-        ConfigError: it cannot be found, or is no function.
+        ConfigError: it cannot be found, or cannot be called.
 
     >>> find_function("math:sqrt", "--metric")[0]
     'math:sqrt'
@@ -26,12 +26,12 @@ def find_function(spec: str, flag: str) -> tuple[str, Callable[..., Any]]:
     except SourceError as e:
         raise ConfigError(str(e)) from e
     if not callable(found):
-        raise ConfigError(f"{flag} {spec}: a function is needed, it is of type {type(found).__name__}.")
+        raise ConfigError(f"{flag} {spec} must be callable, got {type(found).__name__}.")
     return short_name(spec), found
 
 
 def short_name(spec: str) -> str:
-    """`module:name`, or `file.py:name` without the folders.
+    """The name of a function without folders: `module:name` or `file.py:name`.
 
     >>> short_name("pkg.data:test"), short_name("/home/me/data.py:test")
     ('pkg.data:test', 'data.py:test')
@@ -41,13 +41,14 @@ def short_name(spec: str) -> str:
 
 
 def stack_samples(samples: object) -> tuple[Arrays, npt.NDArray[Any] | None]:
-    """Inputs by name, and labels where there are any, from a torch Dataset or any sequence of samples.
+    """Stack the samples of a torch Dataset or of any sequence into inputs by name, and labels if there are any.
 
     Args:
-        samples: each a pair (x, y), or x alone; x an array, a tensor or a dict of such. In a dict, `y` is the label.
+        samples: each is a pair (x, y), or x alone, where x is an array, a tensor or a dict of them. In a dict, `y` is
+            the label.
 
     Raises:
-        DataError: it is no sequence, holds nothing, or its samples differ in kind, shape or dtype.
+        DataError: it is not a sequence, or is empty, or its samples differ in names, shape or dtype.
 
     >>> stack_samples([(np.zeros(3), 1), (np.ones(3), 0)])[1].tolist()
     [1, 0]
@@ -60,8 +61,8 @@ def stack_samples(samples: object) -> tuple[Arrays, npt.NDArray[Any] | None]:
         named = _named(sample, count - 1)
         if count > 1 and set(named) != set(columns):
             raise DataError(
-                f"every sample must give the same arrays: sample 0 gives {_listed(columns)}, "
-                f"sample {count - 1} gives {_listed(named)}."
+                f"all samples must have the same arrays: sample 0 has {_listed(columns)}, "
+                f"sample {count - 1} has {_listed(named)}."
             )
         for name, value in named.items():
             first = columns.setdefault(name, [value])[0]
@@ -69,31 +70,31 @@ def stack_samples(samples: object) -> tuple[Arrays, npt.NDArray[Any] | None]:
                 _check_alike(name, first, value, count - 1)
                 columns[name].append(value)
     if not count:
-        raise DataError("at least one sample is needed, got none.")
+        raise DataError("at least one sample is needed, but the sequence is empty.")
     stacked = {name: np.stack(values) for name, values in columns.items()}
     labels = stacked.pop("y", None)
     return stacked, labels
 
 
 def join_batches(batches: Iterable[object]) -> Arrays:
-    """Arrays by name from batches, joined along their first axis; labels are `y`.
+    """Join batches along their first axis into arrays by name; labels are `y`.
 
     Args:
-        batches: each an array or a tensor, a pair (x, y) as a DataLoader gives it, or a dict of named arrays.
+        batches: each is an array or a tensor, a pair (x, y) as a DataLoader returns it, or a dict of named arrays.
 
     Raises:
-        DataError: there is none, or they differ in names or in the shape of a sample.
+        DataError: there are no batches, or they differ in names or in the shape of a sample.
 
     >>> join_batches([(np.zeros((2, 3)), [0, 1]), (np.ones((1, 3)), [1])])["y"].tolist()
     [0, 1, 1]
     """
     parts = [_named(tuple(b) if isinstance(b, list) else b, i) for i, b in enumerate(batches)]
     if not parts:
-        raise DataError("at least one batch is needed, got none.")
+        raise DataError("at least one batch is needed, but there are none.")
     for index, part in enumerate(parts):
         if set(part) != set(parts[0]):
             raise DataError(
-                f"every batch must give the same arrays: batch 0 gives {_listed(parts[0])}, batch {index} gives "
+                f"all batches must have the same arrays: batch 0 has {_listed(parts[0])}, batch {index} has "
                 f"{_listed(part)}."
             )
     try:
@@ -103,16 +104,16 @@ def join_batches(batches: Iterable[object]) -> Arrays:
 
 
 def _each(samples: object) -> Iterator[object]:
-    """The samples; a map-style Dataset need not stop by itself, so its length counts."""
+    """The samples in order. The length of a map-style Dataset decides where they end, because indexing may not."""
     if hasattr(samples, "dataset") and hasattr(samples, "batch_size"):
         raise DataError(
-            f"a Dataset or a sequence of samples is needed, got {type(samples).__name__}, which gives batches: "
-            "return its dataset."
+            f"a Dataset or a sequence of samples is needed, got {type(samples).__name__}, which returns batches: "
+            "return its dataset instead."
         )
     if isinstance(samples, str | bytes | Mapping) or not (hasattr(samples, "__getitem__") or _iterable(samples)):
         raise DataError(
-            "a torch Dataset or a sequence of samples, (x, y) pairs or x alone, is needed, "
-            f"got {type(samples).__name__}: return one."
+            "the factory must return a torch Dataset or a sequence of samples, each (x, y) or x alone, "
+            f"got {type(samples).__name__}."
         )
     try:
         if hasattr(samples, "__len__") and hasattr(samples, "__getitem__"):
@@ -136,12 +137,12 @@ def _named(sample: object, index: int) -> Arrays:
             x, y = sample
             inputs = _named(x, index)
             if "y" in inputs:
-                raise DataError("the label 'y' stands both in the pair and in its dict: keep one.")
+                raise DataError("the label 'y' is both in the pair and in its dict: keep one of them.")
             return inputs | {"y": as_array(y)}
         if isinstance(sample, tuple) and len(sample) != 1:
             raise DataError(
-                f"a sample is a pair (x, y), x alone, or a dict of named arrays, got a tuple of {len(sample)}: "
-                "name several inputs in a dict."
+                f"a sample must be a pair (x, y), x alone, or a dict of named arrays, got a tuple of {len(sample)}: "
+                "use a dict for several inputs."
             )
         return {"x": as_array(sample[0] if isinstance(sample, tuple) else sample)}
     except DataError as e:
@@ -151,10 +152,10 @@ def _named(sample: object, index: int) -> Arrays:
 def _check_alike(name: str, first: npt.NDArray[Any], value: npt.NDArray[Any], index: int) -> None:
     if (value.shape, value.dtype) != (first.shape, first.dtype):
         raise DataError(
-            f"every sample must have the same shape and dtype: {name} is {first.dtype} "
+            f"all samples must have the same shape and dtype: {name} is {first.dtype} "
             f"{list(first.shape)} in sample 0, {value.dtype} {list(value.shape)} in sample {index}."
         )
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+    return ", ".join(sorted(names)) or "no arrays"

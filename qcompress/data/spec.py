@@ -1,6 +1,6 @@
-"""What stands after `--data` and `--calibration`: a file, a folder or a factory, read into arrays.
+"""Reads the arguments of `--data` and `--calibration` into arrays: a file, a folder or a factory.
 
-Messages leave out the flag and what was given, which `qcompress.data.load_data` puts before them.
+Messages leave out the option and its argument, which `qcompress.data.load_data` puts before them.
 """
 
 import os
@@ -23,11 +23,11 @@ Found = tuple[Arrays, npt.NDArray[Any] | None, tuple[str, ...]]
 
 
 def read_spec(spec: str, what: str) -> tuple[str, Found]:
-    """What `spec` names, and a name for it without the machine's path.
+    """Read what `spec` names; also returns a name for it without the machine's folders.
 
     Raises:
         ConfigError: a factory cannot be found.
-        DataError: there is no such file, or it cannot be read as asked.
+        DataError: there is no such file, or it cannot be read as `spec` says.
     """
     place, keys = _split(spec)
     if place is None:
@@ -39,7 +39,7 @@ def read_spec(spec: str, what: str) -> tuple[str, Found]:
 
 
 def _split(spec: str) -> tuple[Path | None, str | None]:
-    """Path and keys; no path for `module:factory`.
+    """Split an argument into path and keys; for `module:factory`, both are None.
 
     >>> _split("pkg.data:test"), _split("data.py:test")
     ((None, None), (None, None))
@@ -64,7 +64,7 @@ def _no_such_file(text: str) -> DataError:
         beside = os.listdir(folder) if text else []
     except (OSError, ValueError):
         beside = []
-    return DataError(f"there is no such file. It takes {FORMS}.{did_you_mean(Path(text).name, beside)}")
+    return DataError(f"there is no such file. Pass {FORMS}.{did_you_mean(Path(text).name, beside)}")
 
 
 def _from_path(path: Path, keys: str | None) -> Found:
@@ -72,16 +72,16 @@ def _from_path(path: Path, keys: str | None) -> Found:
         values, notes = _from_folder(path)
         return {"x": values}, None, notes
     if not path.is_file():
-        raise DataError("it is no regular file: save the data in one.")
+        raise DataError("it must be a regular file, but it is a pipe, a device or a socket: save the data in a file.")
     with path.open("rb") as f:
         magic = f.read(len(MAGIC))
     if magic.startswith(ZIP_MAGIC):
         return _from_npz(Npz(path), keys)
     if magic != MAGIC:
         came = f"starts with {magic!r}" if magic else "is empty"
-        raise DataError(f"it is neither .npz nor .npy, it {came}: save arrays with numpy.savez or numpy.save.")
+        raise DataError(f"it must be .npz or .npy, but it {came}: save arrays with numpy.savez or numpy.save.")
     if keys is not None:
-        raise DataError(f"a .npy holds one array without a name: leave {':' + keys!r} out.")
+        raise DataError(f"a .npy holds one array without a name: remove {':' + keys!r}.")
     return {"x": map_npy(path, "x")}, None, ()
 
 
@@ -97,20 +97,24 @@ def _from_npz(npz: Npz, keys: str | None) -> Found:
 
 
 def _all_keys(npz: Npz) -> tuple[dict[str, str], str | None, tuple[str, ...]]:
-    """Every array but `y` is an input of its own name; text can be none, and is left out unless it is x."""
+    """Input names, the key of the labels, and notes, where no keys are given.
+
+    Each array except `y` becomes the input of the same name. Text arrays cannot be inputs and are skipped, except `x`,
+    which is an error.
+    """
     keys = npz.keys
     if not {"x", "y"} & set(keys) and _pairs(keys):
         raise DataError(f"it must hold x, or one array per input, got {', '.join(keys)}.{_key_hint(keys)}")
     text = [key for key in keys if key not in ("x", "y") and npz.header(key).dtype.kind in "US"]
     inputs = {key: key for key in keys if key != "y" and key not in text}
     if not inputs:
-        raise DataError(f"it must hold x, or one array of numbers per input, got {', '.join(keys)} alone.")
-    notes = (f"{', '.join(text)}: text, left out",) if text else ()
+        raise DataError(f"it must hold x, or one array of numbers per input, got only {', '.join(keys)}.")
+    notes = (f"skipped arrays of text: {', '.join(text)}",) if text else ()
     return inputs, "y" if "y" in keys else None, notes
 
 
 def _parse_keys(text: str) -> tuple[dict[str, str], str | None]:
-    """Keys by input name, and the key of the labels.
+    """Parse keys into keys by input name, and the key of the labels.
 
     >>> _parse_keys("test_x,test_y"), _parse_keys("ids=a,mask=b,y=c")
     (({'x': 'test_x'}, 'test_y'), ({'ids': 'a', 'mask': 'b'}, 'c'))
@@ -121,7 +125,7 @@ def _parse_keys(text: str) -> tuple[dict[str, str], str | None]:
         return {"x": words[0]}, words[1] if len(words) == 2 else None
     pairs = {name.strip(): key.strip() for name, _, key in named}
     if not all(name.strip() and equals and key.strip() for name, equals, key in named) or len(pairs) < len(words):
-        raise DataError(f"the keys must read x_key, x_key,y_key, or name=key,…,y=key, got {text!r}.")
+        raise DataError(f"the keys must be x_key, or x_key,y_key, or name=key,…,y=key, got {text!r}.")
     labels = pairs.pop("y", None)
     if not pairs:
         raise DataError(f"the keys must name at least one input beside the labels, got {text!r}.")
@@ -133,7 +137,7 @@ def _pairs(keys: list[str]) -> list[str]:
 
 
 def _key_hint(keys: list[str]) -> str:
-    """How to name keys, with the pairs that are there.
+    """A sentence that says how to name keys, with pairs of keys that exist.
 
     >>> _key_hint(["train_x", "train_y", "test_x", "test_y"])
     ' Name the arrays: FILE.npz:train_x,train_y or FILE.npz:test_x,test_y.'
@@ -146,7 +150,7 @@ def _from_folder(folder: Path) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".npy" and p.is_file())
     others = sum(1 for p in folder.iterdir() if not p.name.startswith(".")) - len(files)
     if not files:
-        raise DataError(f"the folder must hold .npy files, there are none among its {others} entries.")
+        raise DataError(f"the folder must hold .npy files, but it has no such file among its {others} entries.")
     parts = [map_npy(p, p.name) for p in files]
     for path, part in zip(files, parts, strict=True):
         if (part.shape[1:], part.dtype) != (parts[0].shape[1:], parts[0].dtype):
@@ -154,7 +158,7 @@ def _from_folder(folder: Path) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
                 f"its files must agree in dtype and in all axes but the first: {files[0].name} is {parts[0].dtype} "
                 f"{list(parts[0].shape)}, {path.name} is {part.dtype} {list(part.shape)}."
             )
-    notes = (f"entries of the folder that are no .npy, left out: {others}",) if others > 0 else ()
+    notes = (f"skipped {others} entries of the folder that are not .npy files",) if others > 0 else ()
     return parts[0] if len(parts) == 1 else np.concatenate(parts), notes
 
 

@@ -89,7 +89,7 @@ def prepare(
         biases = [names[node] for node in nodes if node is not None and node in names]
         quantizers |= _bias_quantizers(biases, state, methods)
     widths = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
-    sites = activation_sites(folded, widths, placement)
+    sites = activation_sites(folded, widths, placement, deployment.fused)
     parts = Parts(program, folded, resolved, sites, batchnorm, arguments, deployment)
     prepared = Prepared(model, parts)
     prepared.initialise(methods, [example_inputs, *calibration])

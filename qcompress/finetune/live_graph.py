@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from qcompress.graph.batchnorm import returns_list, statistics
 from qcompress.graph.layers import layers
+from qcompress.graph.marks import site_op
 from qcompress.graph.nodes import operator_name, row_of
 from qcompress.graph.program import FloatProgram, state_nodes
-from qcompress.graph.sites import site_op
 
 _DROPOUTS: Final[Mapping[str, Callable[..., Tensor]]] = {
     "dropout.default": functional.dropout,

@@ -132,7 +132,7 @@ def train(
             model is then in its last good state, at most 50 steps back.
 
     >>> from qcompress.finetune.attach import prepare
-    >>> from qcompress.plan import Plan
+    >>> from qcompress.plan.plan import Plan
     >>> _ = torch.manual_seed(0)
     >>> x, y = torch.randn(64, 4), torch.arange(64) % 2
     >>> tuned = prepare(nn.Linear(4, 2), Plan.from_flags(bits=2), example_inputs=(x,))

@@ -19,7 +19,8 @@ from qcompress.finetune.finalize import Parts, compressed
 from qcompress.finetune.live_graph import AtSite, LiveGraph
 from qcompress.finetune.methods import Methods, ObservedSite
 from qcompress.graph.batchnorm import unfolded_names
-from qcompress.graph.sites import OUTPUT, mark
+from qcompress.graph.marks import mark
+from qcompress.graph.sites import OUTPUT
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import place_of
 

@@ -1,12 +1,16 @@
 """The layers of a program: which of its tensors is the weight of which kind of layer, read from the ATen graph."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from torch.fx import Node
 
 from qcompress.graph.nodes import arguments, calls, row_of
 from qcompress.graph.program import FloatProgram, state_nodes, value_of
 from qcompress.graph.weights import Tensor, weight_uses
+
+# The kinds of layers whose input can be quantized.
+LAYER_KINDS: Final = ("conv", "depthwise", "conv_transpose", "linear")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,15 @@ def weight_layers(program: FloatProgram) -> dict[str, Layer]:
     for layer in layers(program):
         first.setdefault(layer.weight, layer)
     return first
+
+
+def named_uses(program: FloatProgram) -> dict[str, Layer]:
+    """Return every use of a weight in LAYER_KINDS by the weight's name; further uses of one by their nodes' names."""
+    found: dict[str, Layer] = {}
+    for use in layers(program):
+        if use.kind in LAYER_KINDS:
+            found[use.node.name if use.weight in found else use.weight] = use
+    return found
 
 
 def data_input(layer: Node) -> Node:

@@ -1,7 +1,7 @@
-"""Nodes of a live graph: which operator each calls, its row in the table, and its arguments by name."""
+"""Nodes of a live graph: the operator that each calls, its row in the table, and its arguments by name."""
 
 import operator as python
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -62,3 +62,16 @@ def as_value(argument: Any) -> Any:
         return argument
     value = argument.meta.get("val")
     return Value(argument.name, value.ndim if isinstance(value, torch.Tensor) else None)
+
+
+def moves(node: Node, state: Container[Node]) -> bool:
+    """Return whether a node moves the values of an activation and changes none; it may add zeros."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node) or node.args[0] in state:
+        return False
+    row = row_of(node)
+    if node.target is python.getitem:
+        return row_of(node.args[0]).splits and moves(node.args[0], state)
+    if row.pads:
+        given = arguments(node)
+        return given.get("mode", "constant") == "constant" and not given.get("value") and not node.kwargs
+    return row.moves

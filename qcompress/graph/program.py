@@ -248,6 +248,12 @@ def value_of(node: Node) -> torch.Tensor:
     return value
 
 
+def is_float_activation(node: Node) -> bool:
+    """Return whether a node's value is a float32 tensor with axes."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.ndim > 0
+
+
 def _check_input(name: str, value: npt.NDArray[Any], node: Node) -> npt.NDArray[Any]:
     wanted = value_of(node)
     shape = sizes(node)

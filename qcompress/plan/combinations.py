@@ -76,7 +76,7 @@ def settled_compute(compute: Compute | None, activations: str | None) -> Compute
     """Return what layers compute in: if unset, int8 with activation_bits, else float.
 
     Args:
-        compute: what was asked for.
+        compute: the requested one; None if unset.
         activations: where activation_bits was set, in words; None if it is unset.
 
     Raises:

@@ -94,7 +94,7 @@ BITS: Final = PlanField(
 ACTIVATION_BITS: Final = PlanField(
     name="activation_bits",
     values=Integer(1, 8),
-    meaning="Bits per code of a layer's inputs and outputs; the layer then computes in int8. Needs calibration data.",
+    meaning="Bits per code of the activations of a layer, which then computes in int8. Needs calibration data.",
     unset="floats",
 )
 SCHEME: Final = PlanField(

@@ -4,7 +4,6 @@ Tables merge field by field: default < kind < name, and a later matching table o
 """
 
 import dataclasses
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,10 +148,7 @@ def parse_plan(text: str, label: str = "plan", settings: type[Settings] = Settin
     >>> parse_plan("version = 1\\n[kind.first]\\nbits = 8").kind["first"].bits
     8
     """
-    try:
-        parsed = tomllib.loads(text)
-    except (ValueError, RecursionError) as e:  # a plain ValueError for an integer of thousands of digits
-        raise ConfigError(f"{label}: not valid TOML: {e}.") from None
+    parsed = toml.parsed(text, label)
     lines = toml.lines_of(text)
 
     def at(path: toml.Path) -> str:

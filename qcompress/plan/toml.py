@@ -5,8 +5,28 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qcompress.errors import ConfigError
+
 # A table, ("kind", "first"), or a field of one, ("kind", "first", "bits").
 Path = tuple[str, ...]
+
+
+def parsed(text: str, label: str) -> dict[str, Any]:
+    """Return the tables of a TOML text.
+
+    Args:
+        text: the TOML.
+        label: what messages call it.
+
+    Raises:
+        ConfigError: it is not valid TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        raise ConfigError(f"{label} is not valid TOML: {e}.") from None
+    except ValueError:
+        raise ConfigError(f"{label} is not valid TOML: an integer has too many digits.") from None
 
 
 def lines_of(text: str) -> dict[Path, int]:

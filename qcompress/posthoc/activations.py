@@ -10,8 +10,9 @@ from qcompress.artifacts import ActivationGrid, SiteGrid
 from qcompress.artifacts.base import Floats
 from qcompress.data.dataset import Dataset
 from qcompress.errors import DataError
+from qcompress.graph.marks import MarkedRunner, input_sites, mark
 from qcompress.graph.program import FloatProgram
-from qcompress.graph.sites import MarkedRunner, Site, input_sites, mark
+from qcompress.graph.sites import Site
 from qcompress.posthoc.calibration import choose_grid, saturation, sqnr_db
 from qcompress.posthoc.histogram import Observer
 from qcompress.posthoc.settings import DEFAULTS, PosthocSettings

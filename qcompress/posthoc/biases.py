@@ -13,8 +13,8 @@ import numpy.typing as npt
 from qcompress.artifacts import Artifact, SiteGrid
 from qcompress.artifacts.base import Floats
 from qcompress.graph.layers import bias_of, weight_layers
+from qcompress.graph.marks import input_sites, mark
 from qcompress.graph.program import FloatProgram, state_nodes
-from qcompress.graph.sites import input_sites, mark
 
 
 @dataclass(frozen=True, slots=True)

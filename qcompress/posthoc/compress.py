@@ -93,9 +93,7 @@ def compress(
     elif data is not None:
         inputs = dict(data.example())
     else:
-        raise ConfigError(
-            "compress must have example_inputs=(x,) or calibration data: one batch that the model can be traced with."
-        )
+        raise ConfigError("compress needs example_inputs=(x,) or calibration data: one batch to trace the model with.")
     program = from_module(model, ProgramOptions(inputs=inputs))
     return compress_program(program, plan, settings, calibration=data, deployment=deployment)
 
@@ -153,7 +151,9 @@ def compress_program(
     model = replace(model, notes=(*model.notes, *inputs.notes))
     if compute == "int8" and calibration is not None:
         is_solved = inputs.data is not None
-        model = _with_grids(model, resolved, calibration, settings, execution, is_solved=is_solved)
+        model = _with_grids(
+            model, resolved, calibration, settings, execution, fused=deployment.fused, is_solved=is_solved
+        )
         model = _with_fitting_biases(model, deployment)
     solved = solve(model, {t.name: t for t in resolved.compressed}, inputs, solving, execution)
     return _with_fitting_biases(solved, deployment)
@@ -184,11 +184,12 @@ def _with_grids(
     settings: PosthocSettings,
     execution: Execution,
     *,
+    fused: frozenset[str],
     is_solved: bool,
 ) -> CompressedModel:
     """Return the model with activation grids, chosen on the float program's values if its weights will be solved."""
     widths = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
-    sites, program = activation_sites(model.program, widths, settings.placement), model.program
+    sites, program = activation_sites(model.program, widths, settings.placement, fused), model.program
     if not is_solved:
         program = program.with_state({name: a.dequantize() for name, a in model.artifacts.items()})
     found = calibrate(program, sites, calibration, settings, execution)

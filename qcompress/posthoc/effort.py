@@ -8,8 +8,8 @@ from qcompress.artifacts import Artifact
 from qcompress.compressed.model import CompressedModel
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
+from qcompress.graph.marks import mark
 from qcompress.graph.program import Arrays, FloatProgram
-from qcompress.graph.sites import mark
 from qcompress.plan.resolve import TensorPlan
 from qcompress.posthoc.activations import BATCH, whole_batches
 from qcompress.posthoc.settings import Effort, PosthocSettings

@@ -17,8 +17,9 @@ from qcompress.artifacts.base import Floats
 from qcompress.compressed.model import CompressedModel
 from qcompress.data.dataset import Dataset
 from qcompress.graph.layers import Layer, bias_of, weight_layers
+from qcompress.graph.marks import MarkedRunner, input_sites, mark
 from qcompress.graph.program import state_nodes
-from qcompress.graph.sites import OUTPUT, MarkedRunner, input_sites, mark
+from qcompress.graph.sites import OUTPUT
 from qcompress.posthoc.activations import BATCH
 
 Doubles = npt.NDArray[np.float64]

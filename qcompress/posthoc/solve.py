@@ -21,23 +21,24 @@ from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight, SiteGri
 from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.compressed.model import LayerGain
 from qcompress.graph.conversion import to_numpy, to_torch
+from qcompress.graph.marks import rounding
 from qcompress.graph.program import Arrays, FloatProgram
-from qcompress.graph.sites import rounding
 from qcompress.palettes.even_grid import REDUCED_BITS
 from qcompress.palettes.int8_palette import LARGEST, LARGEST_REDUCED
 from qcompress.palettes.vector import palettize_vectors
 from qcompress.plan.resolve import TensorPlan
-from qcompress.posthoc.moments import Moments, has_moments
+from qcompress.posthoc.input_moments import Moments, has_moments
 from qcompress.posthoc.schemes import CodeKind, better, codes_for
 from qcompress.posthoc.walk import Reached, walk
 from qcompress.progress import ON_CPU, Execution
 from qcompress.solvers import SOLVERS
 from qcompress.solvers.base import Problem
-from qcompress.solvers.levels import IntegerPaletteLevels, PaletteLevels, UniformLevels
+from qcompress.solvers.palette_levels import Int8PaletteLevels, PaletteLevels
+from qcompress.solvers.uniform_levels import UniformLevels
 
 _DAMPING: Final = 0.05  # of the mean diagonal of H: 0.01 fits ResNet-20 better, 0.1 MobileNet
 
-AnyLevels = PaletteLevels | IntegerPaletteLevels | UniformLevels
+AnyLevels = PaletteLevels | Int8PaletteLevels | UniformLevels
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ def _levels(
         return UniformLevels.fit(rows_OK, importance_OK, bits, limits, plan.block_size)
     if kind == "int8 palette":
         largest = LARGEST_REDUCED if reduce_range else LARGEST
-        return IntegerPaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, largest=largest)
+        return Int8PaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, largest=largest)
     halves = plan.lut_dtype == "float16"
     return PaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, scaled=True, halves=halves)
 

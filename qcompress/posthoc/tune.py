@@ -18,20 +18,15 @@ from torch.fx import Node
 from qcompress.artifacts import Artifact
 from qcompress.graph.conversion import to_torch
 from qcompress.graph.differentiable import Differentiable
+from qcompress.graph.nodes import row_of
 from qcompress.graph.program import Arrays, FloatProgram
 from qcompress.posthoc.latent import latent_of
 from qcompress.progress import Track, untracked
 
-aten = torch.ops.aten
-
 _STEPS: Final = 400
 _RATE: Final = 1e-2  # of latent values, in steps between levels
 _LEVEL_RATE: Final = 1e-3  # of levels, scales and biases, in parts of their size
-_OUTPUTS: Final = 0.3  # of the loss; the rest is that of the values in between
-_ACTIVATIONS: Final = (
-    aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.leaky_relu.default,
-    aten.gelu.default, aten.silu.default, aten.sigmoid.default, aten.tanh.default, aten.elu.default,
-)  # fmt: skip
+_OUTPUTS: Final = 0.3  # of the loss; the rest is that of the values behind activations
 
 
 def tune(
@@ -46,15 +41,16 @@ def tune(
     """Tune a compressed model on calibration inputs.
 
     Args:
-        program: the float program, BatchNorm folded.
-        artifacts: one for each tensor of its state; palettes, even grids without zero points and vectors of floats
-            are tuned, palettes of vectors and all others stay.
+        program: the float program, with BatchNorm folded.
+        artifacts: one for each tensor of its state. Palettes, even grids without zero points and vectors of floats are
+            tuned; palettes of vectors and all others stay.
         batches: calibration inputs by name.
-        steps: of gradient descent.
-        device: where the net runs.
-        track: passes steps on: a progress bar.
+        steps: number of steps of gradient descent.
+        device: where the program runs.
+        track: a progress bar over the steps.
     """
-    inputs, net, start = _inputs(program, batches, device), _Net(program, device), _on(artifacts, device)
+    inputs, start = _inputs(program, batches, device), _on(artifacts, device)
+    comparison = _Comparison(program, device)
     state = program.state()
     found = {name: latent_of(artifact, state[name], device) for name, artifact in artifacts.items()}
     tuned = {name: latent for name, latent in found.items() if latent is not None}
@@ -72,7 +68,7 @@ def tune(
         order = order or torch.randperm(len(inputs), generator=generator).tolist()
         optimizer.zero_grad()
         now = start | {name: latent.value() for name, latent in tuned.items()}
-        net.loss(now, inputs[order.pop()]).backward()  # type: ignore[no-untyped-call]
+        comparison.loss(now, inputs[order.pop()]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return dict(artifacts) | {name: latent.artifact() for name, latent in tuned.items()}
@@ -81,9 +77,12 @@ def tune(
 def output_error(
     program: FloatProgram, artifacts: Mapping[str, Artifact], batches: Sequence[Arrays], *, device: str = "cpu"
 ) -> float:
-    """Squared error of a compressed model's outputs over the variance of the float program's, mean over batches."""
-    net, state = _Net(program, device), _on(artifacts, device)
-    return float(np.mean([net.error(state, batch) for batch in _inputs(program, batches, device)]))
+    """Return the squared error of a compressed model's outputs over their variance in the float program.
+
+    It is the mean over outputs and batches.
+    """
+    comparison, state = _Comparison(program, device), _on(artifacts, device)
+    return float(np.mean([comparison.error(state, batch) for batch in _inputs(program, batches, device)]))
 
 
 def _inputs(program: FloatProgram, batches: Sequence[Arrays], device: str) -> list[list[torch.Tensor]]:
@@ -94,46 +93,47 @@ def _on(artifacts: Mapping[str, Artifact], device: str) -> dict[str, torch.Tenso
     return {name: to_torch(a.dequantize()).to(device) for name, a in artifacts.items()}
 
 
-class _Net(Differentiable):
-    """The float net and the compressed one on the same inputs, with the values behind their activations."""
+class _Comparison(Differentiable):
+    """Runs the float and the compressed program on the same inputs, and keeps the values behind activations."""
 
     def __init__(self, program: FloatProgram, device: str) -> None:
         super().__init__(program)
         self._floats = {name: value.detach().to(device) for name, value in program.state().items()}
-        self._seen: list[torch.Tensor] = []
+        self._inner: list[torch.Tensor] = []
 
     def run_node(self, n: Node) -> Any:
+        """Run a node and keep its value if it is an activation function."""
         value = super().run_node(n)
-        if n.op == "call_function" and n.target in _ACTIVATIONS:
-            self._seen.append(value)
+        if row_of(n).activates:
+            self._inner.append(value)
         return value
 
     def loss(self, state: Mapping[str, torch.Tensor], inputs: list[torch.Tensor]) -> torch.Tensor:
-        """What gradients descend."""
-        at_end, between = self._errors(state, inputs)
-        return at_end if between is None else _OUTPUTS * at_end + (1 - _OUTPUTS) * between
+        """Return the weighted errors of the outputs and of the values behind activations."""
+        outputs, inner = self._errors(state, inputs)
+        return outputs if inner is None else _OUTPUTS * outputs + (1 - _OUTPUTS) * inner
 
     def error(self, state: Mapping[str, torch.Tensor], inputs: list[torch.Tensor]) -> float:
-        """At the outputs alone."""
+        """Return the error of the outputs."""
         with torch.no_grad():
             return float(self._errors(state, inputs)[0])
 
     def _errors(
         self, state: Mapping[str, torch.Tensor], inputs: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Over variances: of the outputs, and of the values in between."""
+        """Return the mean errors over variances of the outputs, and of the values behind activations (or None)."""
         with torch.no_grad():
-            wanted, between = self._run(self._floats, inputs)
-        got, seen = self._run(state, inputs)
-        at_end = [_over_variance(w, g) for w, g in zip(wanted, got, strict=True) if w.is_floating_point()]
-        inside = [_over_variance(w, g) for w, g in zip(between, seen, strict=True)]
-        return torch.stack(at_end).mean(), torch.stack(inside).mean() if inside else None
+            wanted, wanted_inner = self._run(self._floats, inputs)
+        got, inner = self._run(state, inputs)
+        errors = [_over_variance(w, g) for w, g in zip(wanted, got, strict=True) if w.is_floating_point()]
+        inner_errors = [_over_variance(w, g) for w, g in zip(wanted_inner, inner, strict=True)]
+        return torch.stack(errors).mean(), torch.stack(inner_errors).mean() if inner_errors else None
 
     def _run(
         self, state: Mapping[str, torch.Tensor], inputs: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        self._seen = []
-        return self.outputs(state, inputs), self._seen
+        self._inner = []
+        return self.outputs(state, inputs), self._inner
 
 
 def _over_variance(wanted: torch.Tensor, got: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,9 @@ from torch.fx import Interpreter, Node
 from torch.fx.node import map_arg
 
 from qcompress.graph.conversion import to_numpy, to_torch
-from qcompress.graph.layers import Layer, bias_of, data_input, layers
+from qcompress.graph.layers import LAYER_KINDS, Layer, bias_of, data_input, layers
+from qcompress.graph.marks import Visit, site_op
 from qcompress.graph.program import Arrays, FloatProgram, state_nodes, tensor_of
-from qcompress.graph.sites import LAYER_KINDS, Visit, site_op
 from qcompress.progress import Track, untracked
 
 Batches = list[Any]  # one value for each batch
@@ -65,7 +65,7 @@ def walk(
         program: with BatchNorm folded, and marked if `quantize` is given.
         batches: inputs by name; not modified.
         settle: called for each layer; returns the tensors that it computes with once compressed.
-        quantize: applied to values of the compressed program at marks, as by `sites.MarkedRunner`.
+        quantize: applied to values of the compressed program at marks, as by `marks.MarkedRunner`.
         device: where it runs.
         track: a progress bar over the layers.
     """

@@ -5,9 +5,15 @@ output channel, L = levels.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
+from typing import Final, Protocol, Self, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Doubles = npt.NDArray[np.float64]
+
+RIDGE: Final = 1e-4  # share of the mean diagonal by which refitted levels are drawn towards the old ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

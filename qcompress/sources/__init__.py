@@ -1,1 +1,1 @@
-"""Sources: what a model comes in, as named tensors and, where there is one, a float program."""
+"""Sources of models: their named tensors and, if there is one, their float program."""

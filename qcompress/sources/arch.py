@@ -1,4 +1,4 @@
-"""A state dict becomes a program: its architecture is built by the user's factory, its tensors are laid in by name."""
+"""Makes a program of a state dict: the user's factory builds the architecture, and the tensors are loaded into it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -23,15 +23,15 @@ __all__ = ["load_state", "module_of_state_dict", "program_of_state_dict", "with_
 def program_of_state_dict(
     tensors: Iterable[SourceTensor], source: SourceOptions, options: ProgramOptions, label: str
 ) -> "FloatProgram":
-    """The float program of an architecture with these tensors in it.
+    """The float program of an architecture that these tensors were loaded into.
 
     Raises:
-        SourceError: no architecture is named, it cannot be built, or the tensors do not fit it.
+        SourceError: no architecture is given, it cannot be built, or the tensors do not fit it.
     """
     if source.arch is None:
         raise SourceError(
-            f"{label}: a state dict holds no program: name its architecture with --arch package.module:factory or "
-            "path/file.py:factory"
+            f"{label}: a state dict holds no program: pass its architecture with --arch package.module:factory or "
+            "--arch path/file.py:factory."
         )
     module = module_of_state_dict(tensors, source, label)
 
@@ -41,7 +41,7 @@ def program_of_state_dict(
 
 
 def module_of_state_dict(tensors: Iterable[SourceTensor], source: SourceOptions, label: str) -> "torch.nn.Module":
-    """The module that `source.arch` builds, these tensors in it.
+    """The module that `source.arch` builds, with these tensors loaded into it.
 
     Raises:
         SourceError: it cannot be built, or the tensors do not fit it.
@@ -54,7 +54,7 @@ def module_of_state_dict(tensors: Iterable[SourceTensor], source: SourceOptions,
 
 
 def with_kinds_of(tensors: Iterable[SourceTensor], source: SourceOptions, label: str) -> Iterator[SourceTensor]:
-    """The tensors of a state dict; where an architecture is named, with its kinds and in its order."""
+    """The tensors of a state dict; if an architecture is given, with its kinds and in its order."""
     if source.arch is None:
         yield from tensors
         return
@@ -68,18 +68,18 @@ def with_kinds_of(tensors: Iterable[SourceTensor], source: SourceOptions, label:
 
 
 def load_state(module: "torch.nn.Module", arrays: Mapping[str, LazyArray], label: str, who: str) -> None:
-    """Lay named arrays into a module: every name once, every shape equal.
+    """Load named arrays into a module; names and shapes must be equal.
 
-    A tied tensor may be there under one of its names; the counters `num_batches_tracked` may be missing.
+    One name of a tied tensor is enough; the counters `num_batches_tracked` may be missing.
 
     Args:
         module: is changed in place.
         arrays: the state dict.
-        label: what the arrays come from, for messages.
-        who: what the module comes from, for messages.
+        label: the origin of the arrays, for messages.
+        who: the origin of the module, for messages.
 
     Raises:
-        SourceError: names or shapes differ; the message counts them and names the first and the nearest.
+        SourceError: names or shapes differ; the message counts them, and shows the first and the nearest ones.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What every kind of input becomes: named tensors, read one at a time, and a float program where there is one."""
+"""The protocol of sources: named tensors that are read one at a time, and a float program if there is one."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LazyArray:
-    """An array that is read when it is asked for: `np.asarray(lazy)`.
+    """An array that is read on demand, by `np.asarray(lazy)`.
 
     Args:
         shape: its shape.
-        dtype: numpy name of its dtype, `bfloat16` included.
+        dtype: name of its dtype in numpy or ml_dtypes, `bfloat16` for example.
         read: returns the array.
     """
 
@@ -44,7 +44,8 @@ class SourceTensor:
 
     Args:
         name: qualified name, as in `named_parameters`.
-        kind: of the layer that uses it as its weight, one of `kinds.KINDS` (`other`: a bias, say), or `unknown`.
+        kind: the kind of the layer that uses it as its weight, one of `kinds.KINDS` (`other`: a bias, for example), or
+            `unknown`.
         array: its values, read on demand.
         aliases: further names of the same (tied) tensor.
     """
@@ -57,13 +58,13 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceOptions:
-    """How a file may be read, beyond what is safe for any file.
+    """The options for reading a file that allow more than is safe for any file.
 
     Args:
         arch: `package.module:factory` or `path/file.py:factory`; runs the user's code.
         arch_kwargs: arguments of the factory.
-        allow_classes: `package.module:Class` that a pickled module may be made of; imports those classes.
-        trust_pickle: unpickle whatever is there.
+        allow_classes: classes that a pickled module may consist of, as `package.module:Class`; they are imported.
+        trust_pickle: unpickle the file without restriction.
     """
 
     arch: str | None = None
@@ -74,26 +75,30 @@ class SourceOptions:
 
 @runtime_checkable
 class Source(Protocol):
-    """A model that came in, whatever its kind."""
+    """A model of any kind."""
 
     @property
     def label(self) -> str:
-        """What a user calls it: the path as given, or the class of a module."""
+        """Its name in messages: the path as given, or the class of a module."""
 
     @property
     def path(self) -> Path | None:
-        """Where it lies; None for a module in memory."""
+        """Its path; None for a model in memory."""
 
     @property
     def original_bytes(self) -> int:
-        """Bytes of the file, or of a module's parameters and buffers."""
+        """Size of the file, or of a module's parameters and buffers, in bytes."""
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the file, or over the names and bytes of a module's tensors."""
+        """SHA-256 of the file, or of the names and bytes of a module's tensors."""
 
     def tensors(self) -> Iterator[SourceTensor]:
         """Every tensor once, in a fixed order."""
 
     def program(self, options: ProgramOptions) -> "FloatProgram":
-        """The float program; SourceError says why there is none."""
+        """The float program.
+
+        Raises:
+            SourceError: there is none; the message says why.
+        """

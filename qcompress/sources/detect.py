@@ -1,4 +1,4 @@
-"""What a file is, by what it holds; its name is never asked."""
+"""Decides what kind of file a path is, from its content; the file's name plays no part."""
 
 import string
 import struct
@@ -26,7 +26,7 @@ Content = Literal[
     "unknown",
 ]
 
-# What a user is told that a file is.
+# The kinds in messages: "it is …".
 DESCRIPTIONS: Final[dict[Content, str]] = {
     "empty": "an empty file",
     "safetensors": "a safetensors file",
@@ -47,7 +47,7 @@ DESCRIPTIONS: Final[dict[Content, str]] = {
 
 _LEGACY_MAGIC: Final = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _TEXT: Final = frozenset(string.printable.encode()) | frozenset(range(0x80, 0x100))
-# What can follow the IR version in a protobuf ModelProto: producer's name or version, domain, graph, opset.
+# Fields that can follow the IR version in a protobuf ModelProto: producer's name or version, domain, graph, opset.
 _ONNX_FIELDS: Final = (0x12, 0x1A, 0x22, 0x3A, 0x42)
 _COMPRESSED: Final = ("weights.safetensors", "plan.toml")
 
@@ -56,7 +56,7 @@ def content_of(path: Path) -> Content:
     """The kind of a file or folder, from its content.
 
     Raises:
-        SourceError: there is nothing at `path`, it cannot be read, or it is an archive that was cut off.
+        SourceError: there is nothing at `path`, or nothing that can be read, or a damaged archive.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -67,6 +67,8 @@ def content_of(path: Path) -> Content:
     try:
         if path.is_dir():
             return "compressed_folder" if all((path / name).is_file() for name in _COMPRESSED) else "folder"
+        if path.exists() and not path.is_file():  # reading it could wait, or go on, without end
+            raise SourceError(f"{path} must be a file, but it is a pipe, a device or a socket: name a model file.")
         with path.open("rb") as f:
             head = f.read(4096)
             f.seek(0, 2)

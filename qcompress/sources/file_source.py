@@ -1,4 +1,4 @@
-"""What all sources that lie in a file share: label, path, size, digest."""
+"""The base of all sources that are one file: label, path, size and digest."""
 
 import abc
 import hashlib
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class AbstractFile(abc.ABC):
-    """A source in a file; what is final says which file, and reads it."""
+    """A source in a file; subclasses set `path` and read it."""
 
     path: Path
 
@@ -17,11 +17,11 @@ class AbstractFile(abc.ABC):
 
     @property
     def original_bytes(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return self.path.stat().st_size
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the file, read in pieces."""
+        """SHA-256 of the file, which is read in pieces."""
         with self.path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()

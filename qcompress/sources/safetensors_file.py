@@ -1,4 +1,4 @@
-"""A .safetensors file: its header checked, its tensors mapped; torch is never imported for it.
+"""Reads .safetensors files: the header is checked, the tensors are mapped, and torch is not imported.
 
 Source: https://huggingface.co/docs/safetensors (format: 8 bytes length N, N bytes of JSON, the data).
 """
@@ -20,7 +20,7 @@ from qcompress.kinds import UNKNOWN
 from qcompress.sources.arch import program_of_state_dict, with_kinds_of
 from qcompress.sources.base import SourceOptions, SourceTensor
 from qcompress.sources.file_source import AbstractFile
-from qcompress.sources.strided import Strided, lazy_view
+from qcompress.sources.strided import MAX_AXES, Strided, check_view, lazy_view
 from qcompress.zip_archive import Bytes
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ MAX_HEADER: Final = 100_000_000  # the format's own limit
 
 @final
 class SafetensorsSource(AbstractFile):
-    """The tensors of a .safetensors file; with `--arch` also a program.
+    """The tensors of a .safetensors file, and its program if `--arch` is given.
 
     Raises:
-        SourceError: the file is not what its header says.
+        SourceError: the file does not agree with its header.
     """
 
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
@@ -61,14 +61,14 @@ class SafetensorsSource(AbstractFile):
         self._options = options or SourceOptions()
         self._views, self._start = _read_header(path)
         if not self._views:
-            raise SourceError(f"no tensor found in {path}: it is a safetensors file without one.")
+            raise SourceError(f"no tensor found in {path}: the safetensors file is empty.")
 
     def tensors(self) -> Iterator[SourceTensor]:
         """Every tensor in the order of its data; the kinds are those of `--arch`, else unknown."""
         return with_kinds_of(self._state(), self._options, self.label)
 
     def program(self, options: ProgramOptions) -> "FloatProgram":
-        """The program of `--arch` with these tensors in it."""
+        """The program of `--arch`, with these tensors loaded into it."""
         return program_of_state_dict(self._state(), self._options, options, self.label)
 
     def _state(self) -> Iterator[SourceTensor]:
@@ -92,9 +92,9 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, int, Strided]], int]:
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as e:
-        raise damaged(f"its header is no JSON ({e})") from None
+        raise damaged(f"its header is not JSON ({e})") from None
     if not isinstance(header, dict):
-        raise damaged("its header is no table")
+        raise damaged("its header is not an object")
     header.pop("__metadata__", None)
     data = nbytes - 8 - length
     views: dict[str, tuple[int, int, Strided]] = {}
@@ -105,12 +105,15 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, int, Strided]], int]:
             known = ", ".join(DTYPES)
             raise SourceError(f"{path}: tensor {name!r} has dtype {entry['dtype']!r}; readable: {known}.")
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        if len(shape) > 32 or not 0 <= start <= stop <= data:
+        if not 0 <= start <= stop <= data:
             raise damaged(f"{name!r} lies at bytes {start} to {stop} of {data}")
+        if len(shape) > MAX_AXES or any(n >= 1 << 63 for n in shape):
+            raise damaged(f"no array can have the shape of {name!r}")
         if math.prod(shape) * dtype.itemsize != stop - start:
             raise damaged(f"{name!r} of shape {list(shape)} and {entry['dtype']} cannot take {stop - start} bytes")
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         views[name] = start, stop, Strided(name, dtype, 0, shape, stride)
+        check_view(views[name][2], stop - start, f"{path}: tensor {name!r}")
     in_order = dict(sorted(views.items(), key=lambda item: (item[1][0], item[1][1])))
     end = 0
     for name, (start, stop, _) in in_order.items():
@@ -118,7 +121,7 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, int, Strided]], int]:
             raise damaged(f"{name!r} starts at byte {start}, the tensor before it ends at {end}")
         end = stop
     if end != data:
-        raise damaged(f"its tensors take {end} bytes, {data} are there")
+        raise damaged(f"its tensors take {end} bytes, but it holds {data}")
     return in_order, 8 + length
 
 
@@ -134,5 +137,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"{twice!r} occurs twice")
     return dict(pairs)

@@ -20,7 +20,7 @@ from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.openers import load_source
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-V1, V2, V3, V4 = (FIXTURES / f"compressed_v{version}" for version in (1, 2, 3, 4))
+V1, V2, V3, V4, V5 = (FIXTURES / f"compressed_v{version}" for version in (1, 2, 3, 4, 5))
 
 # Of the decoded tensors. A change here means that users' files read differently: never change it, fix the reader.
 DIGESTS_V1 = {
@@ -46,7 +46,7 @@ X = np.sin(np.arange(1, 25, dtype=np.float64)).reshape(3, 8).astype(np.float32)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A copy of the newest fixture, to be damaged."""
-    shutil.copytree(V4, tmp_path / "small")
+    shutil.copytree(V5, tmp_path / "small")
     return tmp_path / "small"
 
 
@@ -62,6 +62,11 @@ def edit_header(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def stored_grids(model: CompressedModel) -> list[dict[str, Any]]:
+    """The activation grids as JSON holds them."""
+    return [grid.as_dict() for grid in model.activations.values()]
 
 
 def test_every_format_has_its_fixture() -> None:
@@ -142,7 +147,7 @@ def test_the_whole_model_of_version_3() -> None:
     np.testing.assert_allclose(decoded.run({"x": X})["scores"], wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("old", "wanted"), [(V2, DIGESTS_V2), (V3, DIGESTS_V3)])
+@pytest.mark.parametrize(("old", "wanted"), [(V2, DIGESTS_V2), (V3, DIGESTS_V3), (V4, DIGESTS_V3)])
 def test_older_versions_are_saved_as_the_newest_with_the_same_values(
     tmp_path: Path, old: Path, wanted: dict[str, str]
 ) -> None:
@@ -151,7 +156,7 @@ def test_older_versions_are_saved_as_the_newest_with_the_same_values(
     after = CompressedModel.load(tmp_path / "again")
     assert read_artifacts(tmp_path / "again")[0]["format_version"] == FORMAT_VERSION
     assert {name: digest(a.dequantize()) for name, a in after.artifacts.items()} == wanted
-    assert after.activations == before.activations
+    assert stored_grids(after) == stored_grids(before)
 
 
 def test_version_4_has_grids_with_thresholds() -> None:
@@ -172,26 +177,35 @@ def test_version_4_has_grids_with_thresholds() -> None:
 def test_the_report_lists_the_activation_grids() -> None:
     assert CompressedModel.load(V4).report()["activations"][1:] == [
         {
-            "site": ["blocks.weight", 0], "scale": float(np.float32(0.1)), "zero_point": 77,
-            "offset": float(np.float32(-77) * np.float32(0.1)), "bits": 4,
+            "kind": "even", "site": ["blocks.weight", 0], "scale": float(np.float32(0.1)), "zero_point": 77,
+            "offset": float(np.float32(-77) * np.float32(0.1)), "bits": 4, "signed": False,
         },
         {
-            "site": ["scores", -1], "scale": float(np.float32(1 / 3)), "zero_point": None,
-            "offset": float(-np.float32(1 / 3) / 4), "bits": 2,
+            "kind": "even", "site": ["scores", -1], "scale": float(np.float32(1 / 3)), "zero_point": None,
+            "offset": float(-np.float32(1 / 3) / 4), "bits": 2, "signed": False,
         },
         {
-            "site": ["scaled.weight", 0], "scale": float(np.float32(1 / 3)), "zero_point": 0, "offset": 0.0, "bits": 2,
+            "kind": "thresholds", "site": ["scaled.weight", 0], "scale": float(np.float32(1 / 3)), "zero_point": 0,
+            "offset": 0.0, "bits": 2,
             "thresholds": np.sort(np.sin([1, 2, 3])).astype(np.float32).tolist(),
         },
     ]  # fmt: skip
 
 
 def test_what_is_read_is_written_again_to_the_same_bytes(tmp_path: Path) -> None:
-    CompressedModel.load(V4).save(tmp_path / "again")
+    CompressedModel.load(V5).save(tmp_path / "again")
     for name in ("weights.safetensors", "plan.toml", "report.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (V4 / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (V5 / name).read_bytes()
     with pytest.raises(OutputError, match=r"again exists: name another folder, or remove it first\.$"):
-        CompressedModel.load(V4).save(tmp_path / "again")
+        CompressedModel.load(V5).save(tmp_path / "again")
+
+
+def test_version_5_names_the_kinds_of_its_grids() -> None:
+    header, artifacts = read_artifacts(V5)
+    assert header["format_version"] == 5
+    assert [grid["kind"] for grid in header["activations"]] == ["even", "even", "even", "thresholds"]
+    assert {name: digest(a.dequantize()) for name, a in artifacts.items()} == DIGESTS_V3
+    assert stored_grids(CompressedModel.load(V5)) == stored_grids(CompressedModel.load(V4))
 
 
 def test_a_model_that_does_not_fit_itself_is_refused() -> None:
@@ -210,7 +224,7 @@ def test_a_model_that_does_not_fit_itself_is_refused() -> None:
 
 def test_a_newer_format_says_so(folder: Path) -> None:
     edit_header(folder, lambda about: about.update(format_version=FORMAT_VERSION + 1))
-    message = r"small has format 5, this version reads 1, 2, 3, 4: use a newer qcompress\.$"
+    message = r"small has format 6, this version reads 1, 2, 3, 4, 5: use a newer qcompress\.$"
     with pytest.raises(SourceError, match=message):
         read_artifacts(folder)
     with pytest.raises(SourceError, match=message):
@@ -262,7 +276,7 @@ def test_a_program_of_another_model(folder: Path, tmp_path: Path) -> None:
         (lambda about: about["activations"][3].update(thresholds=[float("nan")] * 3), r"must be finite and ascend, .*"),
         (lambda about: about["activations"][3].update(bits=3), r"must be float32 \[7\] at 3 bits, got float32 \[3\]\."),
         (lambda about: about["activations"][3].update(scale=0.0), r"scale must be finite and above 0, got 0\.0\."),
-        (lambda about: about["activations"][3].pop("thresholds"), r"offset must be stored as float, got None\."),
+        (lambda about: about["activations"][3].pop("thresholds"), r"thresholds must be stored as list, got None\."),
         (lambda about: about["activations"][0].pop("signed"), r"signed must be stored as bool, got None\.$"),
         (
             lambda about: about["activations"].append(about["activations"][0]),

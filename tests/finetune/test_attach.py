@@ -14,7 +14,7 @@ from qcompress.errors import ConfigError, DataError
 from qcompress.finetune.attach import prepare
 from qcompress.finetune.methods import Methods
 from qcompress.finetune.prepared import Prepared
-from qcompress.graph.sites import MarkedRunner, mark, rounding
+from qcompress.graph.marks import MarkedRunner, mark, rounding
 from qcompress.plan.plan import Plan, parse_plan
 from qcompress.quantizers import Lsq, LsqPlus, N2uqActivation
 from qcompress.regularizers import BinRegularizer, KurtosisRegularizer

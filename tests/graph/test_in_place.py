@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qcompress.graph.in_place import out_of_place
+from qcompress.graph.marks import MarkedRunner, mark
 from qcompress.graph.program import FloatProgram
-from qcompress.graph.sites import OUTPUT, MarkedRunner, mark
+from qcompress.graph.sites import OUTPUT
 from tests.helpers.nets import image, randomized, traced
 
 

@@ -14,8 +14,8 @@ from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_map_only
 
 from qcompress.compressed.model import CompressedModel
+from qcompress.graph.marks import MarkedRunner, mark, rounding
 from qcompress.graph.program import FloatProgram, state_nodes, user_inputs
-from qcompress.graph.sites import MarkedRunner, mark, rounding
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.file import float_file, sites_of

@@ -23,8 +23,9 @@ from torch.func import functional_call
 from qcompress.artifacts import ActivationGrid, Artifact, FloatWeight, IntegerWeight, PalettizedWeight
 from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.compressed.model import CompressedModel
+from qcompress.graph.marks import mark
 from qcompress.graph.program import FloatProgram
-from qcompress.graph.sites import activation_sites, mark
+from qcompress.graph.sites import activation_sites
 from qcompress.plan.plan import Plan
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file

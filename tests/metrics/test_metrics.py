@@ -220,7 +220,7 @@ def test_a_metric_of_ones_own() -> None:
     }.items():
         with pytest.raises(DataError, match=message):
             value(name)
-    with pytest.raises(ConfigError, match=r"^--metric own_metrics:thing: a function is needed, it is of type int\.$"):
+    with pytest.raises(ConfigError, match=r"^--metric own_metrics:thing must be callable, got int\.$"):
         load_metric("own_metrics:thing")
     with pytest.raises(ConfigError, match=r"own_metrics has no 'nubmer'\. Did you mean number\?"):
         load_metric("own_metrics:nubmer")

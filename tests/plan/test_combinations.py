@@ -84,7 +84,7 @@ def typed(cell):
 
 def test_the_table_and_the_code_have_the_same_words():
     assert len(ROWS) == 8
-    assert set(FORMATS) == set(combinations.FORMATS)
+    assert {NOWHERE, *FORMATS} == set(VALUES["format"])
     assert all(REFUSED.values())
     assert len(WORKS) == 3 * (23 + 23 + 3 * 23 * 8)
 

@@ -12,6 +12,7 @@ from qcompress.plan.fields import FIELDS
 from qcompress.plan.plan import TABLE_KINDS, Plan, load_plan, parse_plan
 from qcompress.plan.resolve import resolve
 from qcompress.plan.settings import Settings
+from qcompress.plan.values import OneOf
 
 KEYS = [field.name for field in FIELDS]
 
@@ -25,17 +26,15 @@ NET = [
     ("fc.bias", "other"),
 ]
 
-SETTINGS = st.builds(
-    Settings,
-    bits=st.none() | st.integers(1, 8),
-    activation_bits=st.none() | st.integers(1, 8),
-    scheme=st.sampled_from([None, "palette", "uniform", "auto"]),
-    rows_per_lut=st.none() | st.just("auto") | st.integers(1, 10**6),
-    vector_dim=st.sampled_from([None, 1, 2, 4, 8]),
-    lut_dtype=st.sampled_from([None, "float32", "float16", "int8"]),
-    block_size=st.none() | st.integers(2, 10**6),
-    skip=st.none() | st.booleans(),
-)
+
+def legal(values):
+    """Strategy for the legal values of a field, and None."""
+    if isinstance(values, OneOf):
+        return st.sampled_from([None, *values.values])
+    return st.sampled_from([None, values.word]) | st.integers(values.low, values.high or 10**6)
+
+
+SETTINGS = st.builds(Settings, **{field.name: legal(field.values) for field in FIELDS})
 PLANS = st.builds(
     Plan,
     default=SETTINGS,
@@ -386,7 +385,11 @@ def test_a_saved_plan_gives_what_some_lack_to_no_one_else():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("version = = 1", r"p: not valid TOML: .*at line 1, column 11.*\."),
+        ("version = = 1", r"p is not valid TOML: .*at line 1, column 11.*\."),
+        (
+            f"version = 1\n[default]\nbits = {'9' * 5000}",
+            r"p is not valid TOML: an integer has too many digits\.",
+        ),
         ("[default]\nbits = 2", r"p: version is missing; begin the plan with `version = 1`\."),
         ("\nversion = 2", r"p:2: version must be 1, got 2\."),
         ("version = true", r"p:1: version must be 1, got True\."),

@@ -9,12 +9,12 @@ from qcompress.artifacts import FloatWeight
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
 from qcompress.graph.layers import weight_layers
-from qcompress.graph.sites import MarkedRunner, mark
+from qcompress.graph.marks import MarkedRunner, mark
 from qcompress.graph.tensors import program_tensors
 from qcompress.plan.plan import Plan
 from qcompress.plan.resolve import resolve
 from qcompress.posthoc.compress import compress_program
-from qcompress.posthoc.moments import Moments, has_moments, places
+from qcompress.posthoc.input_moments import Moments, has_moments, places
 from qcompress.posthoc.settings import PosthocSettings
 from qcompress.posthoc.solve import SolveSettings, solve_weights
 from qcompress.posthoc.walk import walk

@@ -10,6 +10,7 @@ from torch import nn
 from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
+from qcompress.graph.nodes import row_of
 from qcompress.palettes.even_grid import round_to_nearest
 from qcompress.palettes.int8_palette import palettize_int8
 from qcompress.palettes.scalar import palettize
@@ -83,6 +84,21 @@ def test_a_badly_rounded_net_comes_nearer_to_the_float_net():
     assert {n: (type(a), a.nbytes) for n, a in tuned.items()} == {
         n: (type(a), a.nbytes) for n, a in rough.artifacts.items()
     }
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Hardswish, nn.SiLU, nn.Hardsigmoid])
+def test_values_behind_activations_count_whether_in_place_or_not(activation):
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(8, 6), activation(inplace), nn.Linear(6, 6), activation(inplace))
+        program = traced(nn.Sequential(module, nn.Linear(6, 4)).eval(), x=image(2, shape=(8,)))
+        rough = compress_program(program, Plan.from_flags(bits=1), PosthocSettings(effort="fast"))
+        assert sum(row_of(node).activates for node in program.exported.graph.nodes) == 2
+        batches = [{"input": image(32, shape=(8,))}]
+        found.append(tune(program, rough.artifacts, batches, steps=5))
+    for name, artifact in found[0].items():
+        np.testing.assert_array_equal(artifact.dequantize(), found[1][name].dequantize())
 
 
 def test_best_keeps_what_was_solved_where_tuning_gains_nothing():

@@ -11,7 +11,8 @@ from qcompress.solvers import Problem
 from qcompress.solvers.base import nearest_codes, values_of
 from qcompress.solvers.gptq import descend, error_feedback
 from qcompress.solvers.gptq import solve as gptq
-from qcompress.solvers.levels import IntegerPaletteLevels, PaletteLevels, UniformLevels
+from qcompress.solvers.palette_levels import Int8PaletteLevels, PaletteLevels
+from qcompress.solvers.uniform_levels import UniformLevels
 from tests.helpers import reference
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -31,7 +32,7 @@ def levels(kind: str, given: Problem, bits: int):
         block_size = 3 if "blocks" in kind else None
         return UniformLevels.fit(rows, weights, bits, IntegerRange(bits, signed=True), block_size)
     if kind == "int8 palette":
-        return IntegerPaletteLevels.fit(rows, weights, bits, None, largest=127)
+        return Int8PaletteLevels.fit(rows, weights, bits, None, largest=127)
     return PaletteLevels.fit(
         rows, weights, bits, 2 if "rows" in kind else None, scaled="scaled" in kind, halves="halves" in kind
     )

@@ -109,7 +109,7 @@ def test_tied_weight_may_be_there_once(folder):
             r"^--arch nets/net\.py:broken: broken\(\) failed with ValueError: no such net\. Its arg",
         ),
         ("nets/net.py:number", r"number\(\) must return a torch\.nn\.Module, got int\.$"),
-        ("nets/net.py:four", r"a factory or a class is needed, it is of type int\.$"),
+        ("nets/net.py:four", r"^--arch nets/net\.py:four must be a function or a class, got int\.$"),
         ("bad.py:build", r"^--arch bad\.py:build: running bad\.py failed with ZeroDivisionError: division by zero\.$"),
         ("bad:build", r"^--arch bad:build: importing bad failed with ZeroDivisionError: division by zero\.$"),
         ("no.such.package:build", r"there is no module 'no'; looked in the working directory .* and in the installed"),
@@ -150,7 +150,7 @@ def test_shapes_that_do_not_fit(folder):
 
 
 def test_state_dict_in_memory_must_hold_tensors():
-    with pytest.raises(SourceError, match=r"^a state dict must map names to tensors, got dict at 'model': hand over"):
+    with pytest.raises(SourceError, match=r"^a state dict must map names to tensors, got dict at 'model': pass the"):
         load_source({"model": state()})
     with pytest.raises(SourceError, match=r"^no tensor found in the state dict: it is empty\.$"):
         load_source({})

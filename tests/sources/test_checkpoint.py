@@ -107,8 +107,8 @@ def test_state_dict_without_arch(save, small):
     source = load_source(save(small.state_dict()))
     with pytest.raises(
         SourceError,
-        match=r"a state dict holds no program: name its architecture with --arch package\.module:factory or "
-        r"path/file\.py:factory$",
+        match=r"a state dict holds no program: pass its architecture with --arch package\.module:factory or "
+        r"--arch path/file\.py:factory\.$",
     ):
         source.program(OPTIONS)
 
@@ -207,7 +207,7 @@ def test_own_class_is_read_but_not_run(own_class):
         source.program(OPTIONS)
     assert str(caught.value) == (
         f"{own_class} is a pickle that needs code which is not part of torch.nn: my_nets.Net. Nothing of it was run. "
-        "Ways out: save a .pt2 (torch.export.save), or a state dict and name its architecture with --arch, or allow "
+        "Ways out: save a .pt2 (torch.export.save), or a state dict and pass its architecture with --arch, or allow "
         "the class with --allow-class my_nets:Net. Only if you trust whoever made the file: --trust-pickle."
     )
     assert "my_nets" not in sys.modules
@@ -232,7 +232,7 @@ def test_ways_out(own_class, options, monkeypatch):
     ("spec", "match"),
     [
         ("my_nets:Nett", r"--allow-class my_nets:Nett: my_nets has no 'Nett'\. Did you mean Net\?"),
-        ("my_nets:number", r"--allow-class my_nets:number: a class is needed, it is of type function\."),
+        ("my_nets:number", r"--allow-class my_nets:number must be a class, got function\."),
         (
             "other_nets:Net",
             r"--allow-class other_nets:Net: there is no module 'other_nets'; looked in the working directory",

@@ -1,8 +1,10 @@
 """The kind of a file is told by its content; every file that is no model has a message of its own."""
 
+import os
 import pickle
 import re
 import zipfile
+from pathlib import Path
 
 import onnx
 import pytest
@@ -37,15 +39,20 @@ def refusal(path) -> str:
 def test_messages(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"")
-    assert refusal(path) == f"{path} is no model but an empty file. Copy or save the model again."
+    assert refusal(path) == f"{path} must be a model, but it is an empty file. Copy or save the model again."
     path.write_text("hello, I am no model\n" * 10)
-    assert refusal(path) == (f"{path} is no model but a text file. A model file is needed: .pt2, .pt or .safetensors.")
+    assert refusal(path) == (
+        f"{path} must be a model, but it is a text file. Pass a model file: .pt2, .pt or .safetensors."
+    )
     path.write_bytes(bytes(range(200)))
-    assert refusal(path).startswith(f"{path} is no model but a file of an unknown kind. A model file")
+    assert refusal(path).startswith(f"{path} must be a model, but it is a file of an unknown kind. Pass a model file")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
-    assert refusal(path) == f"{path} is no model but a zip archive that holds no model. Name the model file itself."
-    assert refusal(tmp_path) == f"{tmp_path} is no model but a folder. Name a model file in it."
+    assert (
+        refusal(path)
+        == f"{path} must be a model, but it is a zip archive that holds no model. Pass the model file itself."
+    )
+    assert refusal(tmp_path) == f"{tmp_path} must be a model, but it is a folder. Pass a model file in it."
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("version", "8.1")
         archive.writestr("serialized_exported_program.json", "{}")
@@ -61,6 +68,16 @@ def test_no_such_file(tmp_path):
     assert refusal(path) == f"{path} does not exist: name a model file. Did you mean model.pt?"
 
 
+def test_pipes_and_devices(tmp_path, small):
+    """Nobody writes to the pipe, and the device never ends."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        assert refusal(path) == f"{path} must be a file, but it is a pipe, a device or a socket: name a model file."
+    torch.save(small.state_dict(), tmp_path / "model.pt")
+    (tmp_path / "link").symlink_to(tmp_path / "model.pt")
+    assert content_of(tmp_path / "link") == "checkpoint"
+
+
 def test_torchscript(tmp_path):
     with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
         archive.writestr("m/data.pkl", b"")
@@ -74,7 +91,7 @@ def test_onnx_file(tmp_path):
     path = tmp_path / "model.onnx"
     graph = onnx.helper.make_graph([], "g", [], [])
     onnx.save(onnx.helper.make_model(graph), path)
-    assert refusal(path) == f"{path} is an ONNX file. Name the PyTorch model that it came from."
+    assert refusal(path) == f"{path} is an ONNX file. Pass the PyTorch model that it was made from."
 
 
 def test_other_openers_can_be_given(tmp_path, small):

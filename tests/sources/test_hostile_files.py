@@ -1,5 +1,7 @@
 """Nothing that a file carries is run. Each attack was first seen to work on torch.load or torch.export.load itself."""
 
+import collections
+import contextlib
 import io
 import json
 import pickle
@@ -17,6 +19,7 @@ from qcompress.errors import SourceError, UnsafeFileError
 from qcompress.graph.options import ProgramOptions
 from qcompress.openers import load_source
 from qcompress.sources.base import SourceOptions
+from qcompress.sources.pt2.archive import load_exported
 
 TRAPS = ["system", "exec", "eval", "open", "torch", "mkdir"]
 OPTIONS = ProgramOptions(inputs={"x": np.zeros((2, 3, 8, 8), np.float32)})
@@ -167,7 +170,7 @@ def test_compiled_code(tmp_path, member, pt2):
 @pytest.mark.parametrize("member", ["models/other.json", "notes.txt", "data/weights/evil.pkl"])
 def test_unknown_members(tmp_path, member, pt2):
     path = pt2.with_members({member: b"{}"}).save(tmp_path)
-    refused(path, r"which torch\.export\.save writes for no float model")
+    refused(path, r"which torch\.export\.save does not write for a float model")
 
 
 def symbol_of(pt2) -> str:
@@ -231,6 +234,123 @@ def test_guards_are_not_executed(sprung, tmp_path, pt2):
     assert not sprung.exists()
 
 
+class Named(torch.nn.Module):
+    """Takes a constant and a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(2, 2)
+
+    def forward(self, x, table, name="abc"):
+        return self.fc(x) + table["key"]
+
+
+@pytest.fixture
+def named_pt2(pt2):
+    x = torch.ones(2, 2)
+    exported = torch.export.export(Named().eval(), (x, {"key": x}), {"name": "abc"})
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    return type(pt2)(buffer.getvalue())
+
+
+def sprung_by_torch(path: Path, table: dict[str, torch.Tensor], name: str) -> None:
+    """Whether an attack works: torch writes guards from the file's strings, and runs them."""
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.load(path).module()(torch.ones(2, 2), table, name=name)
+
+
+def test_constant_that_leaves_its_quotes(sprung, tmp_path, named_pt2):
+    text = f"' or {touch(sprung)} or '"
+    path = named_pt2.with_text("abc", text).save(tmp_path)
+    sprung_by_torch(path, {"key": torch.ones(2, 2)}, text)
+    assert sprung.exists()
+    sprung.unlink()
+    with pytest.raises(UnsafeFileError, match=r"its graph holds the constant \"' or __import__"):
+        load_exported(path).module()
+    assert not sprung.exists()
+    assert load_exported(named_pt2.save(tmp_path)).module() is not None
+
+
+def test_key_of_sample_inputs_that_leaves_its_quotes(sprung, tmp_path, named_pt2):
+    key, x = f"+str({touch(sprung)})+", torch.ones(2, 2)
+    buffer = io.BytesIO()
+    torch.save(((x, {key: x}), {"name": "abc"}), buffer)
+    path = named_pt2.with_members({"data/sample_inputs/model.pt": buffer.getvalue()}).save(tmp_path)
+    sprung_by_torch(path, {"key": x}, "abc")
+    assert sprung.exists()
+    sprung.unlink()
+    with pytest.raises(UnsafeFileError, match=r"its sample inputs are .* they hold a dict with the key \"\+str\("):
+        load_exported(path).module()
+    assert not sprung.exists()
+
+
+def save_samples(value) -> dict[str, bytes]:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return {"data/sample_inputs/model.pt": buffer.getvalue()}
+
+
+def test_sample_inputs_that_are_kept(tmp_path, pt2):
+    """Tensors that share memory, of any dtype and strides, in tuples, lists and dicts, and plain values."""
+    x = torch.arange(12.0).reshape(3, 4)
+    ordered = collections.OrderedDict(b=x.to(torch.bfloat16), a=x[:, ::2])
+    args = (x, [x.t(), torch.tensor(3)], {"k": ordered, 3: torch.zeros(0, 2)}, x[:1].expand(5, 4), x.to(torch.bool))
+    kwargs = {"n": 3, "f": 0.5, "s": "it's", "none": None, "flag": True, "dtype": torch.float16}
+    kwargs |= {"device": torch.device("cpu"), "size": torch.Size([2, 3])}
+    path = pt2.with_members(save_samples((args, kwargs))).save(tmp_path)
+    found_args, found_kwargs = load_exported(path).example_inputs
+    assert found_kwargs == kwargs
+    assert type(found_args[2]["k"]) is collections.OrderedDict
+    for found, expected in zip(*map(torch.utils._pytree.tree_leaves, (found_args, args)), strict=True):
+        assert (found.dtype, found.shape, found.stride()) == (expected.dtype, expected.shape, expected.stride())
+        assert torch.equal(found, expected)
+    assert found_args[0].untyped_storage().data_ptr() == found_args[1][0].untyped_storage().data_ptr()
+
+
+def nested(depth: int):
+    value = [1]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (nested(60), r"they hold over 100000 values, or are nested over 100 deep\."),
+        ([[[[0] * 1000] * 10] * 10] * 10, r"they hold over 100000 values, or are nested over 100 deep\."),
+        ({("a", 1): 2}, r"they hold a dict with the key \"\('a', 1\)\"\."),
+        ({1, 2}, r"they hold an object of type set\."),
+        (torch.nn.ReLU(), r"they hold an object made by torch\.nn\.modules\.activation\.ReLU\."),
+        (torch.nn.ReLU, r"they hold an object made by torch\.nn\.modules\.activation\.ReLU\."),
+        (b"abc", r"they hold an object made by _codecs\.encode\."),
+    ],
+)
+def test_sample_inputs_that_are_refused(tmp_path, pt2, value, match):
+    path = pt2.with_members(save_samples(((value,), {}))).save(tmp_path)
+    refused(path, rf"its sample inputs are a pickle of more than tensors and plain values: {match}")
+
+
+def test_sample_inputs_that_reach_outside_their_data(tmp_path, pt2):
+    class Outside:
+        def __reduce__(self):
+            storage = torch.zeros(1)._typed_storage()
+            return torch._utils._rebuild_tensor_v2, (storage, 0, (1 << 30,), (1,), False, collections.OrderedDict())
+
+    refused(
+        pt2.with_members(save_samples(((Outside(),), {}))).save(tmp_path),
+        r"a sample input is damaged: shape \[1073741824\] .* but its data has 4",
+        SourceError,
+    )
+
+
+def test_sample_inputs_that_are_no_archive(tmp_path, pt2):
+    path = pt2.with_members({"data/sample_inputs/model.pt": pickle.dumps(3)}).save(tmp_path)
+    refused(path, r"model\.pt2: the archive of its sample inputs is a truncated or damaged archive", SourceError)
+
+
 def test_tree_that_would_import_a_module(sprung, tmp_path, pt2, monkeypatch):
     (tmp_path / "evil_module.py").write_text(touch(sprung))
     monkeypatch.syspath_prepend(tmp_path)
@@ -280,7 +400,7 @@ def test_truncated_exported_program(tmp_path, keep, pt2):
 
 def test_deep_json(tmp_path, pt2):
     path = pt2.with_members({"models/model.json": b"[" * 200_000}).save(tmp_path)
-    refused(path, r"is damaged: models/model\.json is no JSON", SourceError)
+    refused(path, r"is damaged: models/model\.json is not JSON", SourceError)
 
 
 def as_checkpoint(pickled: bytes, path: Path) -> Path:
@@ -357,6 +477,6 @@ def test_view_outside_its_storage(tmp_path, pt2):
     path = pt2.with_json(grow, "data/weights/model_weights_config.json").save(tmp_path)
     refused(
         path,
-        r"tensor 'fc\.bias' is damaged: shape \[1099511627776\] .* needs \d+ bytes, its data holds 16",
+        r"tensor 'fc\.bias' is damaged: shape \[1099511627776\] .* needs \d+ bytes, but its data has 16",
         SourceError,
     )

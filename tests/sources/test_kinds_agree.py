@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.symbolic import kinds_of
+from qcompress.graph.tensors import program_tensors
 from qcompress.graph.tracing import from_module
 from qcompress.openers import load_source
-from qcompress.posthoc.compress import program_tensors
 from qcompress.sources.base import Source
 
 ROWS, IMAGES, SENTENCES, IDS = (2, 16), (2, 4, 6, 6), (2, 5, 16), (2, 5)

@@ -128,6 +128,14 @@ def test_negative_lengths(opcode):
         read(getattr(pickle, opcode) + struct.pack("<i", -1) + b"x" * 100)
 
 
+def nested(depth):
+    """A list of 2^depth elements, should anyone print it."""
+    value = [1]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
 COPIES = {
     "set": b"cbuiltins\nset\nq\x02",
     "OrderedDict": b"ccollections\nOrderedDict\nq\x02",
@@ -137,7 +145,7 @@ COPIES = {
 @pytest.mark.parametrize("called", COPIES)
 def test_a_list_that_is_copied_again_and_again(called, monkeypatch):
     """A pickle of 300 kB could otherwise make 20,000 sets of 20,000 elements."""
-    monkeypatch.setattr(machine, "MAX_STEPS", 1 << 20)
+    monkeypatch.setattr(machine, "MAX_STEPS", 1 << 19)
     elements = b"".join(b"(K\x00M" + struct.pack("<H", i) + b"t" for i in range(20_000))
     pickled = b"\x80\x02]q\x00(" + elements + b"e\x85q\x01" + COPIES[called] + b"](" + b"h\x02h\x01R" * 20_000 + b"e."
     with pytest.raises(SourceError, match=r"^model\.pt is refused: its pickle takes over \d+ steps to read\.$"):
@@ -159,7 +167,7 @@ def test_sizes_that_no_tensor_can_have(shape, tmp_path):
             return torch._utils._rebuild_tensor_v2, (storage, 0, (eval(shape),), (1,), False, None)
 
     torch.save({"w": Huge()}, tmp_path / "model.pt")
-    with pytest.raises(SourceError, match=r"is damaged: a size of a tensor in it is no 64-bit integer\.$"):
+    with pytest.raises(SourceError, match=r"is damaged: a size of a tensor in it is not a 64-bit integer\.$"):
         load_source(tmp_path / "model.pt")
 
 
@@ -190,11 +198,13 @@ class Call:
         return self.call
 
 
-@pytest.mark.parametrize("size", [1_600_000_000, [1, 2], "abc", -1])
+@pytest.mark.parametrize(
+    "size", [1_600_000_000, pytest.param(10**5000, id="huge"), [1, 2], pytest.param(nested(60), id="nested"), "abc", -1]
+)
 def test_bytearrays_that_are_not_in_the_file(tmp_path, size):
     torch.save({"w": torch.ones(2), "x": Call(bytearray, size)}, tmp_path / "model.pt")
     with pytest.raises(
-        UnsafeFileError, match=r"is refused: its pickle asks for a bytearray of .* Nothing of it was run"
+        UnsafeFileError, match=r"is refused: its pickle asks for a bytearray made of .* Nothing of it was run"
     ):
         load_source(tmp_path / "model.pt")
 
@@ -212,6 +222,11 @@ def test_bytearrays_that_are_in_the_file(tmp_path, protocol):
         (nn.Linear, (1, 1, True, None), r"torch\.nn\.modules\.linear\.Linear with the arguments 1, 1, True, …,"),
         (torch.Tensor, (100000, 100000), r"torch\.Tensor with the arguments 100000, 100000,"),
         (torch.Size, (3,), r"torch\.Size with the arguments 3,"),
+        (
+            nn.Linear,
+            (nested(60), 10**5000),
+            r".*\.Linear with the arguments an object of type list, a very large integer,",
+        ),
     ],
 )
 def test_calls_with_arguments_of_the_files_choice(tmp_path, function, args, shown):
@@ -248,7 +263,7 @@ def test_tensors_beside_the_module_are_checked_before_torch_reads_them(tmp_path,
     net = nn.Sequential(nn.Linear(3, 2))
     torch.save({"model": net, "beside": [Outside()]}, tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
     source = load_source(tmp_path / "model.pt")
-    with pytest.raises(SourceError, match=r"a tensor is damaged: shape \[1073741824\] .* bytes, its data holds 4"):
+    with pytest.raises(SourceError, match=r"a tensor is damaged: shape \[1073741824\] .* bytes, but its data has 4"):
         source.program(OPTIONS)
 
 

@@ -67,7 +67,7 @@ def test_small_floats(tmp_path, name):
             bytes(20),
             r"'b' starts at byte 12, the tensor before it ends at 8",
         ),
-        ({"a": entry()}, bytes(9), r"its tensors take 8 bytes, 9 are there"),
+        ({"a": entry()}, bytes(9), r"its tensors take 8 bytes, but it holds 9"),
         (
             {"a": entry(shape=(1 << 62, 4))},
             bytes(8),
@@ -77,10 +77,10 @@ def test_small_floats(tmp_path, name):
         ({"a": entry(shape=(2.0,))}, bytes(8), r"the entry of 'a' needs dtype, shape and data_offsets"),
         ({"a": 3}, bytes(8), r"the entry of 'a' needs dtype, shape and data_offsets, got 3"),
         ({"a": entry("F4")}, bytes(8), r"tensor 'a' has dtype 'F4'; readable: F64, F32"),
-        (b'{"a": 1, "a": 2}', b"", r"its header is no JSON \('a' is there twice\)"),
-        (b'{"a": ' + b"[" * 100_000, b"", r"its header is no JSON"),
-        (b'{"a"', b"", r"its header is no JSON"),
-        ({"__metadata__": {"format": "pt"}}, b"", r"no tensor found in .*: it is a safetensors file without one"),
+        (b'{"a": 1, "a": 2}', b"", r"its header is not JSON \('a' occurs twice\)"),
+        (b'{"a": ' + b"[" * 100_000, b"", r"its header is not JSON"),
+        (b'{"a"', b"", r"its header is not JSON"),
+        ({"__metadata__": {"format": "pt"}}, b"", r"no tensor found in .*: the safetensors file is empty"),
     ],
 )
 def test_broken_headers(tmp_path, header, data, match):
@@ -115,6 +115,19 @@ def test_a_changed_byte_is_read_or_refused(tmp_path_factory, data):
             np.asarray(tensor.array)
     except SourceError:
         pass
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [0, 10**30], [0, 2**62], [0] + [2] * 32, [0, 2**31, 2**31]])
+def test_shapes_that_no_array_can_have(tmp_path, shape):
+    path = write(tmp_path / "m.safetensors", {"a": entry("F32", shape, (0, 0))}, b"")
+    with pytest.raises(SourceError, match=r"is (a )?damaged.*no array can have the shape (of 'a'|\[0, )"):
+        load_source(path)
+
+
+def test_an_empty_tensor_of_a_large_shape(tmp_path):
+    path = write(tmp_path / "m.safetensors", {"a": entry("F32", [0, 2**31], (0, 0))}, b"")
+    (tensor,) = load_source(path).tensors()
+    assert np.asarray(tensor.array).shape == (0, 2**31)
 
 
 def test_torch_is_never_imported(tmp_path):

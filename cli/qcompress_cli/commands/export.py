@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qcompress.compressed.source import CompressedSource
-from qcompress.deployment import Compute
+from qcompress.deployment import Compute, Deployment
 from qcompress.errors import ConfigError
 from qcompress.files import write_whole
 from qcompress.plan import combinations
@@ -18,6 +18,7 @@ from qcompress.sources.base import Source
 from qcompress_cli.commands.compute_report import ComputeReport
 from qcompress_cli.commands.export_report import Export
 from qcompress_cli.inputs import options
+from qcompress_cli.inputs.data import load_inputs
 from qcompress_cli.inputs.export_options import ExportOptions, export_options
 from qcompress_cli.inputs.open_model import open_model
 from qcompress_cli.inputs.outputs import Outputs, default_file, input_files
@@ -96,7 +97,7 @@ def _export(wanted: ExportOptions, given: RunOptions, ui: Ui) -> None:
     if isinstance(source, CompressedSource):
         job = _from_folder(source, wanted, given, ui)
     else:
-        job = _from_model(source, wanted, given, ui)
+        job = _from_model(source, wanted, given, target, ui)
     file = given.output or default_file(source, job.resolved, job.compute, format.suffix)
     if not wanted.dry_run:
         outputs.check_file(file)
@@ -154,7 +155,7 @@ def _snapped(small: "CompressedModel", given: RunOptions, ui: Ui) -> "Compressed
     return snap_offsets(small, data, sites)
 
 
-def _from_model(source: Source, wanted: ExportOptions, given: RunOptions, ui: Ui) -> _Job:
+def _from_model(source: Source, wanted: ExportOptions, given: RunOptions, target: Deployment, ui: Ui) -> _Job:
     """Check an export of a float model."""
     wanted.check_for_float_model(calibrated=given.calibration is not None)
     plan = _plan(wanted, given)
@@ -178,6 +179,7 @@ def _from_model(source: Source, wanted: ExportOptions, given: RunOptions, ui: Ui
             settings,
             calibration=_calibration(given, ui),
             source_digest=source.sha256[:11],
+            deployment=target,
             execution=Execution(device=device(given), track=ui.track),
         )
 
@@ -197,14 +199,7 @@ def _plan(wanted: ExportOptions, given: RunOptions) -> Plan:
 
 
 def _calibration(given: RunOptions, ui: Ui) -> "Dataset | None":
-    from qcompress.data.dataset import load_data
-
-    if given.calibration is None:
-        return None
-    data = load_data(given.calibration, transform=given.transform, what="--calibration")
-    for note in data.notes:
-        ui.note(note)
-    return data
+    return None if given.calibration is None else load_inputs(given.calibration, given, ui, "--calibration")
 
 
 def _write(built: "Built", small: "CompressedModel", outputs: Outputs, ui: Ui) -> "ExportReport":

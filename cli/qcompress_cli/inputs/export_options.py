@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import click
+from click.core import ParameterSource
 
 from qcompress.deployment import Compute
 from qcompress.errors import ConfigError
@@ -81,11 +82,12 @@ class ExportOptions:
 
     @classmethod
     def of(cls, params: Mapping[str, Any], settings: type[Settings]) -> "ExportOptions":
-        """Return the record of what click parsed."""
+        """Return the record of what click parsed for the current command."""
+        source = click.get_current_context().get_parameter_source
         return cls(
             settings=settings,
             plan_fields={f.name: params[f.name] for f in settings.fields if f.has_option},
-            on_command_line=frozenset(name for name, value in params.items() if value),
+            on_command_line=frozenset(name for name in params if source(name) is ParameterSource.COMMANDLINE),
             **{f.name: params[f.name] for f in fields(cls) if f.name in params},
         )
 

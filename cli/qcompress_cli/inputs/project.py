@@ -4,7 +4,6 @@ Options of the command line win over it, key by key; `run_options` merges the tw
 """
 
 import shlex
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ import pydantic
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from qcompress.errors import ConfigError
+from qcompress.plan import toml
 from qcompress.plan.fields import BITS
 from qcompress_cli.inputs.shapes import Dynamic, InputShape, parse_input_shape
 from qcompress_cli.inputs.tables import read_table
@@ -169,11 +169,12 @@ def _from_config(value: Any, name: str, where: str) -> Any:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as e:
         raise ConfigError(f"{path} cannot be read: {e.strerror}.") from None
-    except (ValueError, RecursionError) as e:  # not TOML, not UTF-8, or an integer of thousands of digits
+    except UnicodeDecodeError as e:
         raise ConfigError(f"{path} is not valid TOML: {e}.") from None
+    return toml.parsed(text, str(path))
 
 
 def _tool_table(path: Path) -> dict[str, Any] | None:

@@ -69,7 +69,7 @@ class Ui:
         if self.json:
             with self._to_stdout():
                 # Line by line: a single write of more than a pipe holds does not report that its reader is gone.
-                self.out.file.writelines(json.dumps(report, indent=2, allow_nan=False).splitlines(keepends=True))
+                self.out.file.writelines(json_text(report).splitlines(keepends=True))
                 self.out.file.write("\n")
 
     def wrote(self, path: Path) -> None:
@@ -105,6 +105,11 @@ class Ui:
         if self.width >= _UNBOUNDED:
             return True
         return Measurement.get(self.out, self.out.options.update(width=_UNBOUNDED), table).maximum <= self.width
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """Return a JSON document as all commands write it."""
+    return json.dumps(document, indent=2, allow_nan=False)
 
 
 def new_table(name: str, columns: Sequence[str], *, title: str | None = None, left: Iterable[str] = ()) -> Table:

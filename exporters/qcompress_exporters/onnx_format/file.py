@@ -11,7 +11,8 @@ from qcompress.artifacts.base import bits_per_weight
 from qcompress.artifacts.size import SizeReport, ideal_nbytes
 from qcompress.compressed.model import CompressedModel
 from qcompress.graph.conversion import to_numpy
-from qcompress.graph.sites import input_sites, layer_input_sites, mark
+from qcompress.graph.marks import input_sites, mark
+from qcompress.graph.sites import layer_input_sites
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.digests import grid_digest
 from qcompress_exporters.onnx_format.encodings.native import Native

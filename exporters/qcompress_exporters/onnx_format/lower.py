@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight, SiteGrid
 from qcompress.errors import ConfigError
@@ -59,7 +59,7 @@ class Lowered:
     @property
     def payload(self) -> int:
         """Bytes of all initializers."""
-        return sum(len(t.raw_data) for t in self.model.graph.initializer)
+        return sum(len(t.raw_data) or numpy_helper.to_array(t).nbytes for t in self.model.graph.initializer)
 
     def serialize(self, metadata: Mapping[str, str] | None = None) -> bytes:
         """The file's bytes."""

@@ -18,9 +18,9 @@ from onnx import numpy_helper
 from onnxscript import optimizer, values, version_converter
 
 from qcompress.errors import SourceError
+from qcompress.graph.marks import site_op
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.quiet import quiet_torch
-from qcompress.graph.sites import site_op
 from qcompress_exporters.onnx_format.names import ShortNames
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET, ir_version
 

@@ -15,8 +15,8 @@ import onnx
 from qcompress.artifacts.base import along_axis, broadcast_scale
 from qcompress.errors import SourceError
 from qcompress.graph.layers import bias_of, layers, weight_layers
+from qcompress.graph.marks import MarkedRunner, Visit, input_sites, output_layers, site_op
 from qcompress.graph.program import FloatProgram, copy_graph, rebuild, state_nodes
-from qcompress.graph.sites import MarkedRunner, Visit, input_sites, output_layers, site_op
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.digests import grid_digest
 from qcompress_exporters.onnx_format.edit import GraphEditor

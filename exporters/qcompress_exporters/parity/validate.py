@@ -16,8 +16,8 @@ from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError, DataError, SourceError
 from qcompress.graph.batchnorm import fold_batchnorm
 from qcompress.graph.conversion import to_numpy
+from qcompress.graph.marks import mark
 from qcompress.graph.program import FloatProgram, Runner
-from qcompress.graph.sites import mark
 from qcompress.metrics.metric import compare
 from qcompress.metrics.similarity import agreement, is_constant, sqnr_db
 from qcompress.progress import Track

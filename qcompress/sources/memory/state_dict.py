@@ -1,4 +1,4 @@
-"""A state dict in memory: names to torch tensors or numpy arrays."""
+"""The Source of a state dict in memory: names to torch tensors or numpy arrays."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @final
 class StateDictSource:
-    """Named tensors in memory; with an architecture also a program.
+    """Named tensors in memory, and their program if an architecture is given.
 
     Args:
-        state: names to torch tensors or numpy arrays; is read, never changed.
+        state: names to torch tensors or numpy arrays; it is not changed.
         options: `arch` names the architecture.
 
     Raises:
-        SourceError: no tensor is in it, or a value is none.
+        SourceError: it is empty, or a value is not a tensor.
 
     >>> source = StateDictSource({"fc.weight": np.zeros((2, 3), np.float32)})
     >>> [(t.name, t.kind, t.array.shape) for t in source.tensors()]
@@ -44,7 +44,7 @@ class StateDictSource:
         for name, value in state.items():
             if not isinstance(name, str) or not (isinstance(value, np.ndarray) or hasattr(value, "untyped_storage")):
                 raise SourceError(
-                    f"a state dict must map names to tensors, got {type(value).__name__} at {str(name)!r}: hand over "
+                    f"a state dict must map names to tensors, got {type(value).__name__} at {str(name)!r}: pass "
                     "the dictionary that holds the tensors themselves."
                 )
             names.setdefault(_identity(value), []).append(name)
@@ -57,12 +57,12 @@ class StateDictSource:
 
     @property
     def original_bytes(self) -> int:
-        """Bytes of its tensors, tied ones once."""
+        """Size of its tensors in bytes, tied ones once."""
         return sum(math.prod(t.array.shape) * np.dtype(t.array.dtype).itemsize for t in self._tensors)
 
     @property
     def sha256(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes."""
+        """SHA-256 of the tensors' names, dtypes, shapes and bytes."""
         return digest_of(iter(self._tensors))
 
     def tensors(self) -> Iterator[SourceTensor]:
@@ -70,7 +70,7 @@ class StateDictSource:
         return with_kinds_of(self._tensors, self._options, self.label)
 
     def program(self, options: ProgramOptions) -> "FloatProgram":
-        """The program of the architecture with these tensors in it."""
+        """The program of the architecture, with these tensors loaded into it."""
         return program_of_state_dict(self._tensors, self._options, options, self.label)
 
 

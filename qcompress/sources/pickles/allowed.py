@@ -1,4 +1,4 @@
-"""Which classes a pickled module may be made of: torch.nn's own, and those that the user names."""
+"""The classes that a pickled module may consist of: torch.nn's own, and those that the user names."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -6,10 +6,10 @@ from typing import Any, Final
 
 from qcompress.errors import SourceError, UnsafeFileError
 from qcompress.sources.pickles.machine import Unpickled
-from qcompress.sources.pickles.standins import Name
+from qcompress.sources.pickles.standins import Name, shown
 from qcompress.user_code import find_object
 
-# Names beside classes that torch.nn modules carry as attributes; each computes on tensors and does nothing else.
+# Functions that torch.nn modules have as attributes; each computes on tensors and does nothing else.
 _HARMLESS: Final = frozenset(
     {
         "torch.nn.functional.relu",
@@ -20,7 +20,7 @@ _HARMLESS: Final = frozenset(
         "torch._C._nn.gelu",
     }
 )
-# What torch's restricted unpickler knows by itself, as far as a module's pickle needs it.
+# Names that torch's restricted unpickler allows by itself, as far as the pickle of a module needs them.
 _KNOWN_TO_TORCH: Final = frozenset(
     {
         "collections.OrderedDict",
@@ -44,15 +44,15 @@ _KNOWN_TO_TORCH: Final = frozenset(
     }
 )
 WAYS_OUT: Final = (
-    "save a .pt2 (torch.export.save), or a state dict and name its architecture with --arch, or allow the class with "
+    "save a .pt2 (torch.export.save), or a state dict and pass its architecture with --arch, or allow the class with "
     "--allow-class {example}. Only if you trust whoever made the file: --trust-pickle."
 )
 
 
 def module_class(name: Name) -> type | None:
-    """The torch.nn class of that name, or None; looked up among what torch has imported, never imported.
+    """The torch.nn class of that name, or None. It is looked up among the modules that torch has imported already.
 
-    A name that torch.nn merely re-exports (`torch.nn.modules.module.functools`) is none of its classes.
+    A name that torch.nn merely re-exports (`torch.nn.modules.module.functools`) does not count.
 
     >>> import torch
     >>> module_class(Name("torch.nn.modules.conv", "Conv2d")) is torch.nn.Conv2d
@@ -97,15 +97,16 @@ def allow_list(pickled: Unpickled, allow_classes: Sequence[str], label: str) -> 
     if refused:
         raise refusal(refused, label)
     for made in pickled.stand_ins:
-        if _match(made.made_by, granted) is None and not _ARGUMENTS.get(str(made.made_by), _none)(made.args):
+        if _match(made.made_by, granted) is None and not _ARGUMENTS.get(str(made.made_by), _no_arguments)(made.args):
+            args = f"{', '.join(map(shown, made.args[:3]))}{', …' if len(made.args) > 3 else ''}"
             raise UnsafeFileError(
-                f"{label} is refused: its pickle calls {made.made_by} with {_shown(made.args)}, which torch.save does "
-                "not write and which could take any amount of memory. Nothing of it was run."
+                f"{label} is refused: its pickle calls {made.made_by} with the arguments {args}, which torch.save does "
+                "not write and which could make an object of any size. Nothing of it was run."
             )
     return allowed
 
 
-def _none(args: tuple[Any, ...]) -> bool:
+def _no_arguments(args: tuple[Any, ...]) -> bool:
     return not args
 
 
@@ -126,14 +127,8 @@ _ARGUMENTS: Final[Mapping[str, Callable[[tuple[Any, ...]], bool]]] = {
 }
 
 
-def _shown(args: tuple[Any, ...]) -> str:
-    """Arguments in few words; those of a hostile file may be endless."""
-    shown = [repr(arg)[:40] if isinstance(arg, str | int | float | None) else type(arg).__name__ for arg in args[:3]]
-    return f"the arguments {', '.join(shown)}{', …' if len(args) > 3 else ''}"
-
-
 def calls(names: Iterable[Name]) -> list[Name]:
-    """The names that are neither torch's own data nor torch.nn's classes by their spelling; needs no torch.
+    """The names that, by their spelling, are neither torch's own data nor classes of torch.nn; torch is not imported.
 
     >>> [str(n) for n in calls([Name("torch._utils", "_rebuild_tensor_v2"), Name("posix", "system")])]
     ['posix.system']
@@ -148,7 +143,7 @@ def calls(names: Iterable[Name]) -> list[Name]:
 
 
 def refusal(names: Sequence[Name], label: str) -> UnsafeFileError:
-    """The error that lists foreign names and the ways out."""
+    """The error that lists unknown names and the ways out."""
     listed = ", ".join(str(n) for n in names[:10]) + (", …" if len(names) > 10 else "")
     first = names[0]
     module = "your_module" if first.module == "__main__" else first.module
@@ -161,14 +156,14 @@ def refusal(names: Sequence[Name], label: str) -> UnsafeFileError:
 def _granted(spec: str) -> type:
     found = find_object(spec, "--allow-class")
     if not isinstance(found, type):
-        raise SourceError(f"--allow-class {spec}: a class is needed, it is of type {type(found).__name__}.")
+        raise SourceError(f"--allow-class {spec} must be a class, got {type(found).__name__}.")
     return found
 
 
 def _match(name: Name, granted: dict[str, type]) -> type | None:
     for spec, found in granted.items():
         place, _, attribute = spec.rpartition(":")
-        # a script's own classes are saved as of __main__, whatever module they are imported from later
+        # classes of a script are saved as classes of __main__, whatever module they are imported from later
         if name.name == attribute and name.module in (place, found.__module__, "__main__"):
             return found
     return None

@@ -1,7 +1,7 @@
-"""A file that torch.save wrote: a state dict, nested or not, or a pickled module.
+"""Reads files that torch.save wrote: a state dict, nested or not, or a pickled module.
 
-Its tensors are read through inert stand-ins, without torch and whatever classes it names. Only a module that is to
-run goes through `torch.load`, and through its restricted unpickler unless `--trust-pickle` is given.
+The tensors are read without torch, and without the classes that the file names. Only a module that is to run goes
+through `torch.load`: through its restricted unpickler, unless `--trust-pickle` is given.
 """
 
 import io
@@ -37,19 +37,26 @@ MAX_STORAGES: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Content:
+class Content:
+    """The contents of a file that torch.save wrote.
+
+    Args:
+        pickled: its object.
+        data: returns the bytes of a storage by its key.
+    """
+
     pickled: Unpickled
-    data: Callable[[str], Bytes]  # of a storage, by its key
+    data: Callable[[str], Bytes]
 
 
 @final
 class CheckpointSource(AbstractFile):
-    """The tensors of a torch checkpoint, and its program where it is a module or `--arch` is named.
+    """The tensors of a torch checkpoint, and its program if it is a module or `--arch` is given.
 
     Args:
         path: the file.
         options: how it may be read.
-        legacy: whether it is in the format before torch 1.6, which is no zip.
+        legacy: whether it has the format before torch 1.6, which is not a zip.
 
     Raises:
         SourceError: it is damaged, or holds no named tensor.
@@ -58,7 +65,7 @@ class CheckpointSource(AbstractFile):
     def __init__(self, path: Path, options: SourceOptions | None = None, *, legacy: bool = False) -> None:
         self.path = path
         self._options = options or SourceOptions()
-        self._content = _read_legacy(path) if legacy else _read_zip(path)
+        self._content = _read_legacy(path) if legacy else read_zip(ZipArchive(path))
         self._sizes: dict[str, int] = {}
         try:
             self._chosen = choose(self._content.pickled.value, str(path))
@@ -71,14 +78,14 @@ class CheckpointSource(AbstractFile):
 
     @property
     def note(self) -> str | None:
-        """Which of several models in the file was taken; None where there is one."""
+        """A note that says which of several models in the file was taken; None if there is only one."""
         if not self._chosen.others:
             return None
         where = repr(self._chosen.where) if self._chosen.where else "the top level"
         return f"{self.label}: tensors taken from {where}; not read: {', '.join(map(repr, self._chosen.others))}."
 
     def tensors(self) -> Iterator[SourceTensor]:
-        """Every tensor in the file's order, tied ones once; unknown classes are read past, nothing is run."""
+        """Every tensor in the file's order, tied ones once; unknown classes are skipped, and nothing is run."""
         if self._chosen.is_module:
             return self._tensors(self._chosen.tensors)
         return with_kinds_of(self._tensors(self._chosen.tensors), self._options, self.label)
@@ -87,8 +94,8 @@ class CheckpointSource(AbstractFile):
         """The program of `--arch` with these tensors, or of the pickled module.
 
         Raises:
-            UnsafeFileError: the module needs classes that nobody allowed.
-            SourceError: a state dict without `--arch`.
+            UnsafeFileError: the module needs classes that are not allowed.
+            SourceError: it is a state dict, and `--arch` is not given.
         """
         if self._options.arch is None and self._chosen.is_module:
             module = self.module()
@@ -103,8 +110,8 @@ class CheckpointSource(AbstractFile):
         """The pickled module.
 
         Raises:
-            UnsafeFileError: it needs classes that nobody allowed.
-            SourceError: it is none, or cannot be loaded.
+            UnsafeFileError: it needs classes that are not allowed.
+            SourceError: the file holds no module, or it cannot be loaded.
         """
         try:
             import torch
@@ -112,7 +119,7 @@ class CheckpointSource(AbstractFile):
             raise missing("torch", "loading a pickled module") from None
         allowed: list[Any] = []
         if self._options.trust_pickle:
-            first_on_path(Path.cwd())  # where the classes of a user's own script are
+            first_on_path(Path.cwd())  # for classes of the user's own scripts
         else:
             allowed = self._allow_list()
         try:
@@ -123,12 +130,14 @@ class CheckpointSource(AbstractFile):
         except Exception as e:
             raise SourceError(
                 f"{self.label}: the pickled module in it cannot be loaded ({_reason(e)}). Save a .pt2 "
-                "(torch.export.save), or a state dict and name its architecture with --arch."
+                "(torch.export.save), or a state dict and pass its architecture with --arch."
             ) from e
         for key in self._chosen.where.split(".") if self._chosen.where else ():
             value = value[key]
         if not isinstance(value, torch.nn.Module):
-            raise SourceError(f"{self.label} holds no module but an object of type {type(value).__name__}.")
+            raise SourceError(
+                f"{self.label} must hold a module, but it holds an object of type {type(value).__name__}."
+            )
         return value
 
     def _tensors(self, named: list[Named]) -> Iterator[SourceTensor]:
@@ -166,28 +175,36 @@ class CheckpointSource(AbstractFile):
 
 
 def _reason(e: Exception) -> str:
-    """What went wrong, without torch's advice to turn its safety off."""
+    """The reason of an error of torch.load, without torch's advice to turn its safety off."""
     _, _, detail = " ".join(str(e).split()).partition("WeightsUnpickler error: ")
     return detail.partition(" Please ")[0].partition(" Check the ")[0][:200] if detail else one_line(e)
 
 
-def _read_zip(path: Path) -> _Content:
-    archive = ZipArchive(path).without_top_folder()
+def read_zip(archive: ZipArchive) -> Content:
+    """Read what torch.save wrote, as torch has done since version 1.6.
+
+    Raises:
+        SourceError: the pickle in it is damaged, or refused.
+    """
+    archive = archive.without_top_folder()
+    label = archive.label
     order = archive.read("byteorder", limit=16) if "byteorder" in archive else b"little"
     if order != b"little":
-        raise SourceError(f"{path}: numbers in {order!r} byte order are not read. Save the file on a usual machine.")
-    found = unpickle(io.BytesIO(archive.read("data.pkl")), str(path))
-    return _Content(found, lambda key: archive.data(f"data/{key}"))
+        raise SourceError(
+            f"{label}: only numbers in little byte order are read, got {order!r}. Save the file on a usual machine."
+        )
+    found = unpickle(io.BytesIO(archive.read("data.pkl")), label)
+    return Content(found, lambda key: archive.data(f"data/{key}"))
 
 
-def _read_legacy(path: Path) -> _Content:
-    """The stream before torch 1.6: magic, version, system, the object, the storages' keys, the storages."""
+def _read_legacy(path: Path) -> Content:
+    """Read the format before torch 1.6: magic, version, system, the object, the keys of storages, the storages."""
     with path.open("rb") as f:
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     for _ in range(3):
         head = unpickle(mapped, str(path))
     if not isinstance(head.value, dict) or head.value.get("little_endian") is not True:
-        raise SourceError(f"{path}: only files in little byte order are read. Save the file on a usual machine.")
+        raise SourceError(f"{path} must be in little byte order. Save it on a machine of that order.")
     found = unpickle(mapped, str(path))
     keys = unpickle(mapped, str(path)).value
     if not isinstance(keys, list) or len(keys) > MAX_STORAGES or not all(isinstance(k, str) for k in keys):
@@ -211,4 +228,4 @@ def _read_legacy(path: Path) -> _Content:
         start, nbytes = places[key]
         return np.memmap(path, np.uint8, "r", start, (nbytes,)) if nbytes else np.zeros(0, np.uint8)
 
-    return _Content(found, data)
+    return Content(found, data)

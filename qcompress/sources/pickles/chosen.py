@@ -1,4 +1,4 @@
-"""Which of a checkpoint's tensors are the model's, and what they are called."""
+"""Chooses the tensors of a checkpoint that are the model's, and gives them their names."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -8,9 +8,9 @@ from typing import Any, Final
 from qcompress.errors import SourceError
 from qcompress.graph.module_types import layer_kind
 from qcompress.kinds import UNKNOWN
-from qcompress.sources.pickles.standins import StandIn, TensorRef
+from qcompress.sources.pickles.standins import StandIn, TensorRef, shown
 
-# Where checkpoints keep their model, the likeliest first.
+# The keys under which checkpoints keep their model, the most likely first.
 _USUAL: Final = ("", "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 _PREFIXES: Final = ("module.", "_orig_mod.")
 MAX_DEPTH: Final = 200
@@ -25,9 +25,9 @@ class Named:
     Args:
         name: as in `named_parameters`.
         kind: the layer's kind, or unknown in a bare state dict.
-        ref: where its bytes are.
+        ref: its data in the file.
         persistent: whether a state dict would hold it.
-        buffer: whether it is a module's buffer.
+        buffer: whether it is a buffer of a module.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Chosen:
     """The part of a checkpoint that is the model.
 
     Args:
-        where: its key in the checkpoint, empty for the whole.
-        tensors: in order; tied ones once per name.
+        where: its key in the checkpoint; empty for the whole checkpoint.
+        tensors: its tensors in order; tied ones once for each name.
         is_module: whether it is a pickled module rather than a state dict.
-        others: keys of further candidates.
+        others: keys of the other candidates.
     """
 
     where: str
@@ -55,7 +55,7 @@ class Chosen:
 
 
 def choose(value: Any, label: str) -> Chosen:
-    """The model in what a checkpoint holds: a module, a state dict, or either one level or two down.
+    """Find the model in a checkpoint: a module or a state dict, at the top or up to two levels down.
 
     Raises:
         SourceError: there is no named tensor.
@@ -91,7 +91,7 @@ def _places(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _named(value: Any, label: str) -> list[Named]:
     if isinstance(value, StandIn):
-        found = list(_of_module(value, label))  # parameters, then buffers, as a module in memory tells them
+        found = list(_of_module(value, label))  # parameters, then buffers, in the order of a module in memory
         return [t for t in found if not t.buffer] + [t for t in found if t.buffer]
     if isinstance(value, dict):
         return [Named(k, UNKNOWN, v) for k, v in value.items() if isinstance(k, str) and isinstance(v, TensorRef)]
@@ -106,13 +106,13 @@ def _without_prefix(tensors: list[Named]) -> list[Named]:
 
 
 def _of_module(root: StandIn, label: str) -> Iterator[Named]:
-    """Parameters and buffers of a module, then of its children."""
+    """The parameters and buffers of a module, then of its children."""
     pending: list[tuple[str, StandIn, tuple[int, ...]]] = [("", root, ())]
     for visited in itertools.count():
         if not pending:
             return
         prefix, module, above = pending.pop()
-        if visited > MAX_MODULES:  # a few modules that hold each other twice are without end, too
+        if visited > MAX_MODULES:  # for example, forty modules each of which holds the next one twice
             raise SourceError(f"{label} is refused: it claims to hold over {MAX_MODULES} modules.")
         if id(module) in above or len(above) > MAX_DEPTH:
             raise SourceError(f"{label} is refused: its modules hold each other, or are nested over {MAX_DEPTH} deep.")
@@ -139,6 +139,6 @@ def _describe(value: Any) -> str:
     if isinstance(value, StandIn):
         return f"an object made by {value.made_by}, which was not run"
     if isinstance(value, dict):
-        keys = ", ".join(str(k)[:40] for k in list(value)[:8])
+        keys = ", ".join(k[:40] if isinstance(k, str) else shown(k) for k in list(value)[:8])
         return f"a dict with the keys {keys}" if keys else "an empty dict"
     return f"an object of type {type(value).__name__}"

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol, final
 
 from qcompress.errors import SourceError
 from qcompress.sources.pickles.calls import CALLS, safe_key
-from qcompress.sources.pickles.standins import STORAGES, Name, StandIn, StorageRef, TensorRef
+from qcompress.sources.pickles.standins import STORAGES, Name, StandIn, StorageRef, TensorRef, shown
 from qcompress.zip_archive import MAX_PARSED
 
 # Each opcode is a step, and so is each element that a call copies. A step takes some 200 bytes of memory at most.
@@ -73,7 +73,8 @@ def unpickle(stream: Readable, label: str) -> Unpickled:
     except SourceError:
         raise
     except Exception as e:  # a damaged pickle makes an opcode fail in any way, for example on an empty stack
-        raise SourceError(f"{label} is damaged: its pickle cannot be read ({type(e).__name__}: {e}).") from None
+        reason = " ".join(str(e).split())[:200]
+        raise SourceError(f"{label} is damaged: its pickle cannot be read ({type(e).__name__}: {reason}).") from None
     return Unpickled(value, list(machine.names), machine.storages, machine.stand_ins, machine.tensors)
 
 
@@ -246,13 +247,13 @@ class Machine:
     def stack_global(self) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if type(name) is not str or type(module) is not str:
-            raise ValueError("a name that is no text")
+            raise ValueError("a name that is not text")
         self.push(self.named(module, name))
 
     def call(self, function: Any, args: Any) -> Any:
         """The result of a call: a container, a tensor reference or, for any call that is not in CALLS, a stand-in."""
         if not isinstance(function, Name) or not isinstance(args, tuple):
-            raise SourceError(f"{self.label} is damaged: its pickle calls an object of type {type(function).__name__}.")
+            raise SourceError(f"{self.label} is damaged: its pickle calls {shown(function)}.")
         self.spend(len(args))
         if (known := CALLS.get(str(function))) is None:
             made: Any = StandIn(function, args)
@@ -268,7 +269,7 @@ class Machine:
     def new_with_keywords(self) -> None:
         kwargs, args = self._stack.pop(), self._stack.pop()
         if not isinstance(args, tuple):
-            raise ValueError("arguments that are no tuple")
+            raise ValueError("arguments that are not a tuple")
         self._stack[-1] = self.call(self._stack[-1], (*args, kwargs))
 
     def make_instance(self) -> None:
@@ -291,7 +292,7 @@ class Machine:
             self.push(pid[1])
             return
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
-            raise SourceError(f"{self.label} is damaged: it refers to something beside it that is no tensor.")
+            raise SourceError(f"{self.label} is damaged: it refers to something beside it that is not a tensor.")
         kind, key, count = pid[1], pid[2], pid[4]
         if len(pid) > 5 and pid[5] is not None:
             raise SourceError(f"{self.label}: views of storages as torch 0.3 wrote them are not read. Save it again.")

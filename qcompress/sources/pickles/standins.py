@@ -1,11 +1,11 @@
-"""What stands in a pickle's place: names never looked up, calls never made, storages and tensors not read yet."""
+"""The stand-ins in an unpickled object: for names, for calls that are not made, and for data that is not read yet."""
 
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from qcompress.sources.strided import Strided
 
-# How a legacy storage class names its dtype.
+# The dtypes of torch's classes of storages, by the name of the class.
 STORAGES: Final = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -23,9 +23,22 @@ STORAGES: Final = {
 }
 
 
+def shown(value: Any) -> str:
+    """A value of a pickle in a few words for messages; printing a hostile one could take forever.
+
+    >>> shown("abc"), shown(10**5000), shown([[1]])
+    ("'abc'", 'a very large integer', 'an object of type list')
+    """
+    if type(value) is int and value.bit_length() > 64:
+        return "a very large integer"
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return repr(value[:40] if isinstance(value, str | bytes) else value)
+    return str(value) if isinstance(value, Name) else f"an object of type {type(value).__name__}"
+
+
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A class or function that the pickle names, never looked up."""
+    """A class or function that the pickle names; it is never looked up."""
 
     module: str
     name: str
@@ -36,7 +49,7 @@ class Name:
 
 @dataclass(slots=True, eq=False)
 class StandIn:
-    """What a call in the pickle would have made: the name that was called, and the state that was handed to it."""
+    """The result that a call in the pickle would have had: the name that is called, its arguments, and the state."""
 
     made_by: Name
     args: tuple[Any, ...] = ()
@@ -44,7 +57,7 @@ class StandIn:
     items: dict[Any, Any] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
-        """The attributes that the object would have had."""
+        """The attributes that the object would have."""
         state = self.state
         if isinstance(state, tuple) and len(state) == 2:  # (dict, slots)
             state = {**(state[0] or {}), **(state[1] or {})} if all(isinstance(s, dict | None) for s in state) else {}
@@ -53,7 +66,7 @@ class StandIn:
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """A storage of the file: its key, dtype and size in elements."""
+    """A storage of the file: its key, its dtype, and its size in elements."""
 
     key: str
     dtype: str
@@ -62,10 +75,10 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor of the file, its bytes not read yet.
+    """A tensor of the file, whose bytes are not read yet.
 
     Args:
-        view: dtype, shape and strides over a storage.
+        view: its dtype, shape and strides over a storage.
         parameter: whether it was an nn.Parameter.
     """
 

@@ -1,8 +1,8 @@
-"""An exported program (.pt2), read as if it were hostile.
+"""Reads exported programs (.pt2) as if they were hostile.
 
 `torch.export.load` would unpickle sample inputs, weights and constants without restriction, import modules that tree
-specifications name, evaluate sizes through sympy and execute guards. So the archive is checked first, and torch gets
-another archive, written here from what was checked: no pickle of the file, no unknown member, no second reading.
+specifications name, evaluate sizes through sympy and execute guards. So the archive is checked first, and torch reads
+another archive, which is written here from checked values alone: it has no pickle of the file and no unknown member.
 """
 
 import io
@@ -25,6 +25,7 @@ from qcompress.sources.file_source import AbstractFile
 from qcompress.sources.pt2.graph import checked_program
 from qcompress.sources.pt2.kinds import graph_kinds
 from qcompress.sources.pt2.payload import Payload, read_payload
+from qcompress.sources.pt2.samples import checked_samples
 from qcompress.sources.strided import Strided, lazy_view
 from qcompress.user_code import one_line
 from qcompress.zip_archive import ZipArchive
@@ -45,16 +46,16 @@ _MEMBERS: Final = re.compile(
 
 @final
 class ExportedSource(AbstractFile):
-    """An exported program in a file: its tensors read from the archive, its program through a checked copy.
+    """An exported program in a file: its tensors are read from the archive, its program through a checked copy.
 
     Args:
         path: the file.
-        options: with `arch` the tensors are laid into that architecture instead.
-        weightless: whether a program without a single tensor will do.
+        options: with `arch`, the tensors are loaded into that architecture instead.
+        weightless: whether a program without any tensor is accepted.
 
     Raises:
-        UnsafeFileError: it holds compiled code, pickled weights or other things that could run.
-        SourceError: it is damaged, or in a layout that is not read.
+        UnsafeFileError: it holds compiled code, pickled weights or anything else that could run.
+        SourceError: it is damaged, or has a layout that is not read.
     """
 
     def __init__(self, path: Path, options: SourceOptions | None = None, *, weightless: bool = False) -> None:
@@ -69,11 +70,11 @@ class ExportedSource(AbstractFile):
             raise SourceError(f"no tensor found in {path}: the exported program has no weights.")
 
     def tensors(self) -> Iterator[SourceTensor]:
-        """Every weight and constant, tied ones once; torch is not asked, nothing of the file is run."""
+        """Every weight and constant, tied ones once; torch is not needed, and nothing of the file is run."""
         return self._tensors(self._weights, self._constants)
 
     def program(self, options: ProgramOptions) -> "FloatProgram":
-        """The program, its archive checked and written anew before torch sees it.
+        """The program, whose archive is checked and written anew before torch reads it.
 
         Raises:
             UnsafeFileError: something in the archive could run code.
@@ -88,7 +89,7 @@ class ExportedSource(AbstractFile):
         return from_exported(exported, options)
 
     def exported_program(self) -> "torch.export.ExportedProgram":
-        """What `torch.export.load` makes of the checked archive.
+        """Load the checked archive with `torch.export.load`.
 
         Raises:
             UnsafeFileError: something in the archive could run code.
@@ -102,7 +103,7 @@ class ExportedSource(AbstractFile):
         log = logging.getLogger("torch.export")
         level = log.level
         try:
-            log.setLevel(logging.CRITICAL)  # torch logs a traceback for what is told as an error below
+            log.setLevel(logging.CRITICAL)  # torch logs a traceback; the error below says the same
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return torch.export.load(checked)
@@ -112,7 +113,7 @@ class ExportedSource(AbstractFile):
             writer = self._json.get("torch_version") or "an unknown torch"
             raise SourceError(
                 f"{self.label} was exported by torch {writer} and cannot be loaded by torch {torch.__version__}: "
-                f"{one_line(e)}. Export it again with this torch, or name its architecture with --arch."
+                f"{one_line(e)}. Export it again with this torch, or pass its architecture with --arch."
             ) from e
         finally:
             log.setLevel(level)
@@ -144,7 +145,7 @@ class ExportedSource(AbstractFile):
                 out.writestr(f"model/{name}", text)
             out.writestr("model/byteorder", "little")
             out.writestr(f"model/{_MODEL}", json.dumps(program))
-            out.writestr(f"model/{_SAMPLES}", self._checked_samples())
+            out.writestr(f"model/{_SAMPLES}", self._samples())
             for which, payload in (("weights", self._weights), ("constants", self._constants)):
                 out.writestr(f"model/data/{which}/model_{which}_config.json", json.dumps(payload.config))
                 for member in dict.fromkeys(view.storage for view in payload.views.values()):
@@ -153,36 +154,21 @@ class ExportedSource(AbstractFile):
         buffer.seek(0)
         return buffer
 
-    def _checked_samples(self) -> bytes:
-        """The sample inputs, loaded by the restricted unpickler and saved anew."""
-        import torch
-
+    def _samples(self) -> bytes:
         raw = self._archive.read(_SAMPLES, limit=1 << 32) if _SAMPLES in self._archive else b""
-        if not raw:
-            return b""
-        try:
-            samples = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        except Exception as e:
-            raise UnsafeFileError(
-                f"{self.label} is refused: its sample inputs are a pickle of more than tensors and plain values "
-                f"({one_line(e)[:200]}). torch.export.load would unpickle it without restriction. Nothing of it was "
-                "run. Export the model with plain tensors as inputs."
-            ) from None
-        buffer = io.BytesIO()
-        torch.save(samples, buffer)
-        return buffer.getvalue()
+        return checked_samples(raw, self.label) if raw else b""
 
 
 def load_exported(path: Path) -> "torch.export.ExportedProgram":
-    """What `torch.export.load` gives, for a file that nobody vouches for: checked first, nothing of it run.
+    """Load an untrusted file as `torch.export.load` would, but check it first and run nothing of it.
 
     Raises:
-        SourceError: it is no exported program, is damaged, or this torch cannot read it.
+        SourceError: it is not an exported program, is damaged, or this torch cannot read it.
         UnsafeFileError: something in it could run code.
     """
     content = content_of(path)
     if content != "exported":
-        raise SourceError(f"{path} must be an exported program, it is {DESCRIPTIONS[content]}.")
+        raise SourceError(f"{path} must be an exported program, but it is {DESCRIPTIONS[content]}.")
     return ExportedSource(path, weightless=True).exported_program()
 
 
@@ -190,35 +176,36 @@ def _check_members(archive: ZipArchive) -> None:
     for name in archive.names:
         if name.startswith(("data/aotinductor/", "data/executorch/")) or name.endswith((".so", ".cubin", ".cpp")):
             raise UnsafeFileError(
-                f"{archive.path} is refused: it holds compiled code ({name}), which loading would run. Save the "
+                f"{archive.label} is refused: it holds compiled code ({name}), which loading would run. Save the "
                 "exported program itself with torch.export.save."
             )
         if name in ("data/weights/model.pt", "data/constants/model.pt"):
             raise UnsafeFileError(
-                f"{archive.path} is refused: {name} is a pickle as older torch wrote it. Load it where you trust it "
-                "and save it again with torch.export.save of torch 2.9 or later."
+                f"{archive.label} is refused: {name} is a pickle as older torch wrote it. If you trust the file, load "
+                "it and save it again with torch.export.save of torch 2.9 or later."
             )
         if re.match(r"data/constants/(custom_obj|opaque_obj)", name):
             raise UnsafeFileError(
-                f"{archive.path} is refused: it holds a custom object ({name}), a pickle that torch would run. Export "
+                f"{archive.label} is refused: it holds a custom object ({name}), a pickle that torch would run. Export "
                 "a model of plain tensors."
             )
         if not _MEMBERS.match(name):
             raise UnsafeFileError(
-                f"{archive.path} is refused: it holds {name!r}, which torch.export.save writes for no float model."
+                f"{archive.label} is refused: it holds {name!r}, which torch.export.save does not write for a float "
+                "model."
             )
     version = archive.read("archive_version", limit=16) if "archive_version" in archive else b"0"
     if archive.read("archive_format", limit=16) != b"pt2" or version.strip() != b"0":
-        raise SourceError(f"{archive.path}: an exported program in archive version 0 is needed, got {version!r}.")
+        raise SourceError(f"{archive.label} must be an exported program in archive version 0, got {version!r}.")
     if "byteorder" in archive and archive.read("byteorder", limit=16) != b"little":
-        raise SourceError(f"{archive.path}: only archives in little byte order are read.")
+        raise SourceError(f"{archive.label} must be in little byte order.")
 
 
 def _parsed(archive: ZipArchive) -> dict[str, Any]:
     try:
         program = json.loads(archive.read(_MODEL).decode())
     except (ValueError, RecursionError) as e:
-        raise SourceError(f"{archive.path} is damaged: {_MODEL} is no JSON ({one_line(e)[:120]}).") from None
+        raise SourceError(f"{archive.label} is damaged: {_MODEL} is not JSON ({one_line(e)[:120]}).") from None
     if not isinstance(program, dict) or not isinstance(program.get("graph_module"), dict):
-        raise SourceError(f"{archive.path} is damaged: {_MODEL} is no exported program.")
+        raise SourceError(f"{archive.label} is damaged: {_MODEL} does not hold an exported program.")
     return program

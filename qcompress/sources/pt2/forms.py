@@ -108,6 +108,13 @@ def _text(value: Any) -> str:
     return value
 
 
+def _quotable_text(value: Any) -> str:
+    """A string that torch writes between quotes into the source of guards."""
+    if not _text(value).isprintable() or any(c in value for c in "'\"\\"):
+        raise UnsafeTextError(f"the constant {value[:80]!r}")
+    return str(value)
+
+
 def _name(value: Any) -> str:
     """The name of a value, which becomes a Python variable; those of unused inputs are empty."""
     if not isinstance(value, str) or (value and not value.isidentifier()) or keyword.iskeyword(value):
@@ -172,13 +179,14 @@ def _tree(text: Any) -> str:
         if node["type"] not in _TREE_TYPES:
             raise UnsafeTextError(f"inputs or outputs of the type {str(node['type'])[:80]!r}")
         context = json.loads(node["context"]) if isinstance(node["context"], str) else node["context"]
-        if isinstance(context, dict) or any(not _is_key(k) for k in context or ()):
+        if isinstance(context, dict) or any(not is_key(k) for k in context or ()):
             raise UnsafeTextError(f"inputs or outputs with the keys {str(context)[:80]!r}")
         nodes += node["children_spec"]
     return str(text)
 
 
-def _is_key(key: object) -> bool:
+def is_key(key: object) -> bool:
+    """Whether a key of a dict of inputs or outputs is one that torch may write into source."""
     if isinstance(key, str):
         return _QUALIFIED.match(key) is not None
     return key is None or isinstance(key, int)
@@ -191,6 +199,7 @@ FORMS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "float": _float,
     "bool": _boolean,
     "text": _text,
+    "quotable_text": _quotable_text,
     "name": _name,
     "argument_name": _argument_name,
     "qualified_name": _qualified_name,
@@ -211,6 +220,7 @@ DESCRIPTIONS: Final = {
     "float": "a number",
     "bool": "true or false",
     "text": "a string",
+    "quotable_text": "a string",
     "tree": "a tree of version 1",
     "origins": "an object",
     "verifiers": "a list",

@@ -25,7 +25,7 @@ def checked_program(program: Any, label: str) -> dict[str, Any]:
 
     Raises:
         UnsafeFileError: it has a key that torch is not known to write, or a string that could run code.
-        SourceError: it is no exported program.
+        SourceError: it is not an exported program.
     """
     return checked_record(program, "ExportedProgram", label)
 
@@ -41,7 +41,7 @@ def checked_record(value: Any, record: str, label: str, part: str = "its graph")
 
     Raises:
         UnsafeFileError: it has a key that torch is not known to write, or a string that could run code.
-        SourceError: it is no such record.
+        SourceError: it is not such a record.
     """
     version = value.get("torch_version") if isinstance(value, dict) else None
     return _Checker(label, part, str(version)[:40] if version else "").record(value, record, 0)

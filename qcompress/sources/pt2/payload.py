@@ -1,4 +1,4 @@
-"""The tensors of an exported program's archive: which member, dtype, shape and strides each one has."""
+"""Reads the tables of tensors in an exported program's archive: the member, dtype, shape and strides of each one."""
 
 import json
 import re
@@ -43,8 +43,8 @@ class Payload:
     """The tensors under `data/weights` or `data/constants`.
 
     Args:
-        views: where each tensor lies, by qualified name; the storage is the member's full name.
-        config: the configuration as torch takes it, holding nothing but what was checked.
+        views: the tensors by qualified name; the storage of each is the full name of its member.
+        config: the table for torch, which holds checked values only.
     """
 
     views: dict[str, Strided]
@@ -62,10 +62,10 @@ def read_payload(archive: ZipArchive, which: str) -> Payload:
         UnsafeFileError: an entry is a pickle or a custom object.
         SourceError: an entry does not fit its data.
     """
-    label, member = archive.path, f"data/{which}/model_{which}_config.json"
+    label, member = archive.label, f"data/{which}/model_{which}_config.json"
     try:
         parsed = json.loads(archive.read(member).decode())
-        entries = checked_record(parsed, "PayloadConfig", str(label), member)["config"]
+        entries = checked_record(parsed, "PayloadConfig", label, member)["config"]
         views = {str(name): _view(archive, str(name), entry, which) for name, entry in entries.items()}
         config = {name: _entry(entry, views[name]) for name, entry in entries.items()}
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
@@ -76,7 +76,7 @@ def read_payload(archive: ZipArchive, which: str) -> Payload:
 
 
 def _view(archive: ZipArchive, name: str, entry: dict[str, Any], which: str) -> Strided:
-    label, member = archive.path, entry["path_name"]
+    label, member = archive.label, entry["path_name"]
     if entry["use_pickle"] is not False or not isinstance(member, str) or not _MEMBERS[which].match(member):
         raise UnsafeFileError(
             f"{label} is refused: {name!r} among its {which} is a pickle or a custom object ({str(member)[:40]!r}), "
@@ -85,7 +85,7 @@ def _view(archive: ZipArchive, name: str, entry: dict[str, Any], which: str) -> 
     meta = entry["tensor_meta"]
     dtype = _SCALAR_TYPES.get(meta["dtype"])
     if dtype is None or meta["layout"] != _STRIDED:
-        raise SourceError(f"{label}: {name!r} is of a dtype or layout that is not readable ({meta['dtype']!r}).")
+        raise SourceError(f"{label}: {name!r} has a dtype or layout that is not readable ({meta['dtype']!r}).")
     offset, *rest = (_integer(n) for n in (meta["storage_offset"], *meta["sizes"], *meta["strides"]))
     ndim = len(meta["sizes"])
     path = f"data/{which}/{member}"
@@ -104,7 +104,7 @@ def _entry(entry: dict[str, Any], view: Strided) -> dict[str, Any]:
             "dtype": meta["dtype"],
             "sizes": [{"as_int": n} for n in view.shape],
             "requires_grad": meta["requires_grad"] is True,
-            # whatever it was exported on, it is read into this machine's memory first
+            # whatever device it was exported on, it is first read into memory
             "device": {"type": "cpu", "index": None},
             "strides": [{"as_int": n} for n in view.stride],
             "storage_offset": {"as_int": view.offset},

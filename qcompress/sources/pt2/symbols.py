@@ -1,7 +1,7 @@
-"""The symbolic sizes of an exported program: a grammar for strings that torch hands to sympy, which evaluates them.
+"""The grammar of symbolic sizes in an exported program, which torch passes to sympy as strings.
 
-`sympy.sympify("__import__('os').system('…')")` runs the command. So a string is let through only where it parses into
-symbols, numbers, operators and the functions that torch writes.
+sympy evaluates them: `sympy.sympify("__import__('os').system('…')")` runs the command. So a string is allowed only if
+it consists of symbols, numbers, operators and the functions that torch writes.
 """
 
 import ast
@@ -31,7 +31,7 @@ MAX_EXPONENT: Final = 16
 
 
 def is_symbolic_expression(text: str) -> bool:
-    """Whether a string is an arithmetic expression over symbols, and nothing else.
+    """Whether a string is an arithmetic expression over symbols and nothing else.
 
     >>> is_symbolic_expression("Add(Mul(Integer(2), Symbol('s0', positive=True, integer=True)), Integer(1))")
     True
@@ -92,11 +92,19 @@ def _legal_args(name: str, args: list[ast.expr]) -> bool:
 
 def _is_small(exponent: ast.expr) -> bool:
     """Whether an exponent cannot make a number of millions of digits."""
-    numbers = [n.value for n in ast.walk(exponent) if isinstance(n, ast.Constant) and not isinstance(n.value, str)]
-    nested = any(_is_power(n) for n in ast.walk(exponent))
-    return (
-        not nested and len(numbers) <= 2 and all(abs(n) <= MAX_EXPONENT for n in numbers if isinstance(n, int | float))
-    )
+    nodes = list(ast.walk(exponent))
+    assumptions = {id(node.value) for node in nodes if isinstance(node, ast.keyword)}  # such as precision=53
+    numbers = [n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in assumptions]
+    nested = any(map(_is_power, nodes))
+    return not nested and len(numbers) <= 2 and all(map(_is_small_number, numbers))
+
+
+def _is_small_number(value: object) -> bool:
+    """Whether the number in a constant is small; text that is no number is the name of a symbol."""
+    try:
+        return abs(float(value)) <= MAX_EXPONENT if isinstance(value, int | float | str) else False
+    except (ValueError, OverflowError):
+        return isinstance(value, str)
 
 
 def _is_assumption(keyword: ast.keyword) -> bool:

@@ -50,7 +50,7 @@ def test_the_model_may_stand_in_the_config(qcompress, weights, folder):
 @pytest.mark.parametrize("command", ["analyze", "inspect"])
 def test_bad_models(command, refused, folder):
     (folder / "model.pt").write_text("hello")
-    assert "model.pt is no model but a text file." in refused(command, "model.pt")
+    assert "model.pt must be a model, but it is a text file." in refused(command, "model.pt")
     assert "none.pt does not exist" in refused(command, "none.pt")
     (folder / "empty.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     assert "no tensor found in" in refused(command, "empty.safetensors").lower()

@@ -179,25 +179,16 @@ def test_plans_dry_runs_and_saved_plans(qcompress, exported, refused, nothing_ne
 
 @pytest.mark.usefixtures("traced_once")
 def test_rows_per_lut_explanation_and_float16_leftovers(qcompress, exported, model, folder):
-    one = exported("model.pt", "--bits", "4", "--effort", "fast", "--target", "1.24", "-o", "one.onnx")
-    rows = exported("model.pt", "--bits", "4", "--effort", "fast", "--rows-per-lut", "4", "-o", "rows.onnx")
+    fast = ("model.pt", "--bits", "4", "--effort", "fast")
+    native = ("--target", "onnxruntime==1.24")
+    one = exported(*fast, *native, "-o", "one.onnx")
+    rows = exported(*fast, *native, "--rows-per-lut", "4", "-o", "rows.onnx")
     tables = [next(t["nbytes"] for t in r["tensors"] if t["name"] == "left.weight") for r in (one, rows)]
     assert tables == [288 + 64, 288 + 2 * 64]
-    half = qcompress(
-        "export",
-        "model.pt",
-        "--bits",
-        "4",
-        "--effort",
-        "fast",
-        "--target",
-        "onnxruntime==1.24",
-        "--float-leftovers",
-        "float16",
-        "--explain",
-        "-o",
-        "half.onnx",
-    )
+    portable = exported(*fast, "-o", "portable.onnx")
+    why = {(t["encoding"], t["why"]) for t in portable["tensors"] if t["artifact"] == "palette"}
+    assert why == {("words", "portable allows no type of 4 bits")}
+    half = qcompress("export", *fast, *native, "--float-leftovers", "float16", "--explain", "-o", "half.onnx")
     assert half.exit_code == 0
     lines = {line.split()[0]: line.split() for line in half.stdout.splitlines() if "x" in line and ".weight" in line}
     assert lines["stem.weight"][1:4] == ["8x3x3x3", "4", "native"]
@@ -691,8 +682,8 @@ HOSTILE = {
         lambda trap: Path("model.pt").write_bytes(small_models.pt2()[:-900]),
         "truncated or damaged archive",
     ),
-    "text": (lambda trap: Path("model.pt").write_text("hello, I am a model\n"), "is no model but"),
-    "nothing": (lambda trap: Path("model.pt").write_bytes(b""), "is no model but"),
+    "text": (lambda trap: Path("model.pt").write_text("hello, I am a model\n"), "must be a model, but it is"),
+    "nothing": (lambda trap: Path("model.pt").write_bytes(b""), "must be a model, but it is"),
     "a pickle": (lambda trap: Path("model.pt").write_bytes(pickle.dumps(trap)), "is a plain Python pickle that names"),
     "a checkpoint": (pickled, "Its pickle names"),
     "a checkpoint with weights": (lambda trap: pickled({"w": torch.zeros(9, 9), "x": trap}), "holds no program"),

@@ -126,7 +126,7 @@ def test_measurements_within_the_file(qcompress, files):
 
 
 def flip(graph):
-    tensor = next(t for t in graph.initializer if t.data_type == onnx.TensorProto.UINT4)
+    tensor = next(t for t in graph.initializer if t.data_type == onnx.TensorProto.UINT8)
     tensor.raw_data = bytes([tensor.raw_data[0] ^ 1]) + tensor.raw_data[1:]
 
 

@@ -96,6 +96,7 @@ def test_input_shapes(shape, parsed):
         ("model = 3", r"^qcompress\.toml: model must be a valid string, got 3\.$"),
         ("input_shape = 'a,b'", r"^qcompress\.toml: input_shape: An input shape must read like"),
         ("model = ", r"^qcompress\.toml is not valid TOML: Invalid value"),
+        ("bits = " + "9" * 5000, r"^qcompress\.toml is not valid TOML: an integer has too many digits\.$"),
     ],
 )
 def test_wrong_configs(text, message):

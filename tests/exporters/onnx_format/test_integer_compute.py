@@ -134,7 +134,7 @@ def with_offset(model, site: tuple[str, int], share: float):
 
 def reference(model, x):
     """What the file's artifacts say, in torch: every site through its grid, padding with real zeros."""
-    from qcompress.graph.sites import MarkedRunner, mark, rounding
+    from qcompress.graph.marks import MarkedRunner, mark, rounding
 
     state = {n: a.dequantize() for n, a in stepped(model).artifacts.items()}
     marked = mark(model.program.with_state(state), model.activations)

@@ -17,7 +17,7 @@ from qcompress.finetune.attach import prepare
 from qcompress.finetune.methods import Methods
 from qcompress.finetune.prepared import Prepared
 from qcompress.graph import tracing
-from qcompress.graph.sites import MarkedRunner, mark, rounding
+from qcompress.graph.marks import MarkedRunner, mark, rounding
 from qcompress.plan.plan import Plan
 from qcompress.quantizers import QUANTIZERS
 from qcompress_exporters import build

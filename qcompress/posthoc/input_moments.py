@@ -99,8 +99,8 @@ def places(layer: Layer, weight_shape: Sequence[int], x: torch.Tensor) -> torch.
     kernel = weight_shape[2:]
     stride, padding, dilation, groups = _geometry(layer.node, len(kernel), kernel)
     x = functional.pad(x, [n for ends in reversed(padding) for n in ends])
-    for i, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + i, spread * (size - 1) + 1, step)[..., ::spread]
+    for i, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(2 + i, gap * (size - 1) + 1, step)[..., ::gap]
     # [N, C, *positions, *kernel] -> [G, N * positions, C / G * kernel]
     n, c, positions = x.shape[0], x.shape[1], x.shape[2 : 2 + len(kernel)]
     x = x.reshape(n, groups, c // groups, *positions, *kernel)

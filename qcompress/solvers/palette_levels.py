@@ -1,6 +1,6 @@
-"""The levels of each kind of codes: palettes of floats, int8 palettes, even grids.
+"""The levels of palettes: tables of floats, and tables of integers for int8 kernels.
 
-Shape suffixes: as in `base`, T = tables (LUT groups), N = blocks of inputs that share a scale.
+Shape suffixes: as in `base`, T = tables (LUT groups).
 """
 
 from dataclasses import dataclass, replace
@@ -11,19 +11,12 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from qcompress.artifacts import IntegerWeight, PalettizedWeight, granularity
-from qcompress.artifacts.integer_range import IntegerRange
+from qcompress.artifacts import PalettizedWeight, granularity
 from qcompress.graph.conversion import to_numpy, to_torch
-from qcompress.palettes.even_grid import clipped_scale
 from qcompress.palettes.scalar import fit_lut
-from qcompress.solvers.base import Problem
+from qcompress.solvers.base import RIDGE, Doubles, Problem
 
-Doubles = npt.NDArray[np.float64]
-
-_RIDGE: Final = 1e-4  # share of the mean diagonal, towards the old levels
 _MOST_REFITTED: Final = 16  # levels of a table; larger tables are dense enough
-_REFITTED_AT_ONCE: Final = 1 << 22  # numbers in memory
-_LEAST_KEPT: Final = 0.1  # share of the old scale that a new one keeps at least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +109,7 @@ class PaletteLevels:
             tables = table_of[:, piece].reshape(-1)
             normal.index_add_(0, tables, (one_hot.mT @ weighed).reshape(-1, entries, entries))
             right.index_add_(0, tables, (problem.target[:, piece, None] @ weighed)[:, :, 0].reshape(-1, entries))
-        ridge_T = _RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1)
+        ridge_T = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1)
         ridge_T = torch.where(ridge_T > 0, ridge_T, torch.ones_like(ridge_T))
         normal = normal + ridge_T[:, None, None] * torch.eye(entries, dtype=torch.float64)
         lut = torch.linalg.solve(normal, right + ridge_T[:, None] * self.lut)
@@ -145,7 +138,7 @@ class PaletteLevels:
         entries = max(len(lut) for lut in luts)
         stacked: Any = np.stack([np.pad(lut, (0, entries - len(lut)), mode="edge") for lut in luts])
         return PalettizedWeight(
-            codes=_shaped(codes_OK, shape, axis),
+            codes=np.array(granularity.from_rows(codes_OK, shape, axis), order="C"),
             lut=stacked.astype(np.float16) if self.halves else stacked,
             bits=self.bits,
             axis=axis,
@@ -155,7 +148,7 @@ class PaletteLevels:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IntegerPaletteLevels:
+class Int8PaletteLevels:
     """Levels of an int8 palette: tables of integers, times a scale for each output channel; for int8 kernels.
 
     Args:
@@ -169,7 +162,7 @@ class IntegerPaletteLevels:
     @classmethod
     def fit(
         cls, rows_OK: Doubles, importance_OK: Doubles, bits: int, rows_per_lut: int | None, *, largest: int
-    ) -> "IntegerPaletteLevels":
+    ) -> "Int8PaletteLevels":
         """Return tables found by weighted k-means and rounded; see `PaletteLevels.fit`."""
         floats = PaletteLevels.fit(rows_OK, importance_OK, bits, rows_per_lut, scaled=True)
         assert floats.scale is not None
@@ -203,120 +196,5 @@ class IntegerPaletteLevels:
 
     def artifact(self, codes_OK: npt.NDArray[np.uint8], shape: tuple[int, ...], axis: int) -> PalettizedWeight:
         """Return the weight of the codes."""
-        small = self.floats.artifact(codes_OK, shape, axis)
-        return replace(small, lut=small.lut.astype(np.int8))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UniformLevels:
-    """Levels of an even grid around 0, with a scale for each output channel or for each block of its inputs.
-
-    Args:
-        scale: float64 [O], > 0, or [O, N] with blocks.
-        bits: width of a code.
-        limits: the legal codes.
-        columns: weights of one output channel, K.
-        block_size: consecutive inputs that share a scale; None: all inputs.
-    """
-
-    scale: torch.Tensor
-    bits: int
-    limits: IntegerRange
-    columns: int
-    block_size: int | None = None
-
-    @classmethod
-    def fit(
-        cls,
-        rows_OK: Doubles,
-        importance_OK: Doubles,
-        bits: int,
-        limits: IntegerRange,
-        block_size: int | None = None,
-    ) -> "UniformLevels":
-        """Return the scale of each row or block with the least weighted squared error."""
-        if block_size is None:
-            scale = clipped_scale(rows_OK, limits, importance_OK)
-        else:
-            blocks: Any = granularity.blocks(rows_OK, block_size)
-            importance: Any = granularity.blocks(importance_OK, block_size)
-            flat = (-1, blocks.shape[2])
-            scale = clipped_scale(blocks.reshape(flat), limits, importance.reshape(flat)).reshape(blocks.shape[:2])
-        return cls(scale=to_torch(scale), bits=bits, limits=limits, columns=rows_OK.shape[1], block_size=block_size)
-
-    @property
-    def _integers(self) -> torch.Tensor:
-        return torch.arange(self.limits.n, self.limits.p + 1, dtype=torch.float64)
-
-    @property
-    def values(self) -> torch.Tensor:
-        """float64 [O, L], sorted in each row; integers if blocks have factors."""
-        if self.block_size is None:
-            return self.scale[:, None] * self._integers
-        return self._integers.expand(len(self.scale), -1)
-
-    @property
-    def factor(self) -> torch.Tensor | None:
-        """float64 [O, K], the scale of each weight's block; None without blocks: scales are in the values."""
-        if self.block_size is None:
-            return None
-        return self.scale.repeat_interleave(min(self.block_size, self.columns), dim=1)[:, : self.columns]
-
-    def refit(self, problem: Problem, codes_GRK: torch.Tensor) -> tuple[Self, torch.Tensor]:
-        """Return scales fitted to the codes by least squares."""
-        integers = self._integers[codes_GRK]
-        if self.block_size is not None:
-            block_size = min(self.block_size, self.columns)
-            return replace(self, scale=self._block_scales(problem, integers, block_size)), codes_GRK
-        weighed = integers @ problem.hessian
-        best = ((problem.target * weighed).sum(2) / (integers * weighed).sum(2)).reshape(-1)
-        return replace(self, scale=torch.where(torch.isfinite(best) & (best > 0), best, self.scale)), codes_GRK
-
-    def _block_scales(self, problem: Problem, integers_GRK: torch.Tensor, block_size: int) -> torch.Tensor:
-        """Return [O, N]: the best scales of each row's blocks together, or as close to them as all stay above 0."""
-        groups, rows, columns = integers_GRK.shape
-        scale_GRN = self.scale.reshape(groups, rows, -1)
-        count = scale_GRN.shape[2]
-        missing = count * block_size - columns
-        padded = functional.pad(integers_GRK, (0, missing))
-        hessian = functional.pad(problem.hessian, (0, missing, 0, missing))
-        target = functional.pad(problem.target, (0, missing)) @ hessian
-        found = scale_GRN.clone()
-        chunk = max(1, _REFITTED_AT_ONCE // max(1, groups * count * max(count, block_size)))
-        for start in range(0, rows, chunk):
-            piece = slice(start, start + chunk)
-            q = padded[:, piece].reshape(groups, -1, count, block_size)
-            right = (target[:, piece].reshape(q.shape) * q).sum(3)
-            normal = torch.empty(*q.shape[:3], count, dtype=torch.float64)
-            for n in range(count):
-                inputs = slice(n * block_size, (n + 1) * block_size)
-                normal[:, :, n] = ((q[:, :, n] @ hessian[:, inputs]).reshape(q.shape) * q).sum(3)
-            ridge = _RIDGE * normal.diagonal(dim1=2, dim2=3).mean(2)
-            ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))[..., None]
-            before = scale_GRN[:, piece]
-            best = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * before)
-            # The error falls all the way from the old scales to the best ones.
-            least = _LEAST_KEPT * before
-            way = torch.where(best < least, (before - least) / (before - best), 1.0).amin(2, keepdim=True)
-            found[:, piece] = before + way * (best - before)
-        return found.reshape(self.scale.shape)
-
-    def artifact(self, codes_OK: npt.NDArray[np.uint8], shape: tuple[int, ...], axis: int) -> IntegerWeight:
-        """Return the weight of the codes."""
-        integers = (codes_OK.astype(np.int16) + self.limits.n).astype(np.int8)
-        codes, scale = _shaped(integers, shape, axis), to_numpy(self.scale).astype(np.float32)
-        if self.block_size is None:
-            return IntegerWeight(codes=codes, scale=scale, bits=self.bits, axis=axis)
-        inputs = granularity.input_axis(len(shape), axis)
-        scale_shape = (*shape[:inputs], scale.shape[1], *shape[inputs + 1 :])
-        return IntegerWeight(
-            codes=codes,
-            scale=_shaped(scale, scale_shape, axis),
-            bits=self.bits,
-            axis=inputs,
-            block_size=self.block_size,
-        )
-
-
-def _shaped(rows_OK: npt.NDArray[Any], shape: tuple[int, ...], axis: int) -> npt.NDArray[Any]:
-    return np.array(granularity.from_rows(rows_OK, shape, axis), order="C")
+        weight = self.floats.artifact(codes_OK, shape, axis)
+        return replace(weight, lut=weight.lut.astype(np.int8))
