@@ -10,10 +10,10 @@ from torch import nn
 
 from qcompress.artifacts import FloatWeight
 from qcompress_exporters.onnx_format.lower import lower
+from qcompress_exporters.onnx_format.opsets import BASE_OPSET
 from qcompress_exporters.onnx_format.passes.default_attributes import DropDefaultAttributes
 from qcompress_exporters.onnx_format.passes.order_loops import OrderLoops
 from qcompress_exporters.onnx_format.passes.shorten_names import ShortenNames
-from qcompress_exporters.onnx_format.targets import BASE_OPSET
 from qcompress_exporters.onnx_format.trace import trace
 from qcompress_exporters.parity.sessions import run, session
 from tests.helpers.nets import traced
