@@ -73,17 +73,19 @@ def codes_of(model: onnx.ModelProto, weight: str) -> onnx.TensorProto:
     while stack:
         for name in producer(model, stack.pop()).input:
             found = [t for t in model.graph.initializer if t.name == name]
-            if found and found[0].data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.UINT2):
+            if found and found[0].data_type == onnx.TensorProto.UINT8:
                 return found[0]
             stack += [] if found else [name]
     raise AssertionError(f"{weight} has no codes")
 
 
 def lut_of(model: onnx.ModelProto, weight: str) -> onnx.TensorProto:
-    node = producer(model, weight)
-    while node.op_type not in ("Gather", "GatherElements"):
-        node = producer(model, node.input[0])
-    return initializer(model, node.input[0])
+    """The table that a weight is looked up in: the first input of all nodes down to it."""
+    tensors = {t.name: t for t in model.graph.initializer}
+    name = weight
+    while name not in tensors:
+        name = producer(model, name).input[0]
+    return tensors[name]
 
 
 def swap(a: onnx.TensorProto, b: onnx.TensorProto) -> None:
