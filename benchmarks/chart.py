@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, HEIGHT = 860, 470
 LEFT, RIGHT, TOP, BOTTOM = 66, 24, 74, 78  # margins around the plot
-MOST_KB, STEP_KB = 320, 40
+MOST_KB, STEP_KB = 400, 50
 MOST_PERCENT, STEP_PERCENT = 100, 20
 FLOAT = "float"
 OURS = {"gptq": "qcompress, with 512 unlabelled images", "no data": "qcompress, without any data"}
@@ -143,7 +143,7 @@ def drawn(series: Series) -> list[str]:
 
 def legend(series: Sequence[Series]) -> list[str]:
     """One entry for each line, in the empty lower right of the plot."""
-    left, top = x(145_000), y(0.52)
+    left, top = x(175_000), y(0.52)
     parts = []
     for i, one in enumerate(series):
         height = top + 27 * i
