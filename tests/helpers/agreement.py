@@ -1,4 +1,4 @@
-"""What tests of integer compute on whole nets do: compress, write, and compare with torch as `validate` does."""
+"""Whole nets in integer compute: written in any format, and compared with torch as `validate` does."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,14 +19,16 @@ from qcompress.graph.program import FloatProgram, state_nodes, user_inputs
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.file import float_file, sites_of
-from qcompress_exporters.onnx_format.int8.biases import stepped
+from qcompress_exporters.onnx_format.int8.grids import file_grids
+from qcompress_exporters.onnx_format.int8.stepped_biases import stepped
 from qcompress_exporters.onnx_format.trace import Trace, trace
 from qcompress_exporters.parity.checks import OUTPUT_TOLERANCE, Check, check_codes, check_weights
 from qcompress_exporters.parity.differences import EXPORTER_TOLERANCE, output_error, output_limit
-from qcompress_exporters.parity.replay import file_grids, reference_state, replay
+from qcompress_exporters.parity.replay import reference_state, replay
 from qcompress_exporters.parity.sessions import Mode, run, session
 from qcompress_exporters.report import Built, LayerReport
 from tests.helpers import quick_torch
+from tests.helpers.saturation import kernels_saturate, model_exact_here
 
 quick_torch.look_up_once()
 
@@ -38,16 +40,19 @@ _AS_ROUNDED = 4  # times torch's own float32 error
 
 @dataclass
 class Agreement:
-    """A compressed model, written in any format and compared with torch on some inputs; traced once for all of it.
+    """Writes a compressed model in any format and compares it with torch on some inputs; traces it once.
 
     Args:
-        small: for int8 compute.
+        small: for int8 compute; its weights become such that this CPU's kernels multiply exactly.
         inputs: by name; one batch.
     """
 
     small: CompressedModel
     inputs: Mapping[str, npt.NDArray[Any]]
     built: dict[str, Built] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.small = model_exact_here(self.small)
 
     @cached_property
     def marked(self) -> FloatProgram:
@@ -77,19 +82,23 @@ class Agreement:
         return {node.op_type for node in self.model(format).graph.node}
 
     def failures(self, format: str) -> list[str]:
-        """What does not agree; nothing, if all is well."""
+        """Return what does not agree; empty if all is well."""
         return list(self._failures(format))
 
     def _failures(self, format: str) -> Iterator[str]:
+        saturated = [r.weight for r in self.layers(format).values() if r.saturation]
+        if kernels_saturate() and saturated:
+            yield f"{format}: {', '.join(saturated)} saturate on this CPU"
         model = self.model(format)
         onnx.checker.check_model(model, full_check=True)
         weights, values = check_weights(self.graph, model)
         yield from _said(weights)
         if values is None:
             return
-        grids = file_grids(model, len(self.small.activations))
-        for grid, wanted in zip(grids, self.small.activations.values(), strict=True):
-            same = grid.scale == wanted.scale and 0 <= grid.low <= grid.high <= wanted.levels
+        grids = file_grids(model, list(self.small.activations))
+        for read, wanted in zip(grids, self.small.activations.values(), strict=True):
+            grid = read.grid
+            same = grid.scale == wanted.scale and 0 <= read.low <= read.high <= wanted.levels
             if not same or (wanted.zero_point is not None and grid.zero_point != wanted.zero_point):
                 yield f"{format}: the grid of {wanted.site} is {grid}, not {wanted}"
         state = reference_state(self.marked, values, grids)
@@ -103,11 +112,11 @@ class Agreement:
                     yield f"{format} {mode}: {name} is off by {error:.1e} without the codes as outputs"
 
     def distance(self, format: str) -> float:
-        """The file from a torch program that quantizes by the artifacts' grids itself, no code shared.
+        """Return the distance of a file from a torch program that quantizes by the artifacts' grids itself.
 
         Returns:
-            Root mean square of the difference over that of the outputs' noise; each difference of a code runs through
-            the rest of the net, so that this is small, and not 0.
+            Root mean square of the difference over that of the outputs' noise. Each difference of a code runs through
+            the rest of the net, so that the distance is small, but not 0.
         """
         small, quantize = stepped(self.small), rounding(list(self.small.activations.values()))
         weights = {name: artifact.dequantize() for name, artifact in small.artifacts.items()}
@@ -119,7 +128,7 @@ class Agreement:
         return float(np.sqrt(off / max(noise, 1e-12)))
 
     def exporter(self) -> list[str]:
-        """What the float file has of the outputs that torch computes in float64 that is not so.
+        """Return which outputs of the float file differ too much from those that torch computes in float64.
 
         Where float32 loses digits by cancellation, the file may lose a few times as many as torch does.
         """

@@ -32,9 +32,9 @@ class Step:
     """One value of a net.
 
     Args:
-        text: what it is, for people.
-        takes: positions of the values that it takes; 0 is the input.
-        function: what computes it; a module is a part of the net.
+        text: a description for people.
+        takes: positions of its operands; 0 is the input.
+        function: computes it; a module is a part of the net.
     """
 
     text: str
@@ -43,7 +43,7 @@ class Step:
 
 
 class Drawn(nn.Module):
-    """Runs steps; gives the last value, and others by position."""
+    """Runs steps; returns the last value, and others by position."""
 
     def __init__(self, steps: list[Step], outputs: list[int]) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Drawn(nn.Module):
 
 @dataclass
 class Net:
-    """A net, how to show it, and what it takes.
+    """A net, how to show it, and the shape of its input.
 
     Args:
         module: in eval mode.
@@ -109,11 +109,11 @@ class _Builder:
         return self.random.choice(values)
 
     def images(self) -> list[int]:
-        """Values that still have all axes, the newest first."""
+        """Return the values that still have all axes, the newest first."""
         return [i for i in reversed(range(len(self.values))) if len(self.of(i)) == len(self.shape)]
 
     def before(self, i: int) -> set[int]:
-        """A value's position, and those of all that it is made from; the input is none."""
+        """Return the positions of a value and of all values that it is made from, without the input."""
         found: set[int] = set()
         stack = [i]
         while stack:
@@ -356,7 +356,7 @@ def _mlp(b: _Builder) -> None:
 
 
 def draw_net(seed: int, depth: int) -> Net:
-    """The net of a seed; it computes finite values on normal random inputs.
+    """Return the net of a seed; it computes finite values on normal random inputs.
 
     Args:
         seed: of its choices and of its weights.

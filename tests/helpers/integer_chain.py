@@ -1,4 +1,4 @@
-"""Small chains of layers with artifacts and grids made by hand, and what they must compute, in float64 from artifacts.
+"""Small chains of layers with artifacts and grids made by hand; what they must compute, in float64 from artifacts.
 
 Nothing here looks into the lowering: codes are (value - offset) / scale as the grid's definition has it, a padded
 convolution pads the dequantized tensor with zeros, and the file's own codes are where each next layer starts, so that a
@@ -30,13 +30,15 @@ from qcompress.plan.plan import Plan
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.file import sites_of
-from qcompress_exporters.onnx_format.int8.biases import stepped
+from qcompress_exporters.onnx_format.int8.grids import file_grids
+from qcompress_exporters.onnx_format.int8.stepped_biases import stepped
 from qcompress_exporters.parity.checks import allowed_off, check_codes, check_weights
-from qcompress_exporters.parity.replay import file_grids, reference_state, replay
+from qcompress_exporters.parity.replay import reference_state, replay
 from qcompress_exporters.parity.sessions import Mode, run, session
 from qcompress_exporters.report import Built, LayerReport
 from tests.helpers import small_models
 from tests.helpers.nets import traced
+from tests.helpers.saturation import all_exact_here, kernels_saturate
 
 Doubles = npt.NDArray[np.float64]
 MODES: tuple[Mode, ...] = ("exact", "deployed")
@@ -106,7 +108,7 @@ KINDS: dict[str, Kind] = {
 
 @functools.cache
 def chain(kind: str) -> tuple[Chain, FloatProgram]:
-    """The chain of a kind, and its program, traced once."""
+    """Return the chain of a kind, and its program, traced once."""
     made = KINDS[kind]
     with torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(kind.encode()))
@@ -118,7 +120,7 @@ def chain(kind: str) -> tuple[Chain, FloatProgram]:
 
 
 def artifact(kind: str, shape: tuple[int, ...], axis: int, bits: int, random: np.random.Generator) -> Artifact:
-    """A weight of a kind; no two channels alike, all codes used where there are that many."""
+    """Make a weight of a kind: no two channels alike, all codes used where there are enough weights."""
     outputs, limits = shape[axis], IntegerRange(bits, True)
     values = np.resize(random.permutation(1 << bits), shape)
     codes = random.permuted(values.ravel()).reshape(shape).astype(np.uint8)
@@ -183,7 +185,7 @@ GRIDS = ("zero point", "signed", "beta below 0", "beta above 0", "signed with be
 
 
 def grid(kind: str, site: tuple[str, int], values: Doubles, bits: int) -> ActivationGrid:
-    """A grid of a kind whose ends lie within the values, so that both clip."""
+    """Make a grid of a kind whose ends lie within the values, so that both clip."""
     low, high = (1.0173 * float(np.quantile(values, q)) for q in (0.03, 0.97))  # no multiple of another grid's step
     levels = (1 << bits) - 1
     if kind == "zero point":
@@ -207,24 +209,24 @@ def _grid(site: tuple[str, int], scale: float, offset: float, bits: int, *, sign
 
 
 def steps(g: ActivationGrid, values: Doubles) -> Doubles:
-    """Values in steps of a grid, before rounding: a grid with a zero point rounds about 0."""
+    """Return values in steps of a grid, before rounding: a grid with a zero point rounds about 0."""
     return (values - (float(g.offset) if g.zero_point is None else 0.0)) / float(g.scale)
 
 
 def quantized(g: ActivationGrid, values: Doubles) -> npt.NDArray[np.uint8]:
-    """Stored codes by the definition of the grid, in float64."""
+    """Return stored codes by the definition of the grid, in float64."""
     n, z = IntegerRange(g.bits, g.signed).n, g.zero_point
     codes = np.rint(steps(g, values)) + (-n if z is None else z)
     return np.clip(codes, 0, g.levels).astype(np.uint8)
 
 
 def is_tie(g: ActivationGrid, values: Doubles) -> npt.NDArray[np.bool_]:
-    """Where float32 decides which way a value is rounded; few distinct inputs repeat such values."""
+    """Return where float32 decides which way a value is rounded; few distinct inputs repeat such values."""
     return np.asarray(np.abs(np.abs(steps(g, values) % 1) - 0.5) < TIE)
 
 
 def dequantized(g: ActivationGrid, codes: npt.NDArray[np.uint8]) -> Doubles:
-    """(codes + n) * scale + offset in float64."""
+    """Return (codes + n) * scale + offset in float64."""
     n, z = IntegerRange(g.bits, g.signed).n, g.zero_point
     if z is not None:
         return (codes.astype(np.float64) - z) * float(g.scale)
@@ -256,15 +258,16 @@ class Case:
         return list(self.model.activations.values())
 
     def failures(self, format: str) -> list[str]:
-        """What does not agree with the reference, in either session; nothing, if all is well."""
-        found = []
+        """Return what does not agree with the reference, in either session; empty if all is well."""
+        reports = self.file(format).report.layers
+        found = [f"{r.weight} saturates on this CPU" for r in reports if kernels_saturate() and r.saturation]
         for mode in MODES:
             values = codes_and_outputs(self.file(format).data, len(self.model.activations), self.x, mode)
             found += [f"{mode}: {text}" for text in self.compare(values, format)]
         return found
 
     def checks(self, format: str, edit: Callable[[onnx.ModelProto], None] | None = None) -> dict[str, str]:
-        """What the first two checks of `validate` say against a file that was edited; nothing, if they pass."""
+        """Return what the first two checks of `validate` say against an edited file; empty if they pass."""
         model = self.proto(format)
         if edit is not None:
             edit(model)
@@ -274,7 +277,7 @@ class Case:
         check, values = check_weights(graph, model)
         found = [check]
         if values is not None:
-            grids = file_grids(model, len(sites)) if self.model.compute == "int8" else []
+            grids = file_grids(model, sites) if self.model.compute == "int8" else []
             state = reference_state(marked, values, grids)
             for mode in MODES:
                 replayed = replay(marked, model, sites, state, grids, [{"x": self.x}], mode)
@@ -282,7 +285,7 @@ class Case:
         return {f"{c.name} {c.session}": c.detail for c in found if not c.ok}
 
     def compare(self, values: Mapping[str, npt.NDArray[Any]], format: str) -> list[str]:
-        """A file's codes and outputs against float64, each from the file's codes before it."""
+        """Compare a file's codes and outputs with float64, each from the file's codes before it."""
         found = []
         reports = {r.weight: r for r in self.file(format).report.layers}
         value: Doubles = self.x.astype(np.float64)
@@ -302,7 +305,7 @@ class Case:
         return found
 
     def step(self, name: str, value: Doubles, bias_error: Doubles | None = None) -> Doubles:
-        """One layer, and the clamp behind it, in float64."""
+        """Compute one layer, and the clamp behind it, in float64."""
         layer = getattr(self.module, name)
         state = {
             part: torch.from_numpy(self.model.artifacts[f"{name}.{part}"].dequantize().astype(np.float64))
@@ -317,10 +320,10 @@ class Case:
     def bias_error(
         self, name: str, g: ActivationGrid, taken: float, report: LayerReport, format: str
     ) -> Doubles | None:
-        """What rounding a bias to steps of s_x * s_w changes, where the kernel takes an int32 bias; else None.
+        """Return what rounding a bias to steps of s_x * s_w changes; None where the kernel takes no int32 bias.
 
-        Kernels take no other: this is the one thing in which they cannot follow the artifacts. The bias has the free
-        offsets of the layer's input and, `taken`, of what quantizes its output.
+        This is the one thing in which kernels cannot follow the artifacts. The bias holds the free offsets of the
+        layer's input and, `taken`, of the quantizer of its output.
         """
         layer, bias = getattr(self.module, name), self.model.artifacts.get(f"{name}.bias")
         folded = report.offset == "folded"
@@ -346,7 +349,7 @@ def is_conv(layer: nn.Module) -> bool:
 
 
 def codes_and_outputs(data: bytes, sites: int, x: npt.NDArray[np.float32], mode: Mode) -> dict[str, npt.NDArray[Any]]:
-    """The codes q0, q1, ... of a file, and its outputs."""
+    """Run a file; return its codes q0, q1, ... and its outputs."""
     model = onnx.load_from_string(data)
     model.graph.output.extend(onnx.ValueInfoProto(name=f"q{i}") for i in range(sites))
     return run(session(model.SerializeToString(), mode), {"x": x})
@@ -370,7 +373,7 @@ def case(
     seed: int = 0,
     artifacts: Mapping[str, Artifact] | None = None,
 ) -> Case:
-    """A chain of a kind with a weight of a kind; the head has 8-bit weights."""
+    """Make a chain of a kind with a weight of a kind; the head has 8-bit weights."""
     module, program = chain(kind)
     random = np.random.default_rng([seed, zlib.crc32(f"{kind} {weight} {bits} {activation_bits} {grids}".encode())])
     made: dict[str, Artifact] = {}
@@ -382,7 +385,7 @@ def case(
             axis = int(isinstance(module.layer, nn.ConvTranspose2d) and name == "layer.weight")
             how = (weight, bits) if name == "layer.weight" else ("per channel", 8)
             made[name] = artifact(how[0], shape, axis, how[1], random)
-    made |= artifacts or {}
+    made = all_exact_here(made | dict(artifacts or {}))
     shape = (KINDS[kind].batch, *KINDS[kind].shape)
     x = (random.standard_normal(shape) * 1.5 + 0.4).astype(np.float32)
     sites = activation_sites(program, {"layer.weight": activation_bits, "head.weight": activation_bits})

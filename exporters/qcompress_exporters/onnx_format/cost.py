@@ -6,15 +6,16 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from qcompress.artifacts import Artifact, FloatWeight, IntegerWeight, PalettizedWeight, granularity
 from qcompress.deployment import Choice, Cost
 from qcompress.errors import ConfigError
 from qcompress_exporters.onnx_format.digests import tensor_digest
-from qcompress_exporters.onnx_format.encodings.base import GraphWriter
-from qcompress_exporters.onnx_format.lower import write_artifact
-from qcompress_exporters.onnx_format.names import ONE_CHARACTER, ShortNames
-from qcompress_exporters.onnx_format.opsets import BASE_OPSET
+from qcompress_exporters.onnx_format.encodings.table import write_weight
+from qcompress_exporters.onnx_format.graph_writer import GraphWriter, sign
+from qcompress_exporters.onnx_format.names import ONE_CHARACTER
+from qcompress_exporters.onnx_format.opsets import BASE_OPSET, ir_version
 from qcompress_exporters.onnx_format.small_integers import shorten_integers
 
 _FIRST, _SECOND = "-", "+"  # names of the two copies: one character, which is taken off again
@@ -55,11 +56,12 @@ def weight_cost(shape: tuple[int, ...], axis: int, choice: Choice) -> Cost:
 
 def _decoders(artifact: Artifact) -> onnx.GraphProto:
     """Return a graph that decodes two copies of an artifact."""
-    writer = GraphWriter(ShortNames(ONE_CHARACTER))
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": BASE_OPSET})
+    writer = GraphWriter(graph, ONE_CHARACTER)
     for name in (_FIRST, _SECOND):
-        write_artifact(writer, artifact, name, BASE_OPSET)
-        writer.sign_last(tensor_digest(name, np.zeros(0)))
-    model = onnx.helper.make_model(onnx.helper.make_graph(writer.nodes, "", [], [], writer.initializers))
+        written = write_weight(writer, artifact, name, BASE_OPSET)
+        sign(written.value, tensor_digest(name, np.zeros(0)))
+    model = ir.to_proto(ir.Model(graph, ir_version=ir_version(BASE_OPSET)))
     shorten_integers(model)
     return model.graph
 

@@ -14,11 +14,11 @@ from qcompress.graph.conversion import to_numpy
 from qcompress.graph.marks import input_sites, mark
 from qcompress.graph.sites import layer_input_sites
 from qcompress_exporters.onnx_format import metadata
-from qcompress_exporters.onnx_format.digests import grid_digest
+from qcompress_exporters.onnx_format.encodings.codes import choose
 from qcompress_exporters.onnx_format.encodings.native import Native
-from qcompress_exporters.onnx_format.encodings.palette import choose
-from qcompress_exporters.onnx_format.int8.biases import stepped
-from qcompress_exporters.onnx_format.int8.lowering import PADDED, SHARED
+from qcompress_exporters.onnx_format.int8.grids import grid_entry
+from qcompress_exporters.onnx_format.int8.layers import PADDED, SHARED
+from qcompress_exporters.onnx_format.int8.stepped_biases import stepped
 from qcompress_exporters.onnx_format.lower import FORMATS, Lowered, lower, lower_dynamic, lower_integer
 from qcompress_exporters.onnx_format.nbytes import nbytes_with
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET
@@ -50,6 +50,7 @@ def build(model: CompressedModel, target: Target, options: BuildOptions) -> Buil
     lower_at = _lowering(model, graph, artifacts, options.way or next(iter(FORMATS)))
     lowered, opset, found = _at_best_opset(lower_at, artifacts, target)
     payload = lowered.payload
+    entries = [grid_entry(grid) for grid in model.activations.values()] if model.compute == "int8" else []
     shorten_integers(lowered.model)
     data = lowered.serialize(
         {
@@ -59,7 +60,7 @@ def build(model: CompressedModel, target: Target, options: BuildOptions) -> Buil
             metadata.PLAN: model.plan_digest,
             metadata.SOURCE: model.source_digest,
             **({metadata.SITES: metadata.sites_text(model.compute, sites)} if sites else {}),
-            **({metadata.GRIDS: metadata.grids_text(_grid_entries(model))} if model.compute == "int8" else {}),
+            **({metadata.GRIDS: metadata.grids_text(entries)} if entries else {}),
         }
     )
     count = sum(int(np.prod(a.shape)) for a in artifacts.values())
@@ -106,17 +107,6 @@ def unfolded(model: CompressedModel, report: ExportReport) -> list[tuple[str, in
     inputs = input_sites(mark(model.program, sites))
     found = {sites[inputs[r.weight]] for r in report.layers if r.why in (PADDED, SHARED) and r.weight in inputs}
     return [site for site in sites if site in found]
-
-
-def _grid_entries(model: CompressedModel) -> list[metadata.GridEntry]:
-    return [
-        metadata.GridEntry(
-            grid.bits,
-            grid_digest(grid.site, grid.scale, grid.stored_zero_point, grid.free_offset, grid.bits, grid.thresholds),
-            float(grid.free_offset),
-        )
-        for grid in model.activations.values()
-    ]
 
 
 def _lowering(model: CompressedModel, graph: Trace, artifacts: Mapping[str, Artifact], way: str) -> Lower:

@@ -1,4 +1,7 @@
-"""Short names for values that no one asks for by name: a name costs its length each time it stands in the file."""
+"""Names of values in a file: those that something looks up, and short ones for all others.
+
+A name costs its length each time it stands in the file.
+"""
 
 from collections.abc import Iterable
 from string import ascii_letters, digits
@@ -20,7 +23,7 @@ class ShortNames:
         self._next = 0
 
     def new(self) -> str:
-        """The next free name."""
+        """Return the next free name."""
         while True:
             number, name = self._next, ""
             while True:
@@ -32,3 +35,69 @@ class ShortNames:
             if name not in self._taken:
                 self._taken.add(name)
                 return name
+
+
+def code_name(site: int) -> str:
+    """Return the name of the codes of a site.
+
+    >>> code_name(7)
+    'q7'
+    """
+    return f"q{site}"
+
+
+def code_scale_name(site: int) -> str:
+    """Return the name of the scale of a site's codes, where no quantizer holds it or it is found at run time.
+
+    >>> code_scale_name(7)
+    's7'
+    """
+    return f"s{site}"
+
+
+def code_zero_point_name(site: int) -> str:
+    """Return the name of the zero point of a site's codes, where it is found at run time.
+
+    >>> code_zero_point_name(7)
+    'z7'
+    """
+    return f"z{site}"
+
+
+def scale_name(weight: str) -> str:
+    """Return the name of the scale of a weight's int8 codes.
+
+    >>> scale_name("fc.weight")
+    'fc.weight_scale'
+    """
+    return f"{weight}_scale"
+
+
+def bias_name(weight: str, site: int) -> str:
+    """Return the name of the bias of a weight's layer behind one site, where the model's own bias has other users.
+
+    >>> bias_name("fc.weight", 3)
+    'fc.weight_bias3'
+    """
+    return f"{weight}_bias{site}"
+
+
+def offset_name(weight: str, site: int) -> str:
+    """Return the name of what a free offset adds to a product, where it is added behind the product.
+
+    >>> offset_name("fc.weight", 3)
+    'fc.weight_offset3'
+    """
+    return f"{weight}_offset{site}"
+
+
+def reserved_names(weights: Iterable[str], sites: int) -> set[str]:
+    """Return every name that a file for integer compute may look up, so that no short name takes one.
+
+    >>> sorted(reserved_names(["w"], 1))
+    ['q0', 's0', 'w_bias0', 'w_offset0', 'w_scale', 'z0']
+    """
+    names = {text(site) for text in (code_name, code_scale_name, code_zero_point_name) for site in range(sites)}
+    for weight in weights:
+        names |= {scale_name(weight)} | {text(weight, i) for text in (bias_name, offset_name) for i in range(sites)}
+    return names

@@ -6,7 +6,7 @@ import onnx
 
 
 def nbytes_with(model: onnx.ModelProto, data: Mapping[str, int]) -> int:
-    """What a model takes when its initializers have their data.
+    """Return the bytes of a model once its initializers have their data.
 
     A message is a tag of one byte, its length as a varint, and its fields; here as there: raw_data in a tensor, a
     tensor in the graph, the graph in the model.
@@ -35,5 +35,5 @@ def nbytes_with(model: onnx.ModelProto, data: Mapping[str, int]) -> int:
 
 
 def _field(nbytes: int) -> int:
-    """Of a field with content of so many bytes; none is not written."""
+    """Return the encoded size of a field with `nbytes` of content; empty fields are not written (0)."""
     return 1 + max(1, -(-nbytes.bit_length() // 7)) + nbytes if nbytes else 0

@@ -59,7 +59,7 @@ class Target:
         >>> PORTABLE.reads(4), find("onnxruntime==1.23").reads(4), PORTABLE.reads(3)
         (('words',), ('native', 'words'), ('planes',))
         """
-        from qcompress_exporters.onnx_format.encodings.palette import ENCODINGS
+        from qcompress_exporters.onnx_format.encodings.codes import ENCODINGS
 
         return tuple(encoding.name for encoding in ENCODINGS if encoding.opset(bits) in self.opsets)
 

@@ -11,8 +11,9 @@ from qcompress.artifacts import FloatWeight
 from qcompress.errors import SourceError
 from qcompress.gate.validation import Check
 from qcompress_exporters.onnx_format import metadata
-from qcompress_exporters.onnx_format.int8.lowering import bias_name, offset_name, scale_name
+from qcompress_exporters.onnx_format.int8.grids import read_grids, wrong_grids
 from qcompress_exporters.onnx_format.lower import lower
+from qcompress_exporters.onnx_format.names import bias_name, offset_name, scale_name
 from qcompress_exporters.onnx_format.trace import Trace
 from qcompress_exporters.parity.decode import decoded, digests, mismatches
 from qcompress_exporters.parity.differences import (
@@ -26,7 +27,7 @@ from qcompress_exporters.parity.differences import (
     same_bits,
     samples_in,
 )
-from qcompress_exporters.parity.replay import Replay, wrong_grids
+from qcompress_exporters.parity.replay import Replay
 from qcompress_exporters.parity.sessions import Mode, run, session
 
 OUTPUT_TOLERANCE: Final = 1e-3  # of outputs in float, from the same codes
@@ -42,7 +43,7 @@ def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays |
         model: the file.
 
     Returns:
-        The check, and the decoded tensors, which check 2 computes with; None if they do not belong to the graph.
+        The check, and the decoded tensors, which check 2 computes with; None if it cannot compute with them.
     """
     expected, values = digests(model), decoded(model)
     shapes = graph.state_shapes()
@@ -53,7 +54,8 @@ def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays |
         text(n, i) for text in (bias_name, offset_name) for n in integer for i in range(len(sites))
     }
     strange = sorted(set(expected) ^ (set(shapes) | extra))
-    grids = wrong_grids(model, sites) if compute == "int8" else []
+    read = read_grids(model, sites) if compute == "int8" else []
+    grids = wrong_grids(model, sites, read) if compute == "int8" else []
     misshapen = [n for n in shapes if n in values and values[n].shape != shapes[n]]
     wrong = mismatches(model, values)
     counted = f" and {len(sites)} grids" if compute == "int8" else ""
@@ -70,7 +72,7 @@ def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays |
         detail = f"{len(grids)} of {len(sites)} grids differ from what was compressed: {', '.join(grids[:3])}"
     ok = not (strange or misshapen or wrong or grids)
     check = Check(name="weights", session="exact", ok=ok, error=None, limit=0.0, detail=detail)
-    return check, None if strange or misshapen else values
+    return check, None if strange or misshapen or None in read else values
 
 
 def float_reference(graph: Trace, model: onnx.ModelProto, values: Arrays) -> bytes:

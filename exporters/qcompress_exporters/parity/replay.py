@@ -4,176 +4,34 @@ The file's activations are read as onnxruntime computes them (its codes are aske
 with what torch computes from the codes before it. So a difference shows where it arises, and nowhere else.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
+from qcompress.artifacts import ActivationGrid, SiteGrid
 from qcompress.artifacts.base import along_axis, broadcast_scale
-from qcompress.errors import SourceError
 from qcompress.graph.layers import bias_of, layers, weight_layers
 from qcompress.graph.marks import MarkedRunner, Visit, input_sites, output_layers, site_op
 from qcompress.graph.program import FloatProgram, copy_graph, rebuild, state_nodes
-from qcompress_exporters.onnx_format import metadata
-from qcompress_exporters.onnx_format.digests import grid_digest
-from qcompress_exporters.onnx_format.edit import GraphEditor
-from qcompress_exporters.onnx_format.int8.dynamic import SCALE, ZERO_POINT
-from qcompress_exporters.onnx_format.int8.lowering import bias_name, code_name, code_scale_name, offset_name, scale_name
-from qcompress_exporters.onnx_format.names import ShortNames
+from qcompress_exporters.onnx_format.int8.grid_format import FileGrid
+from qcompress_exporters.onnx_format.names import (
+    bias_name,
+    code_name,
+    code_scale_name,
+    code_zero_point_name,
+    offset_name,
+    scale_name,
+)
 from qcompress_exporters.parity.sessions import Mode, run, session
 
 Arrays = dict[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.float32]
 
-_REQUANTIZERS: Final = {"QuantizeLinear": 1, "QLinearConv": 6, "QLinearMatMul": 6}  # where the output's scale stands
-
-
-@dataclass(frozen=True, slots=True)
-class FileGrid:
-    """The grid of one site as the file has it.
-
-    Args:
-        scale: float32.
-        zero_point: its code of 0.
-        low: smallest code that its Clip lets pass.
-        high: largest such code.
-        bits: width of a code, by the file's metadata; the Clip may leave fewer codes than it has.
-        offset: a free offset, which is taken off in front of the quantizer.
-        folded: whether the layers behind it have the offset in their biases.
-        taken: whether the layer in front of it has the offset in its bias.
-        thresholds: float32 [L] that values are compared with; None: they are rounded.
-    """
-
-    scale: Floats
-    zero_point: int
-    low: int
-    high: int
-    bits: int
-    offset: Floats
-    folded: bool
-    taken: bool = False
-    thresholds: Floats | None = None
-
-    def quantize(self, x: Floats) -> npt.NDArray[np.uint8]:
-        """Codes of a value."""
-        if self.thresholds is not None:
-            reached = np.zeros(x.shape, np.uint8)
-            for count, threshold in enumerate(self.thresholds, 1):
-                reached[x >= threshold] = count
-            return reached
-        codes = np.rint((x - self.offset) / self.scale) + np.float32(self.zero_point)
-        return np.asarray(np.clip(codes, 0, (1 << self.bits) - 1), np.uint8)
-
-    def dequantize(self, codes: npt.NDArray[np.uint8]) -> Floats:
-        """What codes stand for."""
-        return np.asarray((codes.astype(np.float32) - np.float32(self.zero_point)) * self.scale + self.offset)
-
-
-def wrong_grids(model: onnx.ModelProto, sites: Sequence[tuple[str, int]]) -> list[str]:
-    """The sites whose grid is not what export took the digest of; see `file_grids`."""
-    stored = metadata.grids_from(metadata.entry_of(model, metadata.GRIDS) or "")
-    if len(stored) != len(sites):
-        raise SourceError("The file carries no digests of its activations' grids: export it again.")
-    return [
-        f"{site[0]}"
-        for site, grid, entry in zip(sites, file_grids(model, len(sites)), stored, strict=True)
-        if grid_digest(site, grid.scale, grid.zero_point, grid.offset, grid.bits, grid.thresholds) != entry.digest
-    ]
-
-
-def file_grids(model: onnx.ModelProto, count: int) -> list[FileGrid]:
-    """The grids of a file's sites.
-
-    Args:
-        model: one of our files, for int8 compute.
-        count: how many sites it has.
-
-    Raises:
-        SourceError: a site is missing, or not written as we write it.
-    """
-    graph = GraphEditor(model.graph, ShortNames([]))
-    stored = metadata.grids_from(metadata.entry_of(model, metadata.GRIDS) or "")
-    if len(stored) != count:
-        raise SourceError("The file's metadata does not say what its grids are: export it again.")
-    scales = {code_name(i): code_scale_name(i) for i in range(count)}
-    return [_file_grid(graph, code_name(i), entry, scales) for i, entry in enumerate(stored)]
-
-
-def _file_grid(graph: GraphEditor, name: str, entry: metadata.GridEntry, scales: Mapping[str, str]) -> FileGrid:
-    node, ends = graph.producer(name), [0, 255]
-    if node is not None and node.op_type == "Identity":
-        name = node.input[0]
-        node = graph.producer(name)
-    if node is not None and node.op_type == "Where" and name in scales:
-        scale, thresholds = _constant(graph, scales[name]), _thresholds(graph, node, (1 << entry.bits) - 1)
-        none = np.zeros((), np.float32)
-        return FileGrid(scale, 0, 0, len(thresholds), entry.bits, none, folded=False, thresholds=thresholds)
-    if node is not None and node.op_type == "Clip":
-        for position, end in enumerate(node.input[1:]):
-            if end:
-                ends[position] = int(_constant(graph, end))
-        node = graph.producer(node.input[0])
-    if node is None or node.op_type not in _REQUANTIZERS:
-        raise _not_as_said(name)
-    position = _REQUANTIZERS[node.op_type]
-    scale, zero = (_constant(graph, value) for value in node.input[position : position + 2])
-    source = graph.producer(node.input[0])
-    offset, taken = np.asarray(entry.offset, np.float32), bool(entry.offset)
-    if taken and node.op_type == "QuantizeLinear" and source is not None and source.op_type == "Sub":
-        offset, taken = np.asarray(_constant(graph, source.input[1]), np.float32), False
-    folded = bool(entry.offset) and not _is_added_back(graph, name, offset)
-    return FileGrid(np.asarray(scale, np.float32), int(zero), ends[0], ends[1], entry.bits, offset, folded, taken)
-
-
-def _thresholds(graph: GraphEditor, last: onnx.NodeProto, count: int) -> Floats:
-    """What a value is compared with, one threshold after another; see `Lowering`.
-
-    Args:
-        graph: of the file.
-        last: the choice that gives the codes.
-        count: how many thresholds there are.
-    """
-    found: list[Any] = []
-    codes, compared = last.output[0], set[str]()
-    for code in range(count, 0, -1):
-        choice = graph.producer(codes)
-        below = graph.producer(choice.input[0]) if choice is not None and choice.op_type == "Where" else None
-        if choice is None or below is None or below.op_type != "Less" or _constant(graph, choice.input[2]) != code:
-            raise _not_as_said(last.output[0])
-        found.insert(0, _constant(graph, below.input[1]))
-        compared.add(below.input[0])
-        codes = choice.input[1]
-    if len(compared) != 1 or _constant(graph, codes) != 0:
-        raise _not_as_said(last.output[0])
-    return np.array(found, np.float32)
-
-
-def _not_as_said(codes: str) -> SourceError:
-    return SourceError(f"The file does not quantize {codes} as its metadata says: export it again.")
-
-
-def _is_added_back(graph: GraphEditor, codes: str, offset: Floats) -> bool:
-    stack = [codes]
-    while stack:
-        for user in graph.users(stack.pop()):
-            if user.op_type == "DequantizeLinear":
-                for behind in graph.users(user.output[0]):
-                    constants = [graph.constant(name) for name in behind.input] if behind.op_type == "Add" else []
-                    if any(c is not None and c.ndim == 0 and c == offset for c in constants):
-                        return True
-            else:
-                stack += user.output
-    return False
-
-
-def _constant(graph: GraphEditor, name: str) -> Any:
-    value = graph.constant(name)
-    if value is None or value.ndim:
-        raise SourceError("The file's scales and zero points must be scalar constants: export it again.")
-    return value
+_RUN_TIME = ("", -1)  # the site of a grid that is found at run time
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +41,7 @@ class Reference:
     Args:
         state: by qualified name.
         added: float32 [O] that is added to what a layer's node gives, by that node: the rest of a bias that it has in
-            integers of its own (see `marks.bias_name`).
+            integers of its own (see `names.bias_name`).
     """
 
     state: Arrays
@@ -211,7 +69,11 @@ def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]]
     apart: list[tuple[str, str, npt.NDArray[np.float64]]] = []  # node, name of its bias, what it adds in all
     inputs, names = input_sites(marked), state_nodes(marked.exported)
     seen = set[str]()
-    taken = {weight: float(grids[i].offset) for i, weight in output_layers(marked).items() if grids and grids[i].taken}
+    taken = {
+        weight: float(grids[i].grid.free_offset)
+        for i, weight in output_layers(marked).items()
+        if grids and grids[i].taken
+    }
     for layer in layers(marked):
         use = layer.node.name if layer.weight in seen else layer.weight
         seen.add(layer.weight)
@@ -220,16 +82,17 @@ def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]]
         site, bias = inputs[use], bias_of(layer.node)
         own = names.get(bias, "") if bias is not None else ""
         folded_O = np.zeros(1)
+        grid = grids[site].grid
         if grids[site].folded:
             others = tuple(i for i in range(values[layer.weight].ndim) if i != layer.axis)
             codes_O = values[layer.weight].sum(axis=others, dtype=np.int64)
-            folded_O = float(grids[site].offset) * scales[layer.weight].astype(np.float64) * codes_O
+            folded_O = float(grid.free_offset) * scales[layer.weight].astype(np.float64) * codes_O
         written = bias_name(layer.weight, site)
         if (alone := offset_name(layer.weight, site)) in values:
             added[layer.node.name] = (values[alone] - folded_O).astype(np.float32)
         elif written in values or own:
             bias_O = values[written if written in values else own]
-            step_O = (grids[site].scale * scales[layer.weight]).astype(np.float64) if bias_O.dtype == np.int32 else 1.0
+            step_O = (grid.scale * scales[layer.weight]).astype(np.float64) if bias_O.dtype == np.int32 else 1.0
             total_O = bias_O * step_O - folded_O + taken.get(layer.weight, 0.0)
             if written in values:
                 apart.append((layer.node.name, own, total_O))
@@ -370,7 +233,7 @@ def _compare(
         name = code_name(index)
         if not first or (not grids and name not in values):
             return value  # moved, and on the grid already; or of a layer that stays in float
-        grid = grids[index] if grids else _dynamic_grid(value)
+        grid = grids[index].grid if grids else _dynamic_grid(value)
         codes = grid.quantize(value)
         if name in values:
             theirs = values[name].reshape(codes.shape)
@@ -379,7 +242,8 @@ def _compare(
             tally[index, 2] = max(tally[index, 2], difference.max(initial=0))
             codes = theirs
         if not grids:
-            grid = replace(grid, scale=values[SCALE.format(index)], zero_point=int(values[ZERO_POINT.format(index)]))
+            found = values[code_scale_name(index)], int(values[code_zero_point_name(index)])
+            grid = ActivationGrid.from_zero_point(_RUN_TIME, *found, 8)
         result, float_value = grid.dequantize(codes), originals[index].astype(np.float64)
         tally[index, 3:] += np.square(float_value).sum(), np.square(float_value - result).sum()
         return result
@@ -387,20 +251,20 @@ def _compare(
     return visit
 
 
-def _dynamic_grid(value: Floats) -> FileGrid:
-    """What DynamicQuantizeLinear takes for a value, as ONNX defines it."""
+def _dynamic_grid(value: Floats) -> SiteGrid:
+    """Return the grid that DynamicQuantizeLinear finds for a value, as ONNX defines it."""
     low, high = min(np.float32(0), value.min()), max(np.float32(0), value.max())
     scale = np.float32((high - low) / np.float32(255)) or np.float32(1)
     zero = int(np.clip(np.rint(-low / scale), 0, 255))
-    return FileGrid(np.asarray(scale), zero, 0, 255, 8, np.zeros((), np.float32), False)
+    return ActivationGrid.from_zero_point(_RUN_TIME, np.asarray(scale), zero, 8)
 
 
 def _code_outputs(model: onnx.ModelProto, count: int, *, dynamic: bool) -> list[str]:
     given = {output for node in model.graph.node for output in node.output}
-    texts = [code_name(i) for i in range(count)]
+    names = [code_name(i) for i in range(count)]
     if dynamic:
-        texts += [text.format(i) for i in range(count) for text in (SCALE, ZERO_POINT)]
-    return [name for name in texts if name in given]
+        names += [text(i) for i in range(count) for text in (code_scale_name, code_zero_point_name)]
+    return [name for name in names if name in given]
 
 
 def _joined(parts: list[Arrays]) -> Arrays:

@@ -23,6 +23,7 @@ from qcompress.metrics.similarity import agreement, is_constant, sqnr_db
 from qcompress.progress import Track
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.file import float_file
+from qcompress_exporters.onnx_format.int8.grids import file_grids
 from qcompress_exporters.onnx_format.trace import trace
 from qcompress_exporters.options import Measuring
 from qcompress_exporters.parity.checks import (
@@ -35,7 +36,7 @@ from qcompress_exporters.parity.checks import (
 )
 from qcompress_exporters.parity.differences import Arrays, check_finite, concatenated, samples_in
 from qcompress_exporters.parity.noise import LayerNoise, layer_noise, noise_db, runtime_share
-from qcompress_exporters.parity.replay import SiteDifference, file_grids, reference_state, replay
+from qcompress_exporters.parity.replay import SiteDifference, reference_state, replay
 from qcompress_exporters.parity.report import OutputReport, ParityReport
 from qcompress_exporters.parity.sessions import Mode, cpu_features, optimized_ops, run, session
 from qcompress_exporters.parity.timing import measure
@@ -73,7 +74,7 @@ def validate(program: FloatProgram, file: metadata.CompressedFile, data: Dataset
     checks = [weights]
     layers: tuple[LayerNoise, ...] = ()
     if values is not None and sites:
-        grids = file_grids(file.model, len(sites)) if compute == "int8" else []
+        grids = file_grids(file.model, sites) if compute == "int8" else []
         state = reference_state(marked, values, grids)
         for mode in _MODES:
             found = replay(marked, file.model, sites, state, grids, head, mode)

@@ -11,7 +11,7 @@ from qcompress.compressed.model import CompressedModel
 from qcompress.finetune import prepare
 from qcompress.plan.plan import Plan
 from qcompress_exporters import build
-from qcompress_exporters.onnx_format.int8.biases import stepped
+from qcompress_exporters.onnx_format.int8.stepped_biases import stepped
 
 
 def trained(bits):

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,12 +16,12 @@ from qcompress.artifacts.granularity import lut_groups
 from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.errors import ConfigError
 from qcompress.palettes.vector import palettize_vectors
-from qcompress_exporters.onnx_format.encodings.base import Encoding, GraphWriter
-from qcompress_exporters.onnx_format.encodings.integer import write_int8
-from qcompress_exporters.onnx_format.encodings.palette import ENCODINGS, choose, write_palette
-from qcompress_exporters.onnx_format.encodings.uniform import write_uniform
-from qcompress_exporters.onnx_format.lower import write_artifact
-from qcompress_exporters.onnx_format.names import ShortNames
+from qcompress_exporters.onnx_format.encodings.base import Encoding
+from qcompress_exporters.onnx_format.encodings.codes import ENCODINGS, choose
+from qcompress_exporters.onnx_format.encodings.floats import Float
+from qcompress_exporters.onnx_format.encodings.palette import write_palette
+from qcompress_exporters.onnx_format.encodings.table import write_int8, write_weight
+from qcompress_exporters.onnx_format.graph_writer import GraphWriter
 from qcompress_exporters.onnx_format.opsets import ir_version
 from qcompress_exporters.onnx_format.targets import find
 from qcompress_exporters.parity.sessions import optimized_ops, ort, run, session
@@ -30,29 +31,32 @@ CASES = [pytest.param(e, bits, id=f"{e.name}-{bits}") for e, bits in WRITABLE]
 OPSETS = [18, 21, 25]  # the last brings every native type, the first none
 
 
-def model_of(write: Callable[[GraphWriter], object], opset: int, of_type: int) -> onnx.ModelProto:
+def empty_graph(opset: int) -> ir.Graph:
+    return ir.Graph([], [], nodes=[], opset_imports={"": opset}, name="g")
+
+
+def model_of(write: Callable[[GraphWriter], ir.Value], opset: int, of_type: ir.DataType) -> onnx.ModelProto:
     """A model without inputs whose one output is the value `weight`, which `write` writes."""
-    writer = GraphWriter(ShortNames(["x", "y"]))
-    write(writer)
-    output = helper.make_tensor_value_info("weight", of_type, None)
-    graph = helper.make_graph(writer.nodes, "g", [], [output], writer.initializers)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version(opset))
+    graph = empty_graph(opset)
+    value = write(GraphWriter(graph, ["x", "y"]))
+    value.name, value.type = "weight", ir.TensorType(of_type)
+    graph.outputs.append(value)
+    model: onnx.ModelProto = ir.to_proto(ir.Model(graph, ir_version=ir_version(opset)))
+    return model
 
 
 def decoder(weight: PalettizedWeight, encoding: Encoding) -> onnx.ModelProto:
     return model_of(
-        lambda writer: write_palette(writer, weight, "weight", encoding),
-        encoding.opset(weight.bits) or 0,
-        onnx.TensorProto.FLOAT,
+        lambda writer: write_palette(writer, weight, encoding), encoding.opset(weight.bits) or 0, ir.DataType.FLOAT
     )
 
 
 def uniform_decoder(weight: IntegerWeight, opset: int) -> onnx.ModelProto:
-    return model_of(lambda writer: write_artifact(writer, weight, "weight", opset), opset, onnx.TensorProto.FLOAT)
+    return model_of(lambda writer: write_weight(writer, weight, "weight", opset).value, opset, ir.DataType.FLOAT)
 
 
 def int8_decoder(weight: Artifact, opset: int) -> onnx.ModelProto:
-    return model_of(lambda writer: write_int8(writer, weight, "weight", opset), opset, onnx.TensorProto.INT8)
+    return model_of(lambda writer: write_int8(writer, weight, "weight", opset).value, opset, ir.DataType.INT8)
 
 
 def value_of(model: onnx.ModelProto) -> np.ndarray[Any, Any]:
@@ -200,12 +204,12 @@ def test_every_width_can_be_written_for_every_target(bits: int, target: str) -> 
 
 
 def test_a_table_that_two_weights_need_is_written_once() -> None:
-    writer = GraphWriter(ShortNames([]))
+    writer = GraphWriter(empty_graph(21))
     weight = PalettizedWeight(codes=np.zeros((4, 8), np.uint8), lut=np.zeros((1, 8), np.float32), bits=3)
     ranges = []
-    for name in ("a", "b"):
-        write_palette(writer, weight, name, choose(3, 21))
-        ranges.append(sum(node.op_type == "Range" for node in writer.nodes))
+    for _ in range(2):
+        write_palette(writer, weight, choose(3, 21))
+        ranges.append(sum(node.op_type == "Range" for node in writer.graph))
     assert ranges == [2, 2]  # of the words of 12 bits, and of the bytes of their second plane
 
 
@@ -262,6 +266,12 @@ def test_a_float_tensor_is_no_int8() -> None:
         int8_decoder(FloatWeight(values=np.zeros(3, np.float32), reason="by plan"), 21)
 
 
+def test_floats_are_not_written_as_int8() -> None:
+    weight = FloatWeight(values=np.zeros(3, np.float32), reason="by plan")
+    with pytest.raises(ConfigError, match=r"^A float artifact must have int8 codes to be written as such, and it has"):
+        Float().write_int8(GraphWriter(empty_graph(21)), weight, 21)
+
+
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_layers_on_a_uniform_grid_fold_to_nothing_but_themselves(bits: int, opset: int) -> None:
@@ -297,11 +307,12 @@ def test_a_uniform_grid_takes_its_ideal_bytes(bits: int, opset: int) -> None:
 
 
 def test_the_grid_of_a_width_is_written_once() -> None:
-    writer = GraphWriter(ShortNames([]))
+    writer = GraphWriter(empty_graph(25))
     weight = IntegerWeight(codes=np.zeros((4, 8), np.int8), scale=np.array(0.5, np.float32), bits=7)
     for name in ("a", "b"):
-        write_uniform(writer, weight, name, 25)
-    assert sum(tuple(t.dims) == (128,) for t in writer.initializers) == 1
+        write_weight(writer, weight, name, 25)
+    constants = [value.const_value for value in writer.graph.initializers.values()]
+    assert sum(tuple(tensor.shape) == (128,) for tensor in constants if tensor is not None) == 1
 
 
 @settings(max_examples=100)

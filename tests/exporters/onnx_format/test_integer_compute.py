@@ -18,12 +18,13 @@ from qcompress.posthoc.compress import compress_program
 from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build, validate
 from qcompress_exporters.onnx_format import file as onnx_file
-from qcompress_exporters.onnx_format.int8.biases import stepped
+from qcompress_exporters.onnx_format.int8.stepped_biases import stepped
 from qcompress_exporters.onnx_format.lower import serialize
 from qcompress_exporters.parity import validate as parity
 from qcompress_exporters.parity.sessions import optimized_ops, run, session
 from tests.helpers import small_models
 from tests.helpers.nets import image, randomized, traced
+from tests.helpers.saturation import model_exact_here
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def calibration(samples: int = 32) -> Dataset:
 
 def compressed(bits: int = 8, activation_bits: int = 8, scheme: str = "uniform"):
     plan = Plan.from_flags(bits=bits, scheme=scheme, activation_bits=activation_bits)
-    return compress_program(small_models.program(), plan, calibration=calibration())
+    return model_exact_here(compress_program(small_models.program(), plan, calibration=calibration()))
 
 
 def checked(model, tmp_path: Path, **options: str):
@@ -160,7 +161,7 @@ def test_a_free_offset_is_folded_where_that_is_exact(padding, offset, share, for
     model = compress_program(
         program, Plan.from_flags(bits=8, scheme="uniform", activation_bits=8), calibration=Dataset(inputs={"x": x})
     )
-    model = with_offset(model, ("x", -1), share)
+    model = with_offset(model_exact_here(model), ("x", -1), share)
     built = build(model, format=form)
     assert [layer.offset for layer in built.report.layers] == [offset]
     got, wanted = run(session(built.data, "deployed"), {"x": x})["output"], reference(model, x)
@@ -204,7 +205,7 @@ def test_dynamic8_needs_no_data(bits, scheme, tmp_path):
         Plan.from_flags(bits=bits, scheme=scheme),
         PosthocSettings(compute="dynamic8", effort="fast"),
     )
-    built, report = checked(model, tmp_path)
+    built, report = checked(model_exact_here(model), tmp_path)
     assert report.ok, [c for c in report.checks if not c.ok]
     assert {layer.weight: layer.compute for layer in built.report.layers}["head.weight"] == "dynamic8"
     assert optimized_ops(built.data)["DynamicQuantizeMatMul"] == 1
@@ -241,7 +242,8 @@ def test_sites_of_one_value_are_checked_each(form, tmp_path):
     x = image(16)
     program = traced(randomized(Branches()), x=x[:2])
     plan, data = Plan.from_flags(bits=8, activation_bits=8), Dataset(inputs={"x": x}, name="x.npz")
-    small = compress_program(program, plan, PosthocSettings(placement="paper"), calibration=data)
+    settings = PosthocSettings(placement="paper")
+    small = model_exact_here(compress_program(program, plan, settings, calibration=data))
     assert [site for site, _ in small.activations] == ["x", "b.weight", "c.weight"]
     built = build(small, format=form)
     built.write(tmp_path / "net.onnx")

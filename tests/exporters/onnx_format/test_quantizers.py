@@ -22,10 +22,11 @@ from qcompress.plan.plan import Plan
 from qcompress.quantizers import QUANTIZERS
 from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
-from qcompress_exporters.onnx_format.int8.lowering import COMPARED, PADDED
+from qcompress_exporters.onnx_format.int8.grids import file_grids
+from qcompress_exporters.onnx_format.int8.layers import COMPARED, PADDED
 from qcompress_exporters.parity.checks import check_graph, check_weights, float_reference
 from qcompress_exporters.parity.decode import decoded
-from qcompress_exporters.parity.replay import file_grids, reference_state
+from qcompress_exporters.parity.replay import reference_state
 from qcompress_exporters.parity.sessions import optimized_ops
 from tests.helpers import agreement, small_models
 from tests.helpers.agreement import FORMATS, Agreement
@@ -162,8 +163,8 @@ def checked(small: CompressedModel) -> Agreement:
     for form in FORMATS:
         assert found.failures(form) == []
         proto = found.model(form)
-        grids = file_grids(proto, len(small.activations))
-        same_values(small, reference_state(found.marked, decoded(proto), grids).state)
+        grids = file_grids(proto, list(small.activations))
+        same_values(found.small, reference_state(found.marked, decoded(proto), grids).state)
     assert found.distance("qdq") < DISTANCE
     return found
 

@@ -67,25 +67,27 @@ def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
     return next(t for t in model.graph.initializer if t.name == name)
 
 
+PACKED = (onnx.TensorProto.UINT8, onnx.TensorProto.UINT4, onnx.TensorProto.UINT2)
+
+
 def codes_of(model: onnx.ModelProto, weight: str) -> onnx.TensorProto:
     """The packed codes that a weight is decoded from."""
     stack = [weight]
     while stack:
         for name in producer(model, stack.pop()).input:
             found = [t for t in model.graph.initializer if t.name == name]
-            if found and found[0].data_type == onnx.TensorProto.UINT8:
+            if found and found[0].data_type in PACKED:
                 return found[0]
             stack += [] if found else [name]
     raise AssertionError(f"{weight} has no codes")
 
 
 def lut_of(model: onnx.ModelProto, weight: str) -> onnx.TensorProto:
-    """The table that a weight is looked up in: the first input of all nodes down to it."""
-    tensors = {t.name: t for t in model.graph.initializer}
-    name = weight
-    while name not in tensors:
-        name = producer(model, name).input[0]
-    return tensors[name]
+    node = producer(model, weight)
+    while not any(tensor.name == node.input[0] for tensor in model.graph.initializer):
+        node = producer(model, node.input[0])
+    assert node.op_type in ("Gather", "GatherElements")
+    return initializer(model, node.input[0])
 
 
 def swap(a: onnx.TensorProto, b: onnx.TensorProto) -> None:

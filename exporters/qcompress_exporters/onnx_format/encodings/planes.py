@@ -10,9 +10,11 @@ import math
 from typing import ClassVar, Final, NamedTuple, final
 
 import numpy as np
+import onnx_ir as ir
 
+from qcompress.artifacts.base import Int8s
 from qcompress.artifacts.packing import Words, pack, to_planes
-from qcompress_exporters.onnx_format.encodings.base import Codes, GraphWriter
+from qcompress_exporters.onnx_format.graph_writer import Codes, GraphWriter
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET
 
 
@@ -75,16 +77,20 @@ class Planes:
         layout = _LAYOUTS[bits]
         return -count % (layout.codes * math.prod(layout.row))
 
-    def codes(self, writer: GraphWriter, codes: Codes, bits: int) -> str:
+    def codes(self, writer: GraphWriter, codes: Codes, bits: int) -> ir.Value:
         """Write codes; return them as int32."""
         return writer.node("Gather", [_table(writer, bits), self._words(writer, codes, bits)])
 
-    def lookup(self, writer: GraphWriter, codes: Codes, bits: int, lut: str) -> str:
+    def cast(self, writer: GraphWriter, codes: Codes | Int8s, bits: int, to: ir.DataType) -> ir.Value | None:
+        """Return None: codes come from a lookup."""
+        return None
+
+    def lookup(self, writer: GraphWriter, codes: Codes, bits: int, lut: ir.Value) -> ir.Value:
         """Write codes; return lut[codes]."""
         expanded = writer.node("Gather", [lut, _table(writer, bits)])
         return writer.node("Gather", [expanded, self._words(writer, codes, bits)])
 
-    def _words(self, writer: GraphWriter, codes: Codes, bits: int) -> str:
+    def _words(self, writer: GraphWriter, codes: Codes, bits: int) -> ir.Value:
         """Write the words of codes; return them as int32, [rows, *layout.row]."""
         layout = _LAYOUTS[bits]
         words = _words(codes, bits, self.padding(codes.size, bits)).reshape(-1, *layout.row)
@@ -97,7 +103,7 @@ class Planes:
         return value
 
 
-def _table(writer: GraphWriter, bits: int) -> str:
+def _table(writer: GraphWriter, bits: int) -> ir.Value:
     """Return the table of all words: int32 [words, codes in each]."""
     return writer.table(bits, 1 << bits * _LAYOUTS[bits].codes, (_LAYOUTS[bits].codes,))
 

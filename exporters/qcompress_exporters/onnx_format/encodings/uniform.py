@@ -1,87 +1,61 @@
-"""A weight on a uniform grid as nodes that decode it: codes, zero points, scale. Never a DequantizeLinear.
+"""A weight on an even grid as nodes that decode it: codes, zero points, scale. Never a DequantizeLinear.
 
-onnxruntime folds none of those, and one in front of a layer makes it compute slower, or in other integers than it was
-asked to (`DequantizeLinear -> MatMul` quantizes its activations).
+onnxruntime does not fold a DequantizeLinear. In front of a layer it makes the layer slower, or computes it in other
+integers than it was asked to (`DequantizeLinear -> MatMul` quantizes its activations).
 """
 
-from typing import Any, Final
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto
+import onnx_ir as ir
 
 from qcompress.artifacts import IntegerWeight
 from qcompress.artifacts.base import broadcast_scale
 from qcompress.artifacts.integer_range import IntegerRange
-from qcompress_exporters.onnx_format.encodings.base import GraphWriter, looked_up
-from qcompress_exporters.onnx_format.encodings.native import Native
-from qcompress_exporters.onnx_format.encodings.palette import choose
-
-_TYPE: Final = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int8): TensorProto.INT8}
-
-
-def write_uniform(writer: GraphWriter, weight: IntegerWeight, name: str, opset: int) -> str:
-    """Write the nodes and initializers that decode a weight into the float32 value `name`.
-
-    Args:
-        writer: takes them.
-        weight: any weight on a uniform grid.
-        name: what the decoded value is called.
-        opset: one that the target reads.
-
-    Returns:
-        The name of the encoding of its codes; `words` for 8 bits, which are bytes.
-    """
-    value, encoding = write_codes(writer, weight, np.dtype(np.float32), opset)
-    if weight.zero_point is not None and weight.zero_point.any():
-        zeros = writer.node("Cast", [writer.tensor(_spread(weight, weight.zero_point))], to=TensorProto.FLOAT)
-        value = writer.node("Sub", [value, _repeated(writer, weight, zeros)])
-    scale = writer.tensor(_spread(weight, weight.scale))
-    writer.node("Mul", [value, _repeated(writer, weight, scale)])
-    writer.name_last(name)
-    return encoding
+from qcompress_exporters.onnx_format.encodings.base import looked_up
+from qcompress_exporters.onnx_format.encodings.codes import choose
+from qcompress_exporters.onnx_format.encodings.formats import Written
+from qcompress_exporters.onnx_format.graph_writer import GraphWriter
 
 
-def write_codes(
-    writer: GraphWriter, weight: IntegerWeight, dtype: "np.dtype[Any]", opset: int, name: str | None = None
-) -> tuple[str, str]:
-    """Write the nodes and initializers that hold a weight's codes.
+@final
+class Uniform:
+    """Writes weights on even grids."""
 
-    Args:
-        writer: takes them.
-        weight: any weight on a uniform grid.
-        dtype: float32, or int8 where no code is above 127: the type of the value.
-        opset: one that the target reads.
-        name: what the value is called; None: a short name.
+    def write(self, writer: GraphWriter, weight: IntegerWeight, opset: int) -> Written:
+        """Write a weight; see `WeightFormat`."""
+        value, encoding = _codes(writer, weight, ir.DataType.FLOAT, opset)
+        if weight.zero_point is not None and weight.zero_point.any():
+            zeros = writer.tensor(_broadcast(weight, weight.zero_point))
+            zeros = writer.node("Cast", [zeros], to=ir.DataType.FLOAT)
+            value = writer.node("Sub", [value, _per_element(writer, weight, zeros)])
+        scale = writer.tensor(_broadcast(weight, weight.scale))
+        return Written(writer.node("Mul", [value, _per_element(writer, weight, scale)]), encoding)
 
-    Returns:
-        The value, in the weight's shape, and the name of the encoding.
-    """
+    def write_int8(self, writer: GraphWriter, weight: IntegerWeight, opset: int) -> Written:
+        """Write a weight's codes, all at most 127; see `WeightFormat`."""
+        return _codes(writer, weight, ir.DataType.INT8, opset)
+
+
+def _codes(writer: GraphWriter, weight: IntegerWeight, to: ir.DataType, opset: int) -> Written:
+    """Write a weight's codes as numbers of a type, in the weight's shape."""
     encoding = choose(weight.bits, opset)
-    if weight.bits == 8 and dtype == np.int8:
-        return writer.tensor(weight.codes.astype(np.int8), name), encoding.name
-    if weight.bits == 8:
-        value = writer.node("Cast", [writer.tensor(weight.codes)], to=_TYPE[dtype])
-    elif encoding.name == Native.name:
-        packed = writer.packed(weight.codes, weight.bits, weight.shape)
-        value = writer.node("Cast", [packed], to=_TYPE[dtype])
-    else:
+    value = encoding.cast(writer, weight.codes, weight.bits, to)
+    if value is None:
         limits = IntegerRange(weight.bits, weight.signed)
-        grid = writer.constant(np.arange(limits.n, limits.p + 1).astype(dtype))
+        numbers = writer.constant(np.arange(limits.n, limits.p + 1).astype(to.numpy()))
         codes = (weight.codes.astype(np.int16) - limits.n).astype(np.uint8)
-        value = looked_up(writer, encoding, codes, weight.bits, grid, weight.shape)
-    if name is not None:
-        writer.name_last(name)
-        value = name
-    return value, encoding.name
+        value = looked_up(writer, encoding, codes, weight.bits, numbers, weight.shape)
+    return Written(value, encoding.name)
 
 
-def _spread(weight: IntegerWeight, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _broadcast(weight: IntegerWeight, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return values if weight.block_size is not None else broadcast_scale(values, weight.shape, weight.axis)
 
 
-def _repeated(writer: GraphWriter, weight: IntegerWeight, values: str) -> str:
-    """One value for each element of the axis, of those that there is one of for each block."""
+def _per_element(writer: GraphWriter, weight: IntegerWeight, values: ir.Value) -> ir.Value:
+    """Write one value for each element of the axis, from one for each block."""
     if weight.block_size is None:
         return values
     assert weight.axis is not None

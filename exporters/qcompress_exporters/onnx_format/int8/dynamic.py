@@ -3,59 +3,58 @@
 onnxruntime fuses each into one DynamicQuantizeMatMul.
 """
 
-from onnx import TensorProto
+from typing import Final
 
-from qcompress_exporters.onnx_format.edit import attribute
-from qcompress_exporters.onnx_format.int8.lowering import Layer, Lowering, code_name, pair_saturation
-from qcompress_exporters.onnx_format.trace import DOMAIN
+import onnx_ir as ir
+
+from qcompress_exporters.onnx_format.int8.biases import Int8Weight, pair_saturation
+from qcompress_exporters.onnx_format.int8.layers import MATRIX_PRODUCTS, Layer, int8_weight, layers_of
+from qcompress_exporters.onnx_format.int8.tensors import Tensors
+from qcompress_exporters.onnx_format.marks import is_mark, site_of
+from qcompress_exporters.onnx_format.names import code_name, code_scale_name, code_zero_point_name
+from qcompress_exporters.onnx_format.passes.replace import drop_unused, input_of, optional_input
 from qcompress_exporters.report import LayerReport
 
-# What the three outputs of a site's DynamicQuantizeLinear are called.
-SCALE, ZERO_POINT = "s{}", "z{}"
+_LARGEST: Final = 255  # code of an activation
 
 
-def write_layers(lowering: Lowering) -> list[LayerReport]:
-    """Every product of a marked activation with a weight in integers; other marks go."""
-    graph = lowering.graph
+def write_layers(tensors: Tensors) -> list[LayerReport]:
+    """Write every product of a marked activation with a weight in integers; other marks stay."""
     reports = []
-    for name, uses in lowering.layers().items():
-        weights = [lowering.int8(use) for use in uses]
-        why = next((w for w in weights if isinstance(w, str)), "")
-        if any(use.node.op_type not in ("Gemm", "MatMul") for use in uses):
-            why = "quantized at run time are inputs of matrix products alone"
-        if not why and not all(_mark(lowering, use) for use in uses):
-            why = "its input is no float activation"
-        saturation = max((pair_saturation(w, 255) for w in weights if not isinstance(w, str)), default=0.0)
+    for name, uses in layers_of(tensors.open_values, tensors.writer.graph).items():
+        weights = [int8_weight(use, tensors.artifacts[name]) for use in uses]
+        found = [weight for weight in weights if isinstance(weight, Int8Weight)]
+        why = next((weight for weight in weights if isinstance(weight, str)), "")
+        if any(use.node.op_type not in MATRIX_PRODUCTS for use in uses):
+            why = "only inputs of matrix products can be quantized at run time"
+        if not why and not all(_mark_of(use) for use in uses):
+            why = "its input is not a float activation"
+        saturation = max((pair_saturation(weight, _LARGEST) for weight in found), default=0.0)
         reports.append(LayerReport(name, "float", why) if why else LayerReport(name, "dynamic8", saturation=saturation))
         if not why:
-            for use in uses:
-                _write(lowering, use)
-    for node in graph:
-        if node.domain == DOMAIN:
-            graph.remove(node)
-            graph.replace(node.output[0], node.input[0])
+            for use, weight in zip(uses, found, strict=True):
+                _write(tensors, use, weight)
     return reports
 
 
-def _mark(lowering: Lowering, layer: Layer) -> object:
-    mark = lowering.graph.producer(layer.node.input[0])
-    return mark if mark is not None and mark.domain == DOMAIN else None
+def _mark_of(layer: Layer) -> ir.Node | None:
+    node = input_of(layer.node, 0).producer()
+    return node if node is not None and is_mark(node) else None
 
 
-def _write(lowering: Lowering, layer: Layer) -> None:
-    graph, node = lowering.graph, layer.node
-    weight, mark = lowering.int8(layer), graph.producer(node.input[0])
-    assert not isinstance(weight, str)
+def _write(tensors: Tensors, layer: Layer, weight: Int8Weight) -> None:
+    writer, node, mark = tensors.writer, layer.node, _mark_of(layer)
     assert mark is not None
-    index = attribute(mark, "index")
-    codes, scale = lowering.write_weight(weight, kernel_order=True)
-    q, s, z = code_name(index), SCALE.format(index), ZERO_POINT.format(index)
-    graph.add_many("DynamicQuantizeLinear", [mark.input[0]], [q, s, z])
-    output, bias = node.output[0], node.input[2] if len(node.input) > 2 else ""
-    graph.remove(node)
-    for value in node.input[:2]:
-        graph.drop_unused(value)
-    sums = graph.add("Cast", [graph.add("MatMulInteger", [q, codes, z])], to=TensorProto.FLOAT)
-    product = graph.add("Mul", [sums, graph.add("Mul", [s, scale])], None if bias else output)
-    if bias:
-        graph.add("Add", [product, bias], output)
+    site = site_of(mark)
+    codes, scale = tensors.weight(weight, kernel_order=True)
+    names = [code_name(site), code_scale_name(site), code_zero_point_name(site)]
+    q, s, z = writer.add_many("DynamicQuantizeLinear", [input_of(mark, 0)], names)
+    bias, inputs = optional_input(node, 2), node.inputs[:2]
+    sums = writer.add("Cast", [writer.add("MatMulInteger", [q, codes, z])], to=ir.DataType.FLOAT)
+    result = writer.add("Mul", [sums, writer.add("Mul", [s, scale])])
+    if bias is not None:
+        result = writer.add("Add", [result, bias])
+    writer.supersede(node.outputs[0], result)
+    writer.graph.remove(node, safe=True)
+    for value in inputs:
+        drop_unused(writer.graph, value)

@@ -1,66 +1,58 @@
 """Layers as integer operators: QLinearConv, QLinearMatMul, MatMulInteger, with packed weights and folded offsets."""
 
+from typing import Any
+
 import numpy as np
-import onnx
-from onnx import TensorProto
+import onnx_ir as ir
 
-from qcompress_exporters.onnx_format.edit import attribute
-from qcompress_exporters.onnx_format.int8.lowering import IntegerLayer, Lowering, bias_scale
+from qcompress_exporters.onnx_format.int8.layers import requantizer
+from qcompress_exporters.onnx_format.int8.write_layer import Place
+from qcompress_exporters.onnx_format.passes.replace import input_of
 
 
-def write_layer(lowering: Lowering, layer: IntegerLayer) -> None:
+def write_layer(place: Place) -> None:
     """Write an integer operator in place of a layer, and of the quantizer behind it where the operator quantizes."""
-    if layer.layer.node.op_type == "Conv":
-        _conv(lowering, layer)
+    if place.node.op_type == "Conv":
+        _conv(place)
     else:
-        _product(lowering, layer)
+        _product(place)
 
 
-def _conv(lowering: Lowering, layer: IntegerLayer) -> None:
-    graph, writer, node = lowering.graph, lowering.writer, layer.layer.node
-    codes, scale = lowering.write_weight(layer.weight, kernel_order=False)
-    requantizer = lowering.requantizer(node)
-    assert requantizer is not None
-    zero = writer.constant(np.zeros(layer.weight.scale.shape, np.int8))
-    inputs = [*_input(lowering, layer), codes, scale, zero, *requantizer.input[1:3]]
-    if layer.bias is not None:
-        rounded = np.rint(layer.bias / bias_scale(layer).astype(np.float64)).astype(np.int32)
-        inputs.append(lowering.write_bias(layer, rounded))
-    attributes = {a.name: attribute(node, a.name) for a in node.attribute}
-    graph.add("QLinearConv", inputs, requantizer.output[0], **attributes)
-    _drop(lowering, [node, requantizer])
+def _conv(place: Place) -> None:
+    codes, scale = place.weight(kernel_order=False)
+    behind = requantizer(place.node)
+    assert behind is not None
+    inputs = [*_input(place), codes, scale, place.weight_zero_point(), input_of(behind, 1), input_of(behind, 2)]
+    if place.layer.bias is not None:
+        inputs.append(place.integer_bias())
+    attributes = {name: attribute.value for name, attribute in place.node.attributes.items()}
+    _requantize(place, "QLinearConv", inputs, behind, **attributes)
 
 
-def _product(lowering: Lowering, layer: IntegerLayer) -> None:
-    """A matrix product: requantized by QLinearMatMul where nothing comes in between, else int32 sums in float."""
-    graph, writer, node = lowering.graph, lowering.writer, layer.layer.node
-    codes, scale = lowering.write_weight(layer.weight, kernel_order=True)
-    x, s_x, z_x = _input(lowering, layer)
-    requantizer = lowering.requantizer(node)
-    if layer.bias is None and requantizer is not None:
-        zero = writer.constant(np.zeros(layer.weight.scale.shape, np.int8))
-        inputs = [x, s_x, z_x, codes, scale, zero, *requantizer.input[1:3]]
-        graph.add("QLinearMatMul", inputs, requantizer.output[0])
-        _drop(lowering, [node, requantizer])
+def _product(place: Place) -> None:
+    """Write a matrix product: QLinearMatMul where a quantizer follows at once, else int32 sums that become floats."""
+    writer, node = place.writer, place.node
+    codes, scale = place.weight(kernel_order=True)
+    x, s_x, z_x = _input(place)
+    behind = requantizer(node)
+    if place.layer.bias is None and behind is not None:
+        inputs = [x, s_x, z_x, codes, scale, place.weight_zero_point(), input_of(behind, 1), input_of(behind, 2)]
+        _requantize(place, "QLinearMatMul", inputs, behind)
         return
-    sums = graph.add("Cast", [graph.add("MatMulInteger", [x, codes, z_x])], to=TensorProto.FLOAT)
-    inputs = [sums, writer.node("Mul", [s_x, scale])]
-    if layer.bias is None:
-        graph.add("Mul", inputs, node.output[0])
-    else:
-        bias = lowering.write_bias(layer, layer.bias.astype(np.float32))
-        graph.add("Add", [graph.add("Mul", inputs), bias], node.output[0])
-    _drop(lowering, [node])
+    sums = writer.add("Cast", [writer.add("MatMulInteger", [x, codes, z_x])], to=ir.DataType.FLOAT)
+    result = writer.add("Mul", [sums, writer.node("Mul", [s_x, scale])])
+    if place.layer.bias is not None:
+        result = writer.add("Add", [result, place.float_bias()])
+    writer.supersede(node.outputs[0], result)
+    place.remove(node)
 
 
-def _input(lowering: Lowering, layer: IntegerLayer) -> list[str]:
-    source = layer.source
-    return [source.codes, source.scale, lowering.writer.constant(np.asarray(source.zero_point, np.uint8))]
+def _requantize(place: Place, op_type: str, inputs: list[ir.Value], behind: ir.Node, **attributes: Any) -> None:
+    codes = place.writer.add(op_type, inputs, **attributes)
+    place.writer.supersede(behind.outputs[0], codes)
+    place.remove(place.node, behind)
 
 
-def _drop(lowering: Lowering, nodes: list[onnx.NodeProto]) -> None:
-    """Take a layer and what was fused into it out, and its input's dequantizer if no one else takes it."""
-    for node in nodes:
-        lowering.graph.remove(node)
-    for value in nodes[0].input[:2]:
-        lowering.graph.drop_unused(value)
+def _input(place: Place) -> list[ir.Value]:
+    source = place.layer.source
+    return [source.codes, source.scale, place.writer.constant(np.asarray(source.grid.stored_zero_point, np.uint8))]
