@@ -37,7 +37,6 @@ class ActivationGrid:
     """
 
     kind: ClassVar[str] = "even"
-    thresholds: ClassVar[None] = None
     site: tuple[str, int]
     scale: Floats
     offset: Floats

@@ -50,10 +50,6 @@ class SiteGrid(Protocol):
         """The offset that no zero point stands for, float32 0-d."""
 
     @property
-    def thresholds(self) -> Floats | None:
-        """Values at which the code goes up by one, float32 [levels]; None for an even grid, which rounds."""
-
-    @property
     def nbytes(self) -> int:
         """Bytes on disk."""
 

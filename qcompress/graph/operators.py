@@ -42,7 +42,6 @@ class Operator:
         splits: whether it returns parts of its first argument, as a list.
         pads: whether it adds values around its first argument; with zeros it counts as a move.
         clamps: whether it is a monotone clamp, which a quantizer behind it absorbs.
-        activates: whether it is an activation function.
         sums: whether it adds or multiplies two values.
         pools: whether it averages over windows.
         averages: whether it averages over whole axes.
@@ -58,7 +57,6 @@ class Operator:
     splits: bool = False
     pads: bool = False
     clamps: bool = False
-    activates: bool = False
     sums: bool = False
     pools: bool = False
     averages: bool = False
@@ -113,13 +111,7 @@ _TABLE: Final[tuple[tuple[str, Operator], ...]] = (
     ("max_pool1d.default max_pool2d.default", Operator(moves=True)),
     ("dropout.default feature_dropout.default", Operator(moves=True, drops=True)),
     ("pad.default constant_pad_nd.default", Operator(pads=True)),
-    (
-        "relu.default relu6.default hardtanh.default clamp.default clamp_min.default",
-        Operator(clamps=True, activates=True),
-    ),
-    ("leaky_relu.default elu.default selu.default celu.default prelu.default", Operator(activates=True)),
-    ("gelu.default silu.default mish.default softplus.default", Operator(activates=True)),
-    ("sigmoid.default tanh.default hardsigmoid.default hardswish.default", Operator(activates=True)),
+    ("relu.default relu6.default hardtanh.default clamp.default clamp_min.default", Operator(clamps=True)),
     ("add.Tensor mul.Tensor", Operator(sums=True)),
     ("avg_pool1d.default avg_pool2d.default", Operator(pools=True)),
     ("adaptive_avg_pool1d.default adaptive_avg_pool2d.default", Operator(pools=True)),

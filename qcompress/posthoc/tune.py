@@ -1,24 +1,23 @@
 """Codes, levels, scales and biases tuned together, without labels, towards the outputs of the float program.
 
 Gradients see what solving layer after layer cannot: a code that is worse for its layer and better for the whole. The
-loss is how far the outputs and the values behind activations are from those of the float program.
+loss is the error of the outputs.
 
 Source: block reconstruction (BRECQ, Li et al. 2021) and straight-through estimation (Bengio et al. 2013).
-Deviations: all blocks at once. Outputs alone, without the values in between, fit the calibration data four times as
-well and new data no better.
+Deviations: all blocks at once, and only the outputs are compared. With the values behind activations in the loss, the
+error of held-back outputs was 0.113 against 0.118 on ResNet-20 at 1 bit, but 0.029 against 0.028 at 2 bits, and on the
+digits sample 0.017 against 0.005 and 0.007 against 0.001.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
-from torch.fx import Node
 
 from qcompress.artifacts import Artifact
 from qcompress.graph.conversion import to_torch
 from qcompress.graph.differentiable import Differentiable
-from qcompress.graph.nodes import row_of
 from qcompress.graph.program import Arrays, FloatProgram
 from qcompress.posthoc.latent import latent_of
 from qcompress.progress import Track, untracked
@@ -26,7 +25,6 @@ from qcompress.progress import Track, untracked
 _STEPS: Final = 400
 _RATE: Final = 1e-2  # of latent values, in steps between levels
 _LEVEL_RATE: Final = 1e-3  # of levels, scales and biases, in parts of their size
-_OUTPUTS: Final = 0.3  # of the loss; the rest is that of the values behind activations
 
 
 def tune(
@@ -68,7 +66,7 @@ def tune(
         order = order or torch.randperm(len(inputs), generator=generator).tolist()
         optimizer.zero_grad()
         now = start | {name: latent.value() for name, latent in tuned.items()}
-        comparison.loss(now, inputs[order.pop()]).backward()  # type: ignore[no-untyped-call]
+        comparison.error(now, inputs[order.pop()]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return dict(artifacts) | {name: latent.artifact() for name, latent in tuned.items()}
@@ -82,7 +80,8 @@ def output_error(
     It is the mean over outputs and batches.
     """
     comparison, state = _Comparison(program, device), _on(artifacts, device)
-    return float(np.mean([comparison.error(state, batch) for batch in _inputs(program, batches, device)]))
+    with torch.no_grad():
+        return float(np.mean([float(comparison.error(state, batch)) for batch in _inputs(program, batches, device)]))
 
 
 def _inputs(program: FloatProgram, batches: Sequence[Arrays], device: str) -> list[list[torch.Tensor]]:
@@ -94,46 +93,19 @@ def _on(artifacts: Mapping[str, Artifact], device: str) -> dict[str, torch.Tenso
 
 
 class _Comparison(Differentiable):
-    """Runs the float and the compressed program on the same inputs, and keeps the values behind activations."""
+    """Runs the float and the compressed program on the same inputs."""
 
     def __init__(self, program: FloatProgram, device: str) -> None:
         super().__init__(program)
         self._floats = {name: value.detach().to(device) for name, value in program.state().items()}
-        self._inner: list[torch.Tensor] = []
 
-    def run_node(self, n: Node) -> Any:
-        """Run a node and keep its value if it is an activation function."""
-        value = super().run_node(n)
-        if row_of(n).activates:
-            self._inner.append(value)
-        return value
-
-    def loss(self, state: Mapping[str, torch.Tensor], inputs: list[torch.Tensor]) -> torch.Tensor:
-        """Return the weighted errors of the outputs and of the values behind activations."""
-        outputs, inner = self._errors(state, inputs)
-        return outputs if inner is None else _OUTPUTS * outputs + (1 - _OUTPUTS) * inner
-
-    def error(self, state: Mapping[str, torch.Tensor], inputs: list[torch.Tensor]) -> float:
-        """Return the error of the outputs."""
+    def error(self, state: Mapping[str, torch.Tensor], inputs: list[torch.Tensor]) -> torch.Tensor:
+        """Return the mean over the outputs of their squared error over their variance."""
         with torch.no_grad():
-            return float(self._errors(state, inputs)[0])
-
-    def _errors(
-        self, state: Mapping[str, torch.Tensor], inputs: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the mean errors over variances of the outputs, and of the values behind activations (or None)."""
-        with torch.no_grad():
-            wanted, wanted_inner = self._run(self._floats, inputs)
-        got, inner = self._run(state, inputs)
+            wanted = self.outputs(self._floats, inputs)
+        got = self.outputs(state, inputs)
         errors = [_over_variance(w, g) for w, g in zip(wanted, got, strict=True) if w.is_floating_point()]
-        inner_errors = [_over_variance(w, g) for w, g in zip(wanted_inner, inner, strict=True)]
-        return torch.stack(errors).mean(), torch.stack(inner_errors).mean() if inner_errors else None
-
-    def _run(
-        self, state: Mapping[str, torch.Tensor], inputs: list[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        self._inner = []
-        return self.outputs(state, inputs), self._inner
+        return torch.stack(errors).mean()
 
 
 def _over_variance(wanted: torch.Tensor, got: torch.Tensor) -> torch.Tensor:

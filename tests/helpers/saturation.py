@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompress.artifacts import Artifact, IntegerWeight, PalettizedWeight
 from qcompress.compressed.model import CompressedModel
-from qcompress_exporters.onnx_format.targets import BASE_OPSET, ir_version
+from qcompress_exporters.onnx_format.opsets import BASE_OPSET, ir_version
 from qcompress_exporters.parity.sessions import run, session
 
 LARGEST = 64  # code of a weight: 255 * (64 + 64) fits 16 bits

@@ -10,7 +10,6 @@ from torch import nn
 from qcompress.artifacts import Artifact, FloatWeight, PalettizedWeight
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError
-from qcompress.graph.nodes import row_of
 from qcompress.palettes.even_grid import round_to_nearest
 from qcompress.palettes.int8_palette import palettize_int8
 from qcompress.palettes.scalar import palettize
@@ -87,14 +86,13 @@ def test_a_badly_rounded_net_comes_nearer_to_the_float_net():
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Hardswish, nn.SiLU, nn.Hardsigmoid])
-def test_values_behind_activations_count_whether_in_place_or_not(activation):
+def test_in_place_activations_change_nothing(activation):
     found = []
     for inplace in (False, True):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(8, 6), activation(inplace), nn.Linear(6, 6), activation(inplace))
         program = traced(nn.Sequential(module, nn.Linear(6, 4)).eval(), x=image(2, shape=(8,)))
         rough = compress_program(program, Plan.from_flags(bits=1), PosthocSettings(effort="fast"))
-        assert sum(row_of(node).activates for node in program.exported.graph.nodes) == 2
         batches = [{"input": image(32, shape=(8,))}]
         found.append(tune(program, rough.artifacts, batches, steps=5))
     for name, artifact in found[0].items():
@@ -103,7 +101,7 @@ def test_values_behind_activations_count_whether_in_place_or_not(activation):
 
 def test_best_keeps_what_was_solved_where_tuning_gains_nothing():
     program = traced(randomized(Residual()), x=image(2))
-    plan, data = Plan.from_flags(bits=2), Dataset(inputs={"x": image(256)}, name="c.npz")
+    plan, data = Plan.from_flags(bits=2), Dataset(inputs={"x": 100 * image(256)}, name="c.npz")
     solved, best = (
         compress_program(program, plan, PosthocSettings(effort=e), calibration=data) for e in ("balanced", "best")
     )

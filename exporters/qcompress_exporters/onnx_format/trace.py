@@ -24,6 +24,7 @@ from qcompress_exporters.onnx_format.passes.default_attributes import DropDefaul
 from qcompress_exporters.onnx_format.passes.drop_marks import DropMarks
 from qcompress_exporters.onnx_format.passes.fold_pads import FoldPads
 from qcompress_exporters.onnx_format.passes.name_ends import NameEnds
+from qcompress_exporters.onnx_format.passes.order_loops import OrderLoops
 from qcompress_exporters.onnx_format.passes.pool_means import PoolMeans
 from qcompress_exporters.onnx_format.passes.shorten_names import ShortenNames
 from qcompress_exporters.onnx_format.passes.strip import Strip
@@ -107,7 +108,7 @@ def trace(program: FloatProgram) -> Trace:
             value.const_value = None
             graph.inputs.append(value)
         optimizer.optimize(model, input_size_limit=_FOLD_INPUT_LIMIT, output_size_limit=_FOLD_OUTPUT_LIMIT)
-        ir.passes.Sequential(PoolMeans(), FoldPads(), common.RemoveUnusedNodesPass())(model)
+        ir.passes.Sequential(PoolMeans(), FoldPads(), OrderLoops(), common.RemoveUnusedNodesPass())(model)
     for value in list(graph.inputs)[len(program.input_names) :]:
         if not value.uses() and not value.is_graph_output():
             graph.inputs.remove(value)

@@ -36,14 +36,14 @@ CONSTANT: Final = "the network is constant on this data"
 
 
 def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays | None]:
-    """Check 1, without data: every tensor as onnxruntime decodes it against the digest that export took.
+    """Run check 1, without data: compare every tensor that onnxruntime decodes with the digest that export took.
 
     Args:
-        graph: the original's, with open weights.
+        graph: of the original, with open weights.
         model: the file.
 
     Returns:
-        The check, and the decoded tensors: what check 2 computes with. None where it cannot compute with them.
+        The check, and the decoded tensors, which check 2 computes with; None if it cannot compute with them.
     """
     expected, values = digests(model), decoded(model)
     shapes = graph.state_shapes()
@@ -76,16 +76,16 @@ def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays |
 
 
 def float_reference(graph: Trace, model: onnx.ModelProto, values: Arrays) -> bytes:
-    """The original's graph with a file's decoded tensors as float initializers, at the file's opset."""
+    """Return the original's graph with a file's decoded tensors as float initializers, at the file's opset."""
     opset = next(o.version for o in model.opset_import if o.domain == "")
     floats = {name: FloatWeight(values=values[name], reason="decoded") for name in graph.state_names}
     return lower(graph, floats, opset, sign=False).serialize()
 
 
 def check_codes(found: Replay, mode: Mode, samples: int) -> Check:
-    """Check 2 of a file for integer compute in one session: its codes against torch's from the same inputs.
+    """Run check 2 of a file for integer compute in one session: compare its codes with torch's from the same inputs.
 
-    Two right ways to compute a sum in float32 round a tie in two ways: one code in 10,000 may differ, by 1.
+    Correct ways to compute a sum in float32 can round a tie differently: one code in 10,000 may differ, by 1.
     """
     codes, off = sum(s.codes for s in found.sites), sum(s.off for s in found.sites)
     culprit = next((s for s in found.sites if s.largest > 1 or s.off > allowed_off(s.codes)), None)
@@ -106,7 +106,7 @@ def check_codes(found: Replay, mode: Mode, samples: int) -> Check:
 
 
 def allowed_off(codes: int) -> float:
-    """How many of some codes may differ by 1: 1 in 10,000, and what chance makes of that where there are few.
+    """Return how many of some codes may differ by 1: 1 in 10,000, and a margin for chance where there are few.
 
     >>> round(allowed_off(100)), round(allowed_off(10**8))
     (1, 10301)
@@ -116,7 +116,7 @@ def allowed_off(codes: int) -> float:
 
 
 def check_graph(packed: bytes, reference: bytes, batches: list[Arrays], mode: Mode) -> Check:
-    """Check 2 in one session: the file against the same graph with its own weights as floats, bit for bit."""
+    """Run check 2 in one session: compare the file with the same graph with its weights as floats, bit for bit."""
     left, right = outputs_of(packed, batches, mode), outputs_of(reference, batches, mode)
     if set(left) != set(right):
         detail = f"the file's outputs are {', '.join(left)}, the model's {', '.join(right)}"
@@ -134,7 +134,7 @@ def check_graph(packed: bytes, reference: bytes, batches: list[Arrays], mode: Mo
 
 
 def check_exporter(original: bytes, wanted: Arrays, batches: list[Arrays], mode: Mode) -> Check:
-    """Check 3 in one session: the float model in onnxruntime against torch's outputs, within `output_limit`."""
+    """Run check 3 in one session: compare the float model in onnxruntime with torch, within `output_limit`."""
     got = outputs_of(original, batches, mode)
     error, limit, detail = None, EXPORTER_TOLERANCE, ""
     errors: dict[str, tuple[float, float]] = {}
@@ -158,7 +158,7 @@ def check_exporter(original: bytes, wanted: Arrays, batches: list[Arrays], mode:
 
 
 def first_difference(packed: bytes, reference: bytes, feeds: Mapping[str, npt.NDArray[Any]]) -> str | None:
-    """The first node, in the graph's order, whose value differs between two files with the same inner names."""
+    """Return the first node, in the graph's order, whose value differs between files with the same inner names."""
     models = [onnx.load_from_string(data) for data in (packed, reference)]
     shared = {o for n in models[1].graph.node for o in n.output} - {o.name for o in models[1].graph.output}
     nodes = {n.output[0]: n for n in models[0].graph.node if n.output[0] in shared}

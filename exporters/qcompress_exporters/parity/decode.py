@@ -1,4 +1,4 @@
-"""What onnxruntime itself decodes from one of our files, and what the file says that should be."""
+"""Decodes the tensors of our files with onnxruntime, and compares them with the digests in the file."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -16,14 +16,14 @@ _CHUNK: Final = 64  # tensors decoded at a time, so that memory stays bounded
 
 
 def digests(model: onnx.ModelProto) -> dict[str, str]:
-    """The digest of every tensor by qualified name, as export took them before lowering."""
+    """Return the digest of every tensor by qualified name, as export took them before lowering."""
     graph = model.graph
     nodes = {n.output[0]: n.doc_string for n in graph.node if len(n.doc_string) == _DIGEST_LENGTH}
     return nodes | {t.name: t.doc_string for t in graph.initializer if len(t.doc_string) == _DIGEST_LENGTH}
 
 
 def decoded(model: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
-    """Every tensor as onnxruntime decodes it, by qualified name.
+    """Return every tensor as onnxruntime decodes it, by qualified name.
 
     Raises:
         SourceError: the file does not say which they are, or onnxruntime cannot decode them.
@@ -40,7 +40,7 @@ def decoded(model: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
 
 
 def mismatches(model: onnx.ModelProto, values: Mapping[str, npt.NDArray[Any]]) -> list[str]:
-    """The tensors whose decoded value is not what export took the digest of.
+    """Return the tensors whose decoded value does not match their digest.
 
     Args:
         model: one of our files.
@@ -72,7 +72,7 @@ def decodes_as_written(data: bytes) -> dict[str, Any] | None:
 
 
 def _decoder(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
-    """The part of a model that computes the named values, as a model without inputs."""
+    """Return the part of a model that computes the named values, as a model without inputs."""
     producer = {output: node for node in model.graph.node for output in node.output}
     wanted, needed = list(names), set()
     stack = list(wanted)

@@ -1,4 +1,4 @@
-"""Outputs of files, and how far two of them are apart."""
+"""Outputs of files, and how far apart two of them are."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -13,24 +13,24 @@ from qcompress_exporters.parity.sessions import Mode, run, session
 Arrays = dict[str, npt.NDArray[Any]]
 
 EXPORTER_TOLERANCE: Final = 1e-4
-# Two right ways to compute an output in float32 differ by a few roundings of its size: units in the last place of the
-# largest value. Over a spread that is small beside that size, this is more than the tolerance.
+# Correct ways to compute an output in float32 differ by a few units in the last place of its largest value. If the
+# spread is small beside that value, this is more than the tolerance.
 ROUNDING: Final = 8 * float(np.finfo(np.float32).eps)
 
 
 def outputs_of(model: bytes, batches: list[Arrays], mode: Mode, *, without: Sequence[str] = ()) -> Arrays:
-    """All outputs of a file in one session."""
+    """Return all outputs of a file in one session."""
     active = session(model, mode, without=without)
     return concatenated([run(active, batch) for batch in batches])
 
 
 def concatenated(parts: list[Arrays]) -> Arrays:
-    """Batches of outputs as one."""
+    """Return batches of outputs as one batch."""
     return {n: np.concatenate([np.atleast_1d(p[n]) for p in parts]) for n in parts[0]}
 
 
 def check_finite(outputs: Arrays, of: str) -> None:
-    """Refuse outputs that cannot be compared.
+    """Raise a DataError for outputs that cannot be compared.
 
     Raises:
         DataError: NaN or Inf in one of them.
@@ -45,7 +45,7 @@ def check_finite(outputs: Arrays, of: str) -> None:
 
 
 def output_error(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float:
-    """Over the spread, or over the size of what does not vary; infinite where they cannot be compared."""
+    """Return the error over the spread, or over the size of a constant output; infinity if it cannot be computed."""
     if wanted.shape != got.shape or not np.isfinite(got).all():
         return float("inf")
     error = error_over_spread(wanted, got)
@@ -53,7 +53,7 @@ def output_error(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float:
 
 
 def output_limit(wanted: npt.NDArray[Any], tolerance: float) -> float:
-    """What an output's error over the spread may be: a tolerance, and no less than float32 can tell of such values.
+    """Return the largest error over the spread that passes: a tolerance, or float32's rounding if that is more.
 
     >>> output_limit(np.array([[-1.0], [1.0]]), 1e-4), round(output_limit(np.array([[100.0], [100.02]]), 1e-4), 4)
     (0.0001, 0.0095)
@@ -64,21 +64,23 @@ def output_limit(wanted: npt.NDArray[Any], tolerance: float) -> float:
 
 
 def error_over_spread(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float | None:
-    """Largest difference over the spread; None where there is no spread to speak of, or no finite difference."""
+    """Return the largest difference over the spread; None for constant outputs or infinite differences."""
     if wanted.shape != got.shape or not (np.isfinite(wanted).all() and np.isfinite(got).all()) or is_constant(wanted):
         return None
     return float(np.abs(wanted.astype(np.float64) - got).max() / spread(wanted))
 
 
 def relative_error(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> float:
+    """Return the largest difference over the root mean square of the values."""
     size = float(np.sqrt(np.mean(np.square(wanted.astype(np.float64)))))
     return float(np.abs(wanted.astype(np.float64) - got).max()) / max(size, EXPORTER_TOLERANCE)
 
 
 def same_bits(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
+    """Return whether two arrays have the same type and the same bytes."""
     return a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
 def samples_in(batches: list[Arrays]) -> int:
-    """How many samples batches hold."""
+    """Return the number of samples in batches."""
     return sum(len(next(iter(b.values()))) for b in batches)

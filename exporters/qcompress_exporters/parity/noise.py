@@ -1,4 +1,4 @@
-"""Noise: what compression has done to a file's inner values and outputs, and who did it."""
+"""Noise: how far compression moved a file's inner values and outputs, and what share is the runtime's."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from qcompress_exporters.parity.sessions import WEIGHT_BIAS_QUANTIZATION, run, s
 
 @dataclass(frozen=True, slots=True)
 class LayerNoise:
-    """What compression has done to a value by the time that it is computed.
+    """Noise of one value, that of all layers before it included.
 
     Args:
-        layer: weight of the layer that gives it, or the value's own name.
-        sqnr_db: the original's values over the difference; None: no difference.
+        layer: weight of the layer that computes it, or the value's own name.
+        sqnr_db: signal to noise ratio, in dB; None if there is no difference.
     """
 
     layer: str
@@ -23,7 +23,7 @@ class LayerNoise:
 
 
 def layer_noise(packed: bytes, original: bytes, batches: list[Arrays]) -> list[LayerNoise]:
-    """The noise behind each layer of a file for float compute, in the graph's order.
+    """Return the noise behind each layer of a file for float compute, in the graph's order.
 
     Args:
         packed: the file.
@@ -50,7 +50,7 @@ def layer_noise(packed: bytes, original: bytes, batches: list[Arrays]) -> list[L
 
 
 def noise_db(signal: float, noise: float) -> float | None:
-    """Signal over noise in dB; None without noise.
+    """Return signal over noise in dB; None without noise.
 
     >>> noise_db(100.0, 1.0), noise_db(1.0, 0.0)
     (20.0, None)
@@ -62,7 +62,7 @@ def noise_db(signal: float, noise: float) -> float | None:
 
 
 def runtime_share(packed: bytes, wanted: Arrays, batches: list[Arrays]) -> dict[str, float]:
-    """How much of the noise at a file's outputs onnxruntime makes by its own optimisations, as shares of all of it.
+    """Return which share of the noise at a file's outputs comes from onnxruntime's own optimizations.
 
     Args:
         packed: the file.
@@ -70,8 +70,8 @@ def runtime_share(packed: bytes, wanted: Arrays, batches: list[Arrays]) -> dict[
         batches: inputs.
 
     Returns:
-        `onnxruntime`: what the deployed session adds to the exact one; `WeightBiasQuantization`: what of that goes with
-        this one optimizer. Empty where there is no noise.
+        `onnxruntime`: the share that the deployed session adds to the exact one; `WeightBiasQuantization`: the share
+        of this one optimizer. Empty without noise.
     """
     deployed, exact = outputs_of(packed, batches, "deployed"), outputs_of(packed, batches, "exact")
     without = outputs_of(packed, batches, "deployed", without=[WEIGHT_BIAS_QUANTIZATION])

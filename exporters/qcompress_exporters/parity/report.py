@@ -1,4 +1,4 @@
-"""What validate measured: the records behind FILE.validation.json."""
+"""The measurements of `validate`: the records behind FILE.validation.json."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,11 +12,11 @@ from qcompress_exporters.parity.timing import Timing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputReport:
-    """How one output of the file compares with the original's, as deployed.
+    """One output of the file, as deployed, beside the original's.
 
     Args:
-        sqnr_db: signal to quantization noise; None: no noise at all.
-        agreement: share of samples with the same largest entry; None where the output is no score per class.
+        sqnr_db: signal to quantization noise ratio; None without noise.
+        agreement: share of samples with the same largest entry; None unless the output holds one score per class.
         constant: whether the file's output hardly varies over the data.
     """
 
@@ -27,21 +27,21 @@ class OutputReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityReport:
-    """All that `validate` measured; `as_dict` is FILE.validation.json.
+    """All measurements of `validate`; `as_dict` is FILE.validation.json.
 
     Args:
         file: name, digest and bytes of the file.
         data: name, digest, samples and whether there are labels.
         checks: the three checks in both sessions.
         outputs: by name of the output.
-        metric: the user's metric, where there are labels.
+        metric: the user's metric; None without labels.
         layers: noise behind each layer, or at each quantized activation, in the graph's order.
-        runtime: how much of the noise at the outputs onnxruntime's own optimisations made, as deployed.
-        timing: latency, load time and memory beside the original's; None where they were not measured.
-        same_ops: whether onnxruntime's optimised graph of the file holds the same operators as the float file's.
-        same_source: whether the file was exported from this very model file; None where that is not known.
+        runtime: shares of the noise at the outputs that onnxruntime's own optimizations made, as deployed.
+        timing: latency, load time and memory beside the original's; None if not measured.
+        same_ops: whether onnxruntime's optimized graph of the file holds the same operators as the float file's.
+        same_source: whether the file was exported from this very model file; None if unknown.
         cpu: features that integer kernels depend on.
-        notes: what a user should be told.
+        notes: notes for the user.
     """
 
     file: Mapping[str, Any]
@@ -64,12 +64,12 @@ class ParityReport:
 
     @property
     def agreement(self) -> float | None:
-        """Of the first output that has one."""
+        """Agreement of the first output that has one."""
         return next((o.agreement for o in self.outputs.values() if o.agreement is not None), None)
 
     @property
     def sqnr_db(self) -> float | None:
-        """The worst of all outputs; None: no noise at all."""
+        """Lowest ratio of all outputs; None without noise."""
         values = [o.sqnr_db for o in self.outputs.values() if o.sqnr_db is not None]
         return min(values) if values else None
 

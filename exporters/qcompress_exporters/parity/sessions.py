@@ -1,4 +1,4 @@
-"""The onnxruntime sessions that parity runs, and what its optimiser makes of a file."""
+"""The onnxruntime sessions that parity runs, and the operators that its optimizer leaves."""
 
 import collections
 import tempfile
@@ -31,13 +31,13 @@ _VNNI: Final = ("avx512_vnni", "avx_vnni")
 
 
 def session(data: bytes, mode: Mode, *, optimized_path: Path | None = None, without: Sequence[str] = ()) -> Session:
-    """A session on the CPU.
+    """Return a session on the CPU.
 
     Args:
         data: the file's bytes.
         mode: `exact` or `deployed`.
-        optimized_path: where onnxruntime writes the graph that it will run.
-        without: optimizers of onnxruntime that are left out.
+        optimized_path: file for the graph that onnxruntime will run.
+        without: optimizers of onnxruntime that are disabled.
 
     Raises:
         SourceError: onnxruntime does not load the file.
@@ -61,7 +61,7 @@ def session(data: bytes, mode: Mode, *, optimized_path: Path | None = None, with
 
 
 def run(active: Session, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    """Outputs by name for one batch.
+    """Return the outputs of one batch by name.
 
     Raises:
         SourceError: the file does not take these inputs.
@@ -78,7 +78,7 @@ def run(active: Session, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt
 
 
 def optimized_ops(data: bytes) -> collections.Counter[str]:
-    """How many of which operator onnxruntime runs, as deployed, once it has folded and fused what it can.
+    """Return the number of each operator that onnxruntime runs, as deployed, after folding and fusing.
 
     Two files with the same counts do the same work at run time.
     """
@@ -89,7 +89,10 @@ def optimized_ops(data: bytes) -> collections.Counter[str]:
 
 
 def cpu_features() -> dict[str, bool | None]:
-    """What integer kernels depend on: VNNI (without it sums of u8 x s8 can saturate). None: cannot be told here."""
+    """Return the CPU features that integer kernels depend on; None for unknown ones.
+
+    Without VNNI, sums of uint8 times int8 can saturate.
+    """
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:

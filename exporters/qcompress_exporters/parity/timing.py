@@ -1,8 +1,8 @@
-"""How fast files run, and what loading one costs.
+"""Measures how fast files run, and how long they take to load.
 
 Speed: one thread, CPU time, in rounds that run every file forward and back (A B C C B A, the next one B C A A C B), so
-that what drifts within a round hits all alike. Ratios are medians over the rounds, beside a control: what the
-original's file reads against itself. Loading: CPU time and memory of a fresh process that imports nothing but
+that drift within a round affects all alike. Ratios are medians over the rounds, beside a control: the
+original's file against itself. Loading: CPU time and memory of a fresh process that imports nothing but
 onnxruntime.
 """
 
@@ -39,7 +39,7 @@ _clock: Final = time.perf_counter if sys.platform == "win32" else time.thread_ti
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """How many times faster one file is than another: the median over paired rounds.
+    """Ratio of the speeds of two files: the median over paired rounds.
 
     Args:
         median: > 1 is faster.
@@ -54,12 +54,12 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """How fast a file runs, beside the original's.
+    """Speed of a file, beside the original's.
 
     Args:
         ratio: the original's time over ours; > 1 is faster.
         control: the original's time over that of the same file in another session; 1, but for noise.
-        spread: what the control reads in the middle half of its rounds.
+        spread: quartiles of the control over the rounds.
         original_ms: CPU time of one run of the original, in milliseconds.
         ours_ms: the same for our file.
         rounds: how many rounds were measured.
@@ -74,7 +74,7 @@ class Latency:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the ratio is further from 1 than the control's own spread.
+        """Whether the ratio is further from 1 than the control's own quartiles.
 
         >>> noise = {"control": 0.98, "spread": (0.95, 0.99), "original_ms": 1.0, "ours_ms": 1.0, "rounds": 9}
         >>> [Latency(ratio=r, **noise).verdict for r in (1.6, 0.97, 0.9)]
@@ -88,13 +88,13 @@ class Latency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
-    """What it costs to load a file in a fresh process.
+    """Time and memory that loading a file in a fresh process takes.
 
     Args:
-        cpu_s: CPU seconds, until the session stands.
-        wall_s: seconds by the clock; the file is in the system's cache.
-        resident_bytes: memory that the process holds more than before; None where /proc does not tell.
-        peak_bytes: the most that it held more than before while it loaded; None where /proc does not tell.
+        cpu_s: CPU seconds until the session is ready.
+        wall_s: elapsed seconds; the file is in the system's cache.
+        resident_bytes: growth of the process's memory; None without /proc.
+        peak_bytes: largest growth of its memory while it loaded; None without /proc.
     """
 
     cpu_s: float
@@ -105,10 +105,10 @@ class Loading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """What running and loading a file costs, beside the original's.
+    """Cost of running and loading a file, beside the original's.
 
     Args:
-        latency: in turns, one thread.
+        latency: measured in turns, on one thread.
         original: loading the original.
         ours: loading the file.
     """
@@ -119,7 +119,7 @@ class Timing:
 
 
 def measure(original: bytes, ours: bytes, feeds: Feeds, *, seconds: float = 1.0) -> Timing:
-    """Latency and loading of two files; see `latency` and `loading`."""
+    """Return latency and loading of two files; see `latency` and `loading`."""
     return Timing(
         latency=latency(original, ours, feeds, seconds=seconds), original=loading(original), ours=loading(ours)
     )
@@ -152,7 +152,7 @@ def latency(original: bytes, ours: bytes, feeds: Feeds, *, seconds: float = 1.0,
 
 
 def cpu_seconds(files: Sequence[bytes], feeds: Feeds, *, seconds: float = 1.0, rounds: int | None = None) -> Floats:
-    """CPU time of one run of each file [rounds, files], interleaved, in sessions of one thread as deployed otherwise.
+    """Return the CPU time of one run of each file [rounds, files], interleaved, on one thread, else as deployed.
 
     Each timed run follows an untimed one of the same session, so that what the other files left in the caches counts
     for little. The one in the middle of a round runs four times on end, which is faster where weights outgrow a cache:
@@ -188,7 +188,7 @@ def cpu_seconds(files: Sequence[bytes], feeds: Feeds, *, seconds: float = 1.0, r
 
 
 def paired(a: Floats, b: Floats) -> Ratio:
-    """How many times faster `b` is than `a`, both timed in the same rounds.
+    """Return how many times faster `b` is than `a`, both timed in the same rounds.
 
     >>> paired(np.array([2.0, 2.0, 4.0]), np.array([1.0, 1.0, 2.0]))
     Ratio(median=2.0, low=2.0, high=2.0)
@@ -198,7 +198,7 @@ def paired(a: Floats, b: Floats) -> Ratio:
 
 
 def loading(data: bytes, *, processes: int = 3) -> Loading:
-    """Load a file in a fresh process of this Python, and see what that takes.
+    """Load a file in a fresh process of this Python and measure time and memory.
 
     What onnxruntime itself needs, some milliseconds and 9 MB, is not counted: an empty session comes first.
 
@@ -284,7 +284,7 @@ print(json.dumps({
 
 
 def _empty() -> bytes:
-    """The smallest file that there is."""
+    """Return the smallest valid file."""
     x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
     graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
     opset = onnx.helper.make_opsetid("", BASE_OPSET)

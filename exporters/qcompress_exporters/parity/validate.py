@@ -129,7 +129,7 @@ def _noise(site: SiteDifference) -> LayerNoise:
 
 
 def _one(program: FloatProgram, batch: Arrays) -> Arrays:
-    """As few samples as the program takes."""
+    """Return the smallest batch that the program takes."""
     return {name: values[: program.fixed_batch or 1] for name, values in batch.items()}
 
 
@@ -170,7 +170,7 @@ def _check_names(program: FloatProgram, file: metadata.CompressedFile) -> None:
 
 
 def _usable(program: FloatProgram, data: Dataset) -> Dataset:
-    """The data as whole batches, where the program takes one size alone."""
+    """Return the data as whole batches if the program takes a single batch size."""
     size = program.fixed_batch
     if data.samples < 2:
         raise DataError(f"Parity needs at least 2 samples, whose outputs can differ; {data.name} has {data.samples}.")
@@ -182,13 +182,13 @@ def _usable(program: FloatProgram, data: Dataset) -> Dataset:
 
 
 def _bound(program: FloatProgram, data: Dataset) -> Iterator[Arrays]:
-    """Batches of inputs by the graph's names, as large as the graph takes them."""
+    """Yield batches of inputs by the graph's names, as large as the graph takes them."""
     for batch in data.batches(program.fixed_batch or BATCH):
         yield dict(zip(program.input_names, program.bind(batch.inputs), strict=True))
 
 
 def _both(runner: Runner, packed: bytes, data: Dataset, track: Track) -> tuple[Arrays, Arrays]:
-    """Outputs of the file (as deployed) and of the original on all samples."""
+    """Return outputs of the file (as deployed) and of the original on all samples."""
     active, program = session(packed, "deployed"), runner.program
     ours, theirs = [], []
     batches = -(-data.samples // (program.fixed_batch or BATCH))

@@ -10,9 +10,10 @@ from torch import nn
 
 from qcompress.artifacts import FloatWeight
 from qcompress_exporters.onnx_format.lower import lower
+from qcompress_exporters.onnx_format.opsets import BASE_OPSET
 from qcompress_exporters.onnx_format.passes.default_attributes import DropDefaultAttributes
+from qcompress_exporters.onnx_format.passes.order_loops import OrderLoops
 from qcompress_exporters.onnx_format.passes.shorten_names import ShortenNames
-from qcompress_exporters.onnx_format.targets import BASE_OPSET
 from qcompress_exporters.onnx_format.trace import trace
 from qcompress_exporters.parity.sessions import run, session
 from tests.helpers.nets import traced
@@ -81,6 +82,39 @@ def test_names_are_short_and_unique_in_subgraphs_too() -> None:
     assert sorted(names) == ["0", "1", "2", "moved", "y"]
     got = run(session(proto.SerializeToString(), "exact"), {"x": np.ones((1, 3), np.float32), "flag": np.array(True)})
     assert got["y"].tolist() == [[2.0, 2.0, 2.0]]
+
+
+LOOP = """<ir_version: 8, opset_import: ["" : 18]>
+g (int64 n, float[2] a, float[2] b) => (float[2] y, float[2] z) {
+    go = Constant <value = bool {1}> ()
+    y, z = Loop (n, go, FIRST) <
+        body = step (int64 i, bool on, VARIABLES) => (bool more, NEXT) {
+            more = Identity (on)
+            one_next = Add (one, two)
+            two_next = Mul (one, two)
+        }
+    >
+}"""
+
+
+def test_variables_of_a_loop_come_in_one_order() -> None:
+    in_order = LOOP.replace("FIRST", "a, b").replace("VARIABLES", "float[2] one, float[2] two")
+    in_order = in_order.replace("NEXT", "float[2] one_next, float[2] two_next")
+    other = LOOP.replace("FIRST", "b, a").replace("VARIABLES", "float[2] two, float[2] one").replace("y, z =", "z, y =")
+    other = other.replace("NEXT", "float[2] two_next, float[2] one_next")
+    found = []
+    for text in (in_order, other):
+        model = ir.from_onnx_text(text)
+        OrderLoops()(model)
+        proto = ir.to_proto(model)
+        onnx.checker.check_model(proto, full_check=True)
+        for node in proto.graph.node:
+            node.name = ""
+        found.append(proto.graph.SerializeToString())
+        feeds = {"n": np.array(2), "a": np.full(2, 2, np.float32), "b": np.full(2, 3, np.float32)}
+        got = run(session(proto.SerializeToString(), "exact"), feeds)
+        assert [got["y"].tolist(), got["z"].tolist()] == [[11, 11], [30, 30]]
+    assert found[0] == found[1]
 
 
 def test_attributes_that_say_the_default_go() -> None:

@@ -12,7 +12,7 @@ import pytest
 from qcompress.artifacts import Artifact, Integers, SiteGrid
 from qcompress.artifacts.site_grid import Site
 from qcompress.errors import ConfigError, SourceError
-from qcompress.graph.sites import mark
+from qcompress.graph.marks import mark
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.encodings.formats import Written
 from qcompress_exporters.onnx_format.encodings.table import WEIGHTS
@@ -21,7 +21,7 @@ from qcompress_exporters.onnx_format.int8.grid_format import FileGrid, Quantizer
 from qcompress_exporters.onnx_format.int8.grids import GRIDS, file_grids, grid_entry, wrong_grids
 from qcompress_exporters.onnx_format.lower import FORMATS, lower, lower_integer, serialize
 from qcompress_exporters.onnx_format.names import code_name
-from qcompress_exporters.onnx_format.targets import BASE_OPSET
+from qcompress_exporters.onnx_format.opsets import BASE_OPSET
 from qcompress_exporters.parity.checks import check_codes
 from qcompress_exporters.parity.decode import decoded, mismatches
 from qcompress_exporters.parity.replay import reference_state, replay

@@ -67,13 +67,16 @@ def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
     return next(t for t in model.graph.initializer if t.name == name)
 
 
+PACKED = (onnx.TensorProto.UINT8, onnx.TensorProto.UINT4, onnx.TensorProto.UINT2)
+
+
 def codes_of(model: onnx.ModelProto, weight: str) -> onnx.TensorProto:
     """The packed codes that a weight is decoded from."""
     stack = [weight]
     while stack:
         for name in producer(model, stack.pop()).input:
             found = [t for t in model.graph.initializer if t.name == name]
-            if found and found[0].data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.UINT2):
+            if found and found[0].data_type in PACKED:
                 return found[0]
             stack += [] if found else [name]
     raise AssertionError(f"{weight} has no codes")
@@ -81,8 +84,9 @@ def codes_of(model: onnx.ModelProto, weight: str) -> onnx.TensorProto:
 
 def lut_of(model: onnx.ModelProto, weight: str) -> onnx.TensorProto:
     node = producer(model, weight)
-    while node.op_type not in ("Gather", "GatherElements"):
+    while not any(tensor.name == node.input[0] for tensor in model.graph.initializer):
         node = producer(model, node.input[0])
+    assert node.op_type in ("Gather", "GatherElements")
     return initializer(model, node.input[0])
 
 

@@ -1,1 +1,1 @@
-"""The ways to write a weight: one file each."""
+"""Ways to write weights: one file each, and the tables that name them."""
