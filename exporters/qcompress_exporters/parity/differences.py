@@ -1,4 +1,4 @@
-"""Outputs of files, and how far apart two of them are."""
+"""Outputs of files, and measures of the difference between two outputs."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -25,15 +25,19 @@ def outputs_of(model: bytes, batches: list[Arrays], mode: Mode, *, without: Sequ
 
 
 def concatenated(parts: list[Arrays]) -> Arrays:
-    """Return batches of outputs as one batch."""
+    """Return several batches of outputs as one batch."""
     return {n: np.concatenate([np.atleast_1d(p[n]) for p in parts]) for n in parts[0]}
 
 
 def check_finite(outputs: Arrays, of: str) -> None:
-    """Raise a DataError for outputs that cannot be compared.
+    """Check that outputs are finite, so that they can be compared.
+
+    Args:
+        outputs: by name.
+        of: the origin of the outputs, for the message.
 
     Raises:
-        DataError: NaN or Inf in one of them.
+        DataError: an output holds NaN or Inf.
     """
     for name, values in outputs.items():
         bad = values.size - int(np.isfinite(values).sum())

@@ -101,7 +101,7 @@ def allow_list(pickled: Unpickled, allow_classes: Sequence[str], label: str) -> 
             args = f"{', '.join(map(shown, made.args[:3]))}{', …' if len(made.args) > 3 else ''}"
             raise UnsafeFileError(
                 f"{label} is refused: its pickle calls {made.made_by} with the arguments {args}, which torch.save does "
-                "not write and which could make an object of any size. Nothing of it was run."
+                "not write and which could make an object of any size. None of its code was run."
             )
     return allowed
 
@@ -148,7 +148,7 @@ def refusal(names: Sequence[Name], label: str) -> UnsafeFileError:
     first = names[0]
     module = "your_module" if first.module == "__main__" else first.module
     return UnsafeFileError(
-        f"{label} is a pickle that needs code which is not part of torch.nn: {listed}. Nothing of it was run. "
+        f"{label} is a pickle that needs code which is not part of torch.nn: {listed}. None of its code was run. "
         "Ways out: " + WAYS_OUT.format(example=f"{module}:{first.name}")
     )
 

@@ -106,7 +106,7 @@ def _bytearray(reader: Reader, args: Args) -> StandIn:
     if args and not (isinstance(args[0], bytes) or (isinstance(args[0], StandIn) and str(args[0].made_by) == _ENCODE)):
         raise UnsafeFileError(
             f"{reader.label} is refused: its pickle asks for a bytearray made of {shown(args[0])}, which is not what "
-            "torch.save writes and could be of any size. Nothing of it was run."
+            "torch.save writes and could be of any size. None of its code was run."
         )
     return StandIn(Name("builtins", "bytearray"), args)
 

@@ -72,7 +72,7 @@ class CheckpointSource(AbstractFile):
         except SourceError as e:
             if others := calls(self._content.pickled.names):
                 named = ", ".join(map(str, others[:10]))
-                raise UnsafeFileError(f"{e} Its pickle names {named}; nothing of it was run.") from None
+                raise UnsafeFileError(f"{e} Its pickle names {named}; none of its code was run.") from None
             raise
         self._check()
 

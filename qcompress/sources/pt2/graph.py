@@ -95,7 +95,7 @@ class _Checker:
         except UnsafeTextError as e:
             raise UnsafeFileError(
                 f"{self._label} is refused: {self._part} holds {e}, which is not what torch.export.save writes for a "
-                "float model and could run code when the program is loaded. Nothing of it was run."
+                "float model and could run code when the program is loaded. None of its code was run."
             ) from None
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
             raise self._damaged(where, DESCRIPTIONS.get(kind, kind), value) from None

@@ -97,6 +97,6 @@ class _Rebuilder:
     def _refused(self, what: str) -> UnsafeFileError:
         return UnsafeFileError(
             f"{self._label} is refused: its sample inputs are a pickle of more than tensors and plain values: they "
-            f"hold {what}. torch.export.load would unpickle it without restriction. Nothing of it was run. Export the "
-            "model with plain tensors as inputs."
+            f"hold {what}. torch.export.load would unpickle it without restriction. None of its code was run. Export "
+            "the model with plain tensors as inputs."
         )
