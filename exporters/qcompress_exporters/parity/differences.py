@@ -14,7 +14,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 EXPORTER_TOLERANCE: Final = 1e-4
 # Correct ways to compute an output in float32 differ by a few units in the last place of its largest value. If the
-# spread is small beside that value, this is more than the tolerance.
+# spread is small compared with that value, this is more than the tolerance.
 ROUNDING: Final = 8 * float(np.finfo(np.float32).eps)
 
 
