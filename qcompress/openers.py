@@ -1,4 +1,4 @@
-"""Turns a path or an object into a Source; the kinds of files are one table, which callers can replace."""
+"""Turns a path or an object into a Source. The kinds of files are in one table, which callers can replace."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +38,7 @@ def _legacy(path: Path, options: SourceOptions) -> Source:
     return CheckpointSource(path, options, legacy=True)
 
 
-# The table of kinds of files. A new kind is a module with a Source and a line here, or in the caller's own table.
+# The table of kinds of files. To add one, write a module with a Source and add a line here, or in the caller's table.
 DEFAULT_OPENERS: Final[tuple[Opener, ...]] = (
     Opener(".safetensors", _is("safetensors"), SafetensorsSource),
     Opener("exported program", _is("exported"), ExportedSource),
@@ -47,7 +47,7 @@ DEFAULT_OPENERS: Final[tuple[Opener, ...]] = (
     Opener("compressed model", _is("compressed_folder"), CompressedSource),
 )
 
-# Models of kinds that are not read.
+# Models of kinds that qcompress cannot read.
 _OTHER_MODELS: Final[tuple[Content, ...]] = ("torchscript", "old_exported", "tar_checkpoint", "onnx")
 
 _ADVICE: Final[dict[Content, str]] = {
@@ -66,15 +66,15 @@ _ADVICE: Final[dict[Content, str]] = {
 def load_source(
     model: object, *, openers: Sequence[Opener] = DEFAULT_OPENERS, options: SourceOptions | None = None
 ) -> Source:
-    """The Source of a file, a module, an exported program or a state dict.
+    """Return the Source of a file, a module, an exported program or a state dict.
 
     Args:
         model: a path, a torch.nn.Module, a torch.export.ExportedProgram, a mapping of names to tensors, or a Source.
-        openers: the kinds of files that are read, tried in order.
-        options: how a file may be read.
+        openers: the kinds of files that can be read, tried in order.
+        options: options for reading a file.
 
     Raises:
-        SourceError: it is none of these; the message says what it is and what to do.
+        SourceError: the model has another type; the message says which, and what to do.
 
     >>> import numpy as np
     >>> load_source({"w": np.zeros((2, 2), np.float32)}).label
@@ -111,9 +111,9 @@ def _from_pickle(path: Path, options: SourceOptions) -> Source:
         names = unpickle(f, str(path)).names
     named = f" that names {', '.join(map(str, names[:10]))}" if names else ""
     raise UnsafeFileError(
-        f"{path} is a plain Python pickle{named}, not written by torch.save: reading it would run what it names. "
-        "Nothing of it was run. Save it with torch.save(model.state_dict(), …) or torch.export.save. Only if you trust "
-        "whoever made it: --trust-pickle."
+        f"{path} is a plain Python pickle{named}, not written by torch.save: reading it would run the code that "
+        "it names. None of its code was run. Save it with torch.save(model.state_dict(), …) or torch.export.save. Only "
+        "if you trust whoever made it: --trust-pickle."
     )
 
 

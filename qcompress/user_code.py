@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def find_object(spec: str, flag: str) -> Any:
-    """The object named by `package.module:name` or `path/file.py:name`; its module is imported, and so run.
+    """Return the object named by `package.module:name` or `path/file.py:name`; importing it runs the user's code.
 
     Args:
         spec: the value of the option.
         flag: the name of the option, for messages.
 
     Raises:
-        SourceError: there is no such file, module or name, or the module fails while it is imported.
+        SourceError: there is no such file, module or name, or importing the module fails.
 
     >>> find_object("collections:OrderedDict", "--arch").__name__
     'OrderedDict'
@@ -70,7 +70,7 @@ def first_on_path(folder: Path) -> None:
 
 
 def one_line(e: BaseException) -> str:
-    """The type and message of an exception in one line.
+    """Return the type and message of an exception in one line.
 
     >>> one_line(TypeError("bad\\nvalue"))
     'TypeError: bad value'

@@ -1,4 +1,4 @@
-"""What an export tells of the file that it made: the same for every deployment format."""
+"""The report on an exported file, which is the same for every deployment format."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,14 +13,14 @@ from qcompress.files import check_writable, write_whole
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorReport:
-    """How one tensor is written.
+    """The report on one tensor in the file.
 
     Args:
         name: qualified name.
         shape: its shape.
         artifact: kind of artifact.
-        bits: bits per code, or of the float type.
-        bits_per_weight: its bytes on disk, tables included, per weight, in bits.
+        bits: bits per code, or bits of the float type.
+        bits_per_weight: bits on disk per weight, tables included.
         nbytes: its bytes on disk, without the file's own structure.
         float_nbytes: its bytes in the float file.
         encoding: name of the encoding (`native`, `words`, `planes`), or the float type.
@@ -41,14 +41,14 @@ class TensorReport:
 @final
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """How one layer is computed.
+    """The report on one layer's computation.
 
     Args:
         weight: qualified name of its weight.
         compute: `int8`, `dynamic8` or `float`.
         why: why it computes in float; empty if it does not.
-        offset: what became of its input's offset: `zero point`; `folded` into the bias, which is exact; `added` to the
-            float activation, which is exact, too; empty where the activation is float.
+        offset: where its input's offset is: in the `zero point`; `folded` into the bias, or `added` to the float
+            activation, both of which are exact; empty if the activation is float.
         saturation: share of the pairs of its weights that can saturate on CPUs without VNNI.
     """
 
@@ -62,7 +62,7 @@ class LayerReport:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
-    """What is in a file, to the byte.
+    """The report on an exported file, with exact sizes in bytes.
 
     Args:
         path: the file; None if nothing was written.
@@ -106,7 +106,7 @@ class Built:
 
     Args:
         data: its bytes.
-        report: what it holds.
+        report: the report on it, without a path.
     """
 
     data: bytes

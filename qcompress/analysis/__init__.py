@@ -1,6 +1,6 @@
-"""Analysis of a model: statistics of every tensor, and the bytes that it would take at each width. numpy only.
+"""Analysis of a model: statistics of every tensor, and its size in bytes at each width. Needs numpy only.
 
-`qcompress.analyze` is the function `analyze` of this package.
+`qcompress.analyze` is this package's function `analyze`.
 """
 
 from qcompress.analysis.moments import TensorStatistics, statistics

@@ -1,4 +1,4 @@
-"""Statistics of one tensor over its finite values, in chunks: memory stays bounded whatever the tensor's size.
+"""Statistics of one tensor over its finite values, computed in chunks, so that memory stays bounded for any size.
 
 Moments are exact to rounding even if the mean is large against the standard deviation: values are scaled by a power of
 two (exact; fourth powers then neither overflow nor underflow), shifted by the smallest one, and centred on their mean.
@@ -15,14 +15,14 @@ import numpy.typing as npt
 Doubles = npt.NDArray[np.float64]
 
 _CHUNK: Final = 1 << 17
-# One value of ten that differs from the others lies at exactly 3σ; rounding must not put it beyond.
+# If one value of ten differs from the others, it is exactly 3σ from the mean; rounding must not move it beyond.
 _TIE: Final = 1 + 1e-12
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorStatistics:
-    """Statistics of a tensor's finite values; None for those that it does not have.
+    """Statistics of a tensor's finite values; None for each statistic that is undefined.
 
     Args:
         count: number of elements.
@@ -31,7 +31,7 @@ class TensorStatistics:
         max: largest value.
         mean: mean.
         std: population standard deviation.
-        kurtosis: fourth standardised moment, 3 for a normal distribution; None where all values are equal.
+        kurtosis: fourth standardised moment, 3 for a normal distribution; None if all values are equal.
         beyond_3_sigma: share of values farther than 3 standard deviations from the mean, 0 to 1.
         beyond_6_sigma: the same for 6.
     """
@@ -48,7 +48,7 @@ class TensorStatistics:
 
     @property
     def range(self) -> float | None:
-        """Return the largest minus the smallest value; None also if that overflows float64."""
+        """Largest minus smallest value; None also if that overflows float64."""
         if self.min is None or self.max is None:
             return None
         width = self.max - self.min
@@ -101,7 +101,7 @@ def _moments(values: npt.NDArray[Any], finite: int, low: float, high: float) -> 
     mean = math.fsum(float(x.sum()) for x in shifted()) / finite
     sums = [(float(d.sum()), float((d**2).sum()), float((d**4).sum())) for d in (x - mean for x in shifted())]
     first, second, fourth = (math.fsum(column) / finite for column in zip(*sums, strict=True))
-    variance = second - first**2  # first is the rounding of the mean
+    variance = second - first**2  # `first` is the rounding error of the mean
     std = math.sqrt(variance)
     beyond = [0, 0]
     for d in (np.abs(x - mean) for x in shifted()):

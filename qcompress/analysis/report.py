@@ -1,4 +1,4 @@
-"""The results of `analyze`, as frozen values and as the JSON that docs/json.md describes."""
+"""The results of `analyze`, as frozen records and as JSON; docs/json.md describes the JSON."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -19,14 +19,14 @@ class TensorReport:
 
     Args:
         name: qualified name.
-        kind: kind of the layer whose weight it is, according to the source.
+        kind: kind of the layer that uses it as its weight, according to the source.
         shape: its shape.
         dtype: numpy name of its dtype.
-        nbytes: bytes that it takes now.
-        nbytes_at: bytes at each of WIDTHS: packed codes and one float32 table, or `nbytes` if that is not fewer.
-        stays: why it stays as it is at every width; None for a weight that is compressed.
+        nbytes: its current size in bytes.
+        nbytes_at: bytes at each of WIDTHS: packed codes and one float32 table, or `nbytes` if that is not larger.
+        stays: why it is not compressed at any width; None for a weight that is compressed.
         aliases: further names of the same tensor.
-        statistics: over its finite values.
+        statistics: statistics of its finite values.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Totals:
     """Sums over the tensors of a report.
 
     Args:
-        tensors: how many tensors.
-        weights: how many of them are compressed.
-        count: elements.
-        non_finite: NaN and infinite elements.
-        nbytes: bytes now.
-        nbytes_at: bytes at each of WIDTHS, tensors that stay as they are included.
+        tensors: number of tensors.
+        weights: number of tensors that are compressed.
+        count: number of elements.
+        non_finite: number of NaN and infinite elements.
+        nbytes: current size in bytes.
+        nbytes_at: size in bytes at each of WIDTHS, uncompressed tensors included.
     """
 
     tensors: int
@@ -63,7 +63,7 @@ class Totals:
 
 
 def totals_of(tensors: Iterable[TensorReport]) -> Totals:
-    """Return the sums over some tensors."""
+    """Return the sums over tensor reports."""
     tensors = tuple(tensors)
     return Totals(
         tensors=len(tensors),
@@ -82,7 +82,7 @@ class AnalysisReport:
 
     Args:
         model: the user's name for it: a path or a class.
-        original_bytes: bytes of its file, or of its tensors.
+        original_bytes: size in bytes of its file, or of its tensors.
         sha256: digest of its file, or of its tensors.
         tensors: every tensor once, in the source's order.
     """
@@ -94,7 +94,7 @@ class AnalysisReport:
 
     @property
     def totals(self) -> Totals:
-        """Return the sums over all tensors."""
+        """The sums over all tensors."""
         return totals_of(self.tensors)
 
     def as_dict(self) -> dict[str, Any]:

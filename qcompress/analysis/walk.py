@@ -1,4 +1,4 @@
-"""Analysis of a model's tensors one after the other, so that only one of them is in memory at a time."""
+"""Analyzes a model's tensors one after the other, so that only one of them is in memory at a time."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -18,16 +18,16 @@ _FLOATS: Final = ("float64", "float32", "float16", "bfloat16")
 
 
 def analyze(model: Any) -> AnalysisReport:
-    """Report what is in a model, and the bytes that it would take at each width.
+    """Return a report on a model's tensors, and on its size in bytes at each width.
 
-    Nothing in a file is run, and no model is changed. The forward of a module in memory is run on symbols without
-    values, which tells which of its tensors are weights.
+    No code in a file is run, and no model is changed. The forward of a module in memory is run on symbols without
+    values, to find out which of its tensors are weights.
 
     Args:
         model: a path, a Source, a torch module, or a state dict (of torch tensors or numpy arrays).
 
     Raises:
-        SourceError: it holds no tensor, or is something else.
+        SourceError: the model holds no tensor, or is of another type.
 
     >>> report = analyze({"fc.weight": np.zeros((16, 64), np.float32), "fc.bias": np.ones(16, np.float32)})
     >>> report.totals.nbytes, report.totals.nbytes_at[2]
@@ -45,7 +45,7 @@ def walk(source: Source) -> Iterator[TensorReport]:
 
 
 def report_of(source: Source, tensors: Iterable[TensorReport]) -> AnalysisReport:
-    """Return the report on a source, given those on its tensors.
+    """Return the report on a source, from the reports on its tensors.
 
     Raises:
         SourceError: there is no tensor.
@@ -60,11 +60,11 @@ def _report(tensor: SourceTensor) -> TensorReport:
     array = tensor.array
     count = math.prod(array.shape)
     stays = _stays(tensor.kind, array)
-    # A 4-bit float fills a byte in numpy and half of one in most files; bytes are those in numpy.
+    # A 4-bit float takes a byte in numpy and half a byte in most files; sizes are those in numpy.
     nbytes = count * np.dtype(array.dtype).itemsize
     at = {bits: nbytes if stays else nbytes_at(count, bits, nbytes) for bits in WIDTHS}
     if stays is None and min(at.values()) == nbytes:
-        stays = "too small: codes and table would not be fewer bytes"
+        stays = "too small: codes and table would not save bytes"
     return TensorReport(
         name=tensor.name,
         kind=tensor.kind,
@@ -79,9 +79,9 @@ def _report(tensor: SourceTensor) -> TensorReport:
 
 
 def _stays(kind: str, array: LazyArray) -> str | None:
-    """Return why a tensor is left as it is at every width; None for a weight."""
+    """Return why a tensor is not compressed at any width; None for a weight."""
     if array.dtype not in _FLOATS:
         return f"{array.dtype} is not compressed"
-    if kind == UNKNOWN:  # in a bare state dict; there, biases and statistics are told by their single axis
+    if kind == UNKNOWN:  # in a bare state dict, tensors with a single axis count as biases or statistics
         return None if len(array.shape) >= 2 else "not a weight"
     return None if kind in WEIGHT_KINDS else "not a weight"

@@ -1,6 +1,6 @@
 """The folder of a compressed model: packed arrays, plan, program and report. It holds no pickle.
 
-`read_artifacts` reads the weights with numpy alone.
+`read_artifacts` reads the weights and needs numpy only.
 """
 
 import json
@@ -37,7 +37,7 @@ PLAN: Final = "plan.toml"
 PROGRAM: Final = "program.pt2"
 REPORT: Final = "report.json"
 
-_KEY: Final = "qcompress"  # of our entry in the safetensors header
+_KEY: Final = "qcompress"  # key of our entry in the safetensors header
 # The suffix that each array of an artifact adds to the tensor's name on disk.
 _SUFFIX: Final = {"codes": "_codes", "lut": "_lut", "scale": "_scale", "zero_point": "_zero_point", "": ""}
 
@@ -50,8 +50,8 @@ def write_folder(
     Args:
         folder: must not exist.
         weights: from `pack_artifacts`.
-        plan: TOML.
-        report: what JSON can hold.
+        plan: the plan as TOML.
+        report: the content of `report.json`, which JSON can hold.
         program: the float program.
 
     Raises:
@@ -82,11 +82,11 @@ def write_folder(
 
 
 def pack_artifacts(artifacts: Mapping[str, Artifact], header: Mapping[str, Any]) -> bytes:
-    """Return the safetensors file of artifacts.
+    """Return the bytes of a safetensors file that holds artifacts.
 
     Args:
         artifacts: by qualified name.
-        header: further fields about the model, as JSON holds them; `read_artifacts` returns them.
+        header: further fields of the model, which JSON can hold; `read_artifacts` returns them.
     """
     tensors: dict[str, npt.NDArray[Any]] = {}
     entries: dict[str, Any] = {}
@@ -106,7 +106,7 @@ def read_artifacts(folder: Path) -> tuple[dict[str, Any], dict[str, Artifact]]:
     """Read the artifacts of a saved folder, without its program; needs numpy only.
 
     Returns:
-        The header's fields header the model, and the artifacts by name.
+        The fields of the header, and the artifacts by name.
 
     Raises:
         SourceError: the folder is damaged, or has a format that this version does not read.
@@ -123,12 +123,12 @@ def read_artifacts(folder: Path) -> tuple[dict[str, Any], dict[str, Artifact]]:
     if version not in _READABLE:
         raise SourceError(
             f"{folder} has format {version}, this version reads {', '.join(map(str, _READABLE))}: "
-            + ("use a newer qcompress." if version > FORMAT_VERSION else "save it again with the version before.")
+            + ("use a newer qcompress." if version > FORMAT_VERSION else "save it again with the previous version.")
         )
     if version == 1:
         header |= {"activations": [], "compute": "float", "snapped": {}}
     if not _complete(header):
-        raise SourceError(f"{path} is damaged: its header lacks what the format holds.")
+        raise SourceError(f"{path} is damaged: a field of its header is missing or invalid.")
     try:
         activations_of(header)
         stored = {name: _array(entry) for name, entry in safetensors.deserialize(data)}  # type: ignore[no-untyped-call]
@@ -169,12 +169,14 @@ def read_program(folder: Path, header: Mapping[str, Any], artifacts: Mapping[str
     )
     unknown = sorted(set(program.state()) ^ set(artifacts))
     if unknown:
-        raise SourceError(f"{folder}: {WEIGHTS} and {PROGRAM} do not belong together: {unknown[0]} is in one alone.")
+        raise SourceError(
+            f"{folder}: {WEIGHTS} and {PROGRAM} do not belong together: {unknown[0]} is in only one of them."
+        )
     for name, value in program.state().items():
         if tuple(value.shape) != artifacts[name].shape:
             raise SourceError(
                 f"{folder}: {name} must have shape {list(value.shape)} as in {PROGRAM}, got "
-                f"{list(artifacts[name].shape)}: the folder was put together from two."
+                f"{list(artifacts[name].shape)}: its files come from two different models."
             )
     return program
 
@@ -205,7 +207,7 @@ def activations_of(header: Mapping[str, Any]) -> dict[tuple[str, int], SiteGrid]
     grids = [grid_from_dict(fields) for fields in header["activations"]]
     sites = {grid.site: grid for grid in grids}
     if len(sites) < len(grids):
-        raise ConfigError("every activation grid must have a site of its own.")
+        raise ConfigError("every activation grid must have its own site.")
     return sites
 
 

@@ -1,4 +1,4 @@
-"""A compressed model: the float program and one artifact per tensor; saved as a folder without any pickle of ours."""
+"""A compressed model: the float program and one artifact per tensor; saved as a folder without pickles of our own."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LayerGain:
-    """What solving a layer's weight on calibration data gained, on that data and in the net compressed so far.
+    """The gain from solving a layer's weight on calibration data, measured on that data with earlier layers compressed.
 
     Args:
         weight: qualified name.
-        nearest_db: output over noise with each weight at the nearest level, dB; None: no noise.
-        solved_db: the same with what was solved, and the bias corrected.
+        nearest_db: output over noise with each weight rounded to the nearest level, in dB; None without noise.
+        solved_db: the same with the solved weight and the corrected bias.
     """
 
     weight: str
@@ -44,25 +44,25 @@ class LayerGain:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedModel:
-    """What every method ends in, for a whole model.
+    """The result of compressing a whole model by any method.
 
     Args:
         program: the float program that the artifacts belong to (BatchNorm folded).
         artifacts: one per tensor of the program's state, by qualified name.
         plan: the plan that made them.
-        source_digest: short digest of the model that came in.
-        plan_digest: digest of the plan as it was resolved.
-        notes: what a user should be told of how it was made.
-        activations: the grids that values between layers are quantized to, by their sites.
-        compute: what layers compute in: `float`, `int8` or `dynamic8`.
-        saturation: share of the calibration data that each grid clips, as it was found; not saved.
-        snapped: error at the output of each layer whose input's offset was moved onto the grid, over the output's
-            spread, by the layer's weight; see `posthoc.offsets`.
-        gains: of the layers that were solved; not saved.
-        solved_on: what inputs they were solved on; empty: none; not saved.
+        source_digest: short digest of the original model.
+        plan_digest: digest of the resolved plan.
+        notes: notes for the user on how it was made.
+        activations: the grids of quantized activations, by site.
+        compute: the arithmetic of the layers: `float`, `int8` or `dynamic8`.
+        saturation: share of the calibration data that each grid clips, by site; not saved.
+        snapped: by the weight of each layer whose input's offset was moved onto the grid: the resulting error of the
+            layer's output over its spread; see `posthoc.offsets`.
+        gains: one for each solved layer; not saved.
+        solved_on: description of the inputs that layers were solved on; empty if no layer was; not saved.
 
     Raises:
-        ConfigError: another `compute`, or a grid under a site that is not its own.
+        ConfigError: `compute` is unknown, or a grid is stored under another site than its own.
     """
 
     program: "FloatProgram"
@@ -91,15 +91,15 @@ class CompressedModel:
 
     @property
     def nbytes(self) -> int:
-        """Ideal bytes: packed codes, tables, scales, float leftovers and activation grids."""
+        """Ideal size in bytes: packed codes, tables, scales, tensors left in float and activation grids."""
         return sum(a.nbytes for a in self.artifacts.values()) + sum(g.nbytes for g in self.activations.values())
 
     def to_module(self) -> "torch.nn.Module":
-        """A plain float module that holds the dequantized weights."""
+        """Return a plain float module with the dequantized weights."""
         return self.program.with_state({name: a.dequantize() for name, a in self.artifacts.items()}).module()
 
     def report(self) -> dict[str, Any]:
-        """Return the content of `report.json`: each tensor with its artifact, bytes and reason; each grid; notes."""
+        """Return the content of `report.json`: a record of each tensor and of each grid, and the notes."""
         return {
             "format_version": FORMAT_VERSION,
             "nbytes": self.nbytes,
@@ -129,7 +129,7 @@ class CompressedModel:
             folder: must not exist.
 
         Raises:
-            OutputError: it exists, or cannot be written.
+            OutputError: the folder exists, or cannot be written.
         """
         header = {
             "source_digest": self.source_digest,
@@ -158,7 +158,7 @@ class CompressedModel:
             folder: the folder.
 
         Raises:
-            SourceError: it is not such a folder, is damaged, or has a newer format.
+            SourceError: the folder was not written by `save`, is damaged, or has a newer format.
         """
         folder = Path(folder)
         header, artifacts = read_artifacts(folder)

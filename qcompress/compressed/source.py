@@ -1,4 +1,4 @@
-"""The Source of a folder that `CompressedModel.save` wrote: its dequantized tensors and its float program."""
+"""The source for a folder that `CompressedModel.save` wrote: its dequantized tensors and its float program."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from qcompress.graph.options import ProgramOptions
 from qcompress.kinds import UNKNOWN
 from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
 
-# qcompress.compressed is imported where it is used: it imports the plan, and that the sources.
+# qcompress.compressed is imported where it is used, because it imports the plan, which imports the sources.
 
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
@@ -27,7 +27,7 @@ class CompressedSource:
 
     Args:
         path: the folder.
-        options: not used, because nothing in the folder needs them.
+        options: unused.
     """
 
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
@@ -53,20 +53,20 @@ class CompressedSource:
         return hashlib.sha256((self.path / WEIGHTS).read_bytes()).hexdigest()
 
     def tensors(self) -> Iterator[SourceTensor]:
-        """Every tensor, dequantized."""
+        """Yield every tensor, dequantized."""
         from qcompress.compressed.folder import read_artifacts
 
         for name, artifact in read_artifacts(self.path)[1].items():
             dtype = artifact.values.dtype if isinstance(artifact, FloatWeight) else np.dtype(np.float32)
-            widened = "float32" if dtype in FLOAT_DTYPES else dtype.name  # as it is dequantized
+            widened = "float32" if dtype in FLOAT_DTYPES else dtype.name  # the dtype that `dequantize` returns
             yield SourceTensor(name, UNKNOWN, LazyArray(artifact.shape, widened, artifact.dequantize))
 
     def program(self, options: ProgramOptions) -> "FloatProgram":
-        """The float program, as saved."""
+        """Return the saved float program."""
         return self._model.program
 
     def model(self) -> "CompressedModel":
-        """The compressed model itself."""
+        """Return the compressed model itself."""
         return self._model
 
     @cached_property

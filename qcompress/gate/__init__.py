@@ -1,1 +1,1 @@
-"""Limits, and the verdicts on them."""
+"""Limits for files, and verdicts on whether they are kept."""

@@ -1,6 +1,6 @@
 """The measurements of one file: the document that `validate` writes and `gate` reads.
 
-This is the only place that knows its keys; docs/json.md explains them to users. Free of numpy and onnx.
+This is the only place that knows its keys; docs/json.md explains them to users. Imports neither numpy nor onnx.
 """
 
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ FORMAT: Final = 1
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One of the three checks of parity.
+    """The result of one of the three parity checks.
 
     Args:
         name: `weights`, `graph` or `exporter`.
         session: `exact` or `deployed`.
         ok: whether it passed.
-        error: largest difference of an output over its spread; None for weights, and where there is no spread.
+        error: largest difference of an output over its spread; None for weights, or if there is no spread.
         limit: the largest `error` that passes.
-        detail: one line for people.
+        detail: a one-line explanation.
     """
 
     name: str
@@ -38,23 +38,23 @@ class Check:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """What `validate` measured on one file.
+    """The measurements of `validate` on one file.
 
     Args:
         file: name, digest and bytes of the file.
         data: name, digest and samples of the data, and whether it has labels.
         checks: the three checks in both sessions.
         outputs: SQNR, agreement and `constant` by name of the output.
-        agreement: of the first output that has one.
-        sqnr_db: the worst of all outputs; None for no noise at all.
-        metric: the user's metric, where there are labels.
-        layers: SQNR behind each layer, or at each quantized activation.
-        runtime: shares of the noise that onnxruntime makes by itself.
-        timing: latency, load time and memory beside the original's; None where they were not measured.
-        same_ops: whether onnxruntime's optimised graphs of file and original hold the same operators; None if unknown.
-        same_source: whether the file was exported from the very model that it was compared with; None if unknown.
+        agreement: agreement of the first output that has one.
+        sqnr_db: lowest SQNR of all outputs, in dB; None without noise.
+        metric: result of the user's metric; None without labels.
+        layers: SQNR after each layer, or at each quantized activation.
+        runtime: shares of the noise that come from onnxruntime's own optimizations.
+        timing: latency, load time and memory, compared with the original's; None if not measured.
+        same_ops: whether onnxruntime's optimized graphs of file and original hold the same operators; None if unknown.
+        same_source: whether the file was exported from the model that it was compared with; None if unknown.
         cpu: features of the CPU that integer kernels depend on.
-        notes: what a user should know.
+        notes: notes for the user.
     """
 
     file: Mapping[str, Any] = field(default_factory=dict)
@@ -105,11 +105,11 @@ class Validation:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], file: str) -> "Validation":
-        """Return the measurements in a JSON document; keys that no verdict depends on may be missing.
+        """Return the measurements from a JSON document; keys that no verdict depends on may be missing.
 
         Args:
-            document: what `as_dict` made.
-            file: what messages call the file.
+            document: from `as_dict`.
+            file: the file's name in messages.
 
         Raises:
             SourceError: the document lacks a key, or a value has the wrong type.

@@ -1,6 +1,6 @@
-"""Verdicts on measurements by limits, for CI. Pure: needs neither onnx nor torch, and reads no file.
+"""Compares measurements with limits, for CI. Pure: needs neither onnx nor torch, and reads no file.
 
-A verdict depends on the point estimate; where the 95 % interval holds both answers, its note says so.
+A verdict depends on the point estimate; if the limit lies within the 95 % interval, the verdict has a note.
 """
 
 import re
@@ -16,18 +16,18 @@ from qcompress.errors import ConfigError, SourceError
 from qcompress.gate.validation import Validation
 
 _NUMBER: Final = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*(%?)\s*")
-# 0.86 - 0.85 is 0.010000000000000009 in floating point, which must not fail a limit of 0.01.
+# In floating point, 0.86 - 0.85 is 0.010000000000000009, which must not fail a limit of 0.01.
 _ROUNDING: Final = 1e-9
 
 
 def parse_fraction(text: str | float) -> float:
-    """Return a number, or a percentage as a fraction of 1.
+    """Return a number, or a percentage converted to a fraction of 1.
 
     >>> parse_fraction("1%"), parse_fraction("0.01"), parse_fraction(0.5)
     (0.01, 0.01, 0.5)
 
     Raises:
-        ConfigError: the text is neither.
+        ConfigError: the text is neither a number nor a percentage.
     """
     if isinstance(text, int | float) and not isinstance(text, bool):
         text = repr(text)
@@ -38,7 +38,7 @@ def parse_fraction(text: str | float) -> float:
 
 
 def parse_max_size(value: Any) -> int:
-    """Return a number of bytes, at least 1.
+    """Return a size as a number of bytes, at least 1.
 
     >>> parse_max_size("150 kB")
     150000
@@ -50,7 +50,7 @@ def parse_max_size(value: Any) -> int:
 
 
 def parse_min_ratio(value: Any) -> float:
-    """Return how many times smaller a file must be.
+    """Return the ratio by which a file must be smaller, such as 8 for 8 times smaller.
 
     >>> parse_min_ratio(8), parse_min_ratio("8x")
     (8.0, 8.0)
@@ -64,7 +64,7 @@ def parse_min_ratio(value: Any) -> float:
 
 
 def parse_min_agreement(value: Any) -> float:
-    """Return a share of samples.
+    """Return a share of samples as a fraction in [0, 1].
 
     >>> parse_min_agreement("98%"), parse_min_agreement(1)
     (0.98, 1.0)
@@ -79,12 +79,12 @@ def parse_min_agreement(value: Any) -> float:
 @final
 @pydantic_dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
 class GateLimits:
-    """The limits of a file; None for no limit.
+    """The limits for a file; None means no limit.
 
     Args:
-        max_size: most bytes of the file: `150kB`.
+        max_size: largest size of the file: `150kB`.
         min_ratio: how many times smaller than the original the file must be: `8`.
-        max_drop: by how much the metric may get worse, in its own unit: `0.01`, or `1%` for 0.01.
+        max_drop: how much worse the metric may get, in its own unit: `0.01`, or `1%` for 0.01.
         min_agreement: smallest share of samples on which file and original agree: `0.98` or `98%`.
 
     >>> GateLimits(max_size="150kB", min_agreement="98%")
@@ -100,14 +100,14 @@ class GateLimits:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """What is known about one file.
+    """The known figures of one file.
 
     Args:
-        file: what messages call it.
-        nbytes: its bytes.
+        file: its name in messages.
+        nbytes: its size in bytes.
         is_ours: whether qcompress wrote it.
-        original_bytes: bytes of the original; None where they are unknown.
-        validation: what `validate` measured; None where it has not run.
+        original_bytes: size of the original in bytes; None if unknown.
+        validation: the measurements of `validate`; None if it was not run.
     """
 
     file: str
@@ -120,16 +120,16 @@ class Measurements:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One limit on one file.
+    """Whether one file keeps one limit.
 
     Args:
-        file: the file.
-        limit: a field of GateLimits; or `smaller_than_original`, `parity` or `same_source`, which fail by themselves.
+        file: the file's name.
+        limit: a field of GateLimits; or `smaller_than_original`, `parity` or `same_source`, which are always checked.
         allowed: the limit's value.
-        measured: what was measured.
+        measured: the measured value.
         ok: whether the limit is kept.
-        unit: of both values: `bytes`, `ratio`, `fraction`, `count`, or `metric` for the metric's own unit.
-        note: one more sentence for people, or None.
+        unit: unit of both values: `bytes`, `ratio`, `fraction`, `count`, or `metric` for the metric's own unit.
+        note: one more sentence of explanation, or None.
     """
 
     file: str
@@ -159,7 +159,7 @@ def judge(files: Sequence[Measurements], limits: GateLimits) -> tuple[Verdict, .
 
 
 def require_a_limit(limits: GateLimits) -> None:
-    """Raise ConfigError where there is no limit."""
+    """Raise ConfigError if no limit is set."""
     if limits == GateLimits():
         raise ConfigError(
             "gate has no limit to check; add --max-size, --min-ratio, --max-drop or --min-agreement, or write them "
@@ -284,7 +284,7 @@ def _agreement(file: Measurements, allowed: float) -> Verdict:
 
 
 def percent(fraction: float, digits: int = 4) -> str:
-    """Return a fraction in percent.
+    """Return a fraction as text in percent.
 
     >>> percent(0.014), percent(-0.002)
     ('1.4 %', '-0.2 %')

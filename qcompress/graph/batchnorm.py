@@ -31,7 +31,7 @@ class _Fold:
 
 
 def fold_batchnorm(program: FloatProgram) -> FloatProgram:
-    """Fold every BatchNorm that directly follows a layer of its own; the program computes the same function.
+    """Fold every BatchNorm that directly follows a layer; the program computes the same function.
 
     A BatchNorm is kept, and listed in the notes, if its layer has other users (a tied weight, an output that is read
     twice) or cannot be written as one layer with a bias.
@@ -46,14 +46,14 @@ def fold_batchnorm(program: FloatProgram) -> FloatProgram:
 
 
 def fold_with_factors(program: FloatProgram) -> tuple[FloatProgram, dict[str, torch.Tensor]]:
-    """Fold as `fold_batchnorm` does, and return what the weights were multiplied by.
+    """Fold as `fold_batchnorm` does, and also return the factors by which the weights were multiplied.
 
     Returns:
         The program; γ/σ for each output channel, float64 [O], by the weight's qualified name.
     """
     factors: dict[str, torch.Tensor] = {}
     folds, left = _find(program)
-    while folds:  # one BatchNorm may stand behind another
+    while folds:  # one BatchNorm may follow another
         for fold in folds:
             factors[fold.layer.weight] = factors.get(fold.layer.weight, torch.ones(())) * fold.factor
         program = _folded(program, folds)
@@ -63,7 +63,7 @@ def fold_with_factors(program: FloatProgram) -> tuple[FloatProgram, dict[str, to
 
 
 def unfolded_names(program: FloatProgram, folded: FloatProgram) -> dict[str, str]:
-    """Return where the unfolded program computes the outputs of layers that absorbed a BatchNorm: behind that one.
+    """Return the nodes of the unfolded program that compute the outputs of layers that absorbed a BatchNorm.
 
     Args:
         program: before folding.

@@ -5,7 +5,7 @@ Both directions keep the shape, the dtype and every bit of every value (NaN payl
 | torch | numpy |
 |---|---|
 | bool, integers of 8 to 64 bits, float16, float32, float64, complex64, complex128 | the dtype of the same name |
-| bfloat16, five kinds of float8 | the dtype of the same name in ml_dtypes, because numpy has none of its own |
+| bfloat16, five kinds of float8 | the dtype of the same name in ml_dtypes, because numpy has no such dtype |
 | complex32, quantized integers; sparse, nested and meta tensors | no array: `to_numpy` raises ConfigError |
 | no tensor: `to_torch` raises ConfigError | text, objects, records, dates, float128, 4-bit types |
 
@@ -51,7 +51,7 @@ _CARRIERS: Final = {1: "int8", 2: "int16"}
 
 
 def numpy_dtype(dtype: "torch.dtype") -> np.dtype[Any]:
-    """The numpy dtype that holds the values of a torch dtype.
+    """Return the numpy dtype that holds the values of a torch dtype.
 
     Raises:
         ConfigError: there is no such dtype.
@@ -67,7 +67,7 @@ def numpy_dtype(dtype: "torch.dtype") -> np.dtype[Any]:
 
 
 def has_array(tensor: "torch.Tensor") -> bool:
-    """Whether an array can hold a tensor's values: it is dense, has data, and its dtype is known to numpy.
+    """Return whether an array can hold a tensor's values: it is dense, has data, and its dtype is known to numpy.
 
     >>> import torch
     >>> has_array(torch.ones(2)), has_array(torch.eye(2).to_sparse()), has_array(torch.ones(2, device="meta"))
@@ -78,7 +78,7 @@ def has_array(tensor: "torch.Tensor") -> bool:
 
 
 def to_numpy(tensor: "torch.Tensor") -> npt.NDArray[Any]:
-    """A tensor's values as an array of the same shape, dtype and strides.
+    """Return a tensor's values as an array of the same shape, dtype and strides.
 
     Args:
         tensor: on any device, of any strides, with or without a gradient.
@@ -109,7 +109,7 @@ def to_numpy(tensor: "torch.Tensor") -> npt.NDArray[Any]:
 
 
 def to_torch(values: npt.ArrayLike) -> "torch.Tensor":
-    """An array's values as a contiguous CPU tensor of the same shape and dtype, in memory of its own.
+    """Return an array's values as a contiguous CPU tensor of the same shape and dtype, in its own memory.
 
     Args:
         values: an array of any strides and byte order, read-only or not, or a number or list that numpy understands.

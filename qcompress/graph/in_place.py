@@ -23,7 +23,7 @@ _MUTATIONS: Final = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, 
 
 
 def out_of_place(exported: ExportedProgram) -> ExportedProgram:
-    """Return the same program without in-place operators; what it wrote to its inputs and buffers is dropped.
+    """Return the same program without in-place operators; its writes to inputs and buffers are dropped.
 
     Args:
         exported: not modified. Nodes keep their names and their order unless functionalization has to rewrite them.

@@ -67,7 +67,7 @@ def data_input(layer: Node) -> Node:
 
 
 def bias_of(layer: Node) -> Node | None:
-    """Return the bias that a layer adds; None if it adds none."""
+    """Return the bias that a layer adds; None if it has no bias."""
     row = row_of(layer).layer
     bias = None if row is None or row.bias is None else arguments(layer).get(row.bias)
     return bias if isinstance(bias, Node) else None

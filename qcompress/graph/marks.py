@@ -1,4 +1,4 @@
-"""Marks: an operator that does nothing, `qcompress::site`, stands in the graph wherever an activation is quantized.
+"""Marks: the operator `qcompress::site`, which does nothing, marks every quantized activation in the graph.
 
 Calibration, the fake-quantized reference and the ONNX graph all read these marks, so they quantize the same values.
 """
@@ -120,7 +120,7 @@ def _keeps_order(node: Node) -> bool:
 
 
 def _places(root: Node, state: Container[Node]) -> list[Node]:
-    """Return a value and all that it is moved to; a padded value is not one of them, since its zeros are new."""
+    """Return a value and its moved copies; a padded value is not one of them, since its zeros are new."""
     found = [] if row_of(root).splits else [root]
     for user in root.users:
         if moves(user, state) and user.args[0] is root and not row_of(user).pads:

@@ -1,4 +1,4 @@
-"""Kinds of weights by the type of their layer, where no graph can be had: a pickled module, which must not be run.
+"""Kinds of weights by the type of their layer, for a pickled module, which must not be run and so has no graph.
 
 A layer is known by its public fields, so that stand-ins for classes and classes derived from torch's are read alike.
 """

@@ -13,7 +13,7 @@ from qcompress.graph.weights import Call, Value
 
 
 def operator_name(node: Node) -> str:
-    """Return what the table of operators calls a node's target; empty for what calls no operator.
+    """Return the name of a node's target in the table of operators; empty if the node calls no operator.
 
     >>> graph = Graph()
     >>> x = graph.placeholder("x")
@@ -28,7 +28,7 @@ def operator_name(node: Node) -> str:
 
 
 def row_of(node: Node) -> Operator:
-    """Return the node's row in the table of operators; an empty one if it has none."""
+    """Return the node's row in the table of operators; an empty row if the operator is unlisted."""
     name = operator_name(node)
     return operator(name) if name else UNLISTED
 
@@ -55,7 +55,7 @@ def calls(graph: Graph) -> Iterator[Call]:
 
 
 def as_value(argument: Any) -> Any:
-    """Return an argument as a `Call` has it: nodes are Values, lists stay lists, constants stay what they are."""
+    """Return an argument as a `Call` has it: nodes are Values, lists stay lists, constants stay as they are."""
     if isinstance(argument, list | tuple):
         return [as_value(item) for item in argument]
     if not isinstance(argument, Node):
@@ -65,7 +65,7 @@ def as_value(argument: Any) -> Any:
 
 
 def moves(node: Node, state: Container[Node]) -> bool:
-    """Return whether a node moves the values of an activation and changes none; it may add zeros."""
+    """Return whether a node moves the values of an activation without changing them; it may add zeros."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node) or node.args[0] in state:
         return False
     row = row_of(node)

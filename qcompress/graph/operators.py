@@ -1,4 +1,4 @@
-"""The only list of ATen operators: what each one means to compression.
+"""The only table of ATen operators, with their properties for compression.
 
 Operators go by their names as strings, `conv2d.default`, so that the JSON of a `.pt2` file is read by the same rows as
 a graph in memory, and without torch. An operator that is not listed is computed as it stands: no weight is found behind
@@ -17,8 +17,8 @@ class Layer:
     Args:
         kind: kind of the layer, one of `kinds.KINDS`; `kind_of_conv` tells the sorts of convolutions apart.
         weights: arguments that are its weight, or its weights.
-        data: argument that is the activation; None for layers that no solver and no grid looks at.
-        bias: argument that is the bias; None if it cannot take one.
+        data: argument that is the activation; None for layers that solvers and grids ignore.
+        bias: argument that is the bias; None if it has no such argument.
         holds_in_out: whether the weight is [in, out], as in a matrix product, and not [out, in].
     """
 
@@ -34,11 +34,11 @@ class Operator:
     """The properties of one operator.
 
     Args:
-        layer: how it uses a weight; None if it is no layer.
+        layer: how it uses a weight; None if it is not a layer.
         hands_on: whether it hands on its first argument in another form, or in parts, so that a layer behind it still
             uses the weight that came in.
         transposes: whether it swaps the axes of a matrix (and hands on a weight that is one).
-        moves: whether it moves the values of its first argument and changes none, so that they stay on their grid.
+        moves: whether it moves the values of its first argument without changing them, so that they stay on their grid.
         splits: whether it returns parts of its first argument, as a list.
         pads: whether it adds values around its first argument; with zeros it counts as a move.
         clamps: whether it is a monotone clamp, which a quantizer behind it absorbs.
@@ -76,7 +76,7 @@ _EMBEDDING: Final = Layer(kind="embedding")
 _RECURRENT: Final = Layer(kind="recurrent", weights=("params",))
 _CELL: Final = Layer(kind="recurrent", weights=("w_ih", "w_hh"))
 
-# Names that share a row, and the row. No name stands twice.
+# Names that share a row, and the row. No name occurs twice.
 _TABLE: Final[tuple[tuple[str, Operator], ...]] = (
     ("conv1d.default conv1d.padding", Operator(layer=_CONV)),
     ("conv2d.default conv2d.padding", Operator(layer=_CONV)),

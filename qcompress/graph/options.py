@@ -1,4 +1,4 @@
-"""What tracing needs beside the model."""
+"""The options for getting a float program from a source."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramOptions:
-    """What it takes, beside the model itself, to get a float program from a source.
+    """The options for getting a float program from a source.
 
     Args:
         inputs: example inputs by name, in order; a single unnamed one is `x`. The first axis is the batch.
         dynamic: names of dynamic axes, {(input name, axis): axis name}; None: the first axis of every input, `batch`.
         input_names: names for the graph's inputs; None: forward's argument names.
         output_names: names for the graph's outputs; None: `output`, `output_1`, or the keys of a dict.
-        shares: whether the program may keep the model's own tensors: nobody else will change them.
+        shares: whether the program may share the model's tensors, because nothing else will change them.
     """
 
     inputs: Mapping[str, npt.NDArray[Any]] | None = None

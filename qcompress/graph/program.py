@@ -1,4 +1,4 @@
-"""The float program: one ATen graph runs the model, whatever torch source it came from.
+"""The float program: one ATen graph that runs the model, for every kind of torch source.
 
 Layer kinds, BatchNorm folding and layer inputs are read from that graph; the user's module is never touched.
 """
@@ -33,7 +33,7 @@ class FloatProgram:
         input_names: one per user input, in the graph's order.
         output_names: one per user output.
         dynamic: name of each dynamic axis, by (input name, axis).
-        notes: what the user is told (switched to eval mode, a fixed batch).
+        notes: notes for the user (switched to eval mode, a fixed batch).
     """
 
     exported: ExportedProgram
@@ -83,7 +83,7 @@ class FloatProgram:
         return replace(self, exported=rebuild(self.exported, state=state, constants=constants))
 
     def without_origins(self) -> "FloatProgram":
-        """Return the program without what tracing keeps of the author: files, lines, classes and sample inputs."""
+        """Return the program without its origins: source files, line numbers, classes and sample inputs."""
         module = copy_graph(self.exported)
         for node in module.graph.nodes:
             for key in _ORIGINS:
@@ -242,7 +242,7 @@ def sizes(node: Node) -> list[int | None]:
 
 
 def value_of(node: Node) -> torch.Tensor:
-    """Return the tensor that stands for a node's value: its shape and dtype."""
+    """Return the tensor that represents a node's value, with its shape and dtype."""
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor)
     return value

@@ -22,7 +22,7 @@ from qcompress.graph.operators import OPERATORS
 from qcompress.graph.quiet import quiet_torch
 from qcompress.graph.weights import Call, Tensor, Value, kinds_of_calls
 
-# The overload that stands for all of an operator's: a symbol has no dtype or shape to choose another by.
+# The overload that represents all overloads of an operator: a symbol has no dtype or shape to choose by.
 _OVERLOADS: Final[Mapping[str, str]] = {name.partition(".")[0]: name for name in reversed(list(OPERATORS))}
 # Methods and attributes that are an operator of another name.
 _OTHER_NAMES: Final[Mapping[str, str]] = {"T": "numpy_T", "float": "to"}
@@ -76,9 +76,9 @@ def _traced_kinds(
 
     Args:
         module: the model or a part of it.
-        path: what the names of its tensors begin with in the model.
+        path: prefix of the names of its tensors in the model.
         state: the model's tensors.
-        branch: what conditions on symbols are taken for; None: such a condition cannot be run.
+        branch: assumed value of conditions on symbols; None if such a condition makes the trace fail.
     """
     try:
         shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
@@ -94,7 +94,7 @@ def _traced_kinds(
 
 
 class _Tracer(fx.Tracer):
-    """Traces a module, and knows the shapes of what is made from its own tensors alone."""
+    """Traces a module, with known shapes for values that depend on its own tensors only."""
 
     proxy_buffer_attributes = True
 
@@ -152,7 +152,7 @@ def _calls(graph: fx.Graph, module: nn.Module, path: str) -> Iterator[Call]:
 
 
 def _operator_of(node: fx.Node) -> str | None:
-    """Return the operator that a node of a symbolic trace stands for; None if it is not in the table."""
+    """Return the operator that a node of a symbolic trace represents; None if it is not in the table."""
     if node.op == "call_method":
         name = str(node.target)
     elif node.op != "call_function":

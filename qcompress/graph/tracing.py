@@ -375,7 +375,7 @@ def _in_eval_mode(exported: ExportedProgram) -> tuple[ExportedProgram, tuple[str
 
 
 def _training_argument(node: Node) -> int | None:
-    """Return the position of an argument `training=True`; None if the node has none."""
+    """Return the position of an argument `training=True`; None if the node has no such argument."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return None
@@ -390,7 +390,7 @@ def _training_argument(node: Node) -> int | None:
 def _prune(exported: ExportedProgram) -> ExportedProgram:
     """Drop unused nodes and state, and let tied tensors enter once, under their first name."""
     module = copy_graph(exported)
-    # A dropout counts as impure, since it draws random numbers; outside of training it draws none.
+    # A dropout counts as impure, since it draws random numbers; outside of training it does not.
     module.graph.eliminate_dead_code(lambda node: node.is_impure() and not row_of(node).drops)
     by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     first_name: dict[tuple[Any, ...], str] = {}

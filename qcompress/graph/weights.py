@@ -1,4 +1,4 @@
-"""Where a graph uses which tensor as a weight: one search for a live graph, the JSON of a `.pt2`, and a symbolic trace.
+"""Finds the weights that a graph uses: one search for a live graph, the JSON of a `.pt2`, and a symbolic trace.
 
 Each of these forms is read as a sequence of `Call`s, so that all commands agree on the kinds of a model.
 """
@@ -77,7 +77,7 @@ class Use:
 def weight_uses(calls: Iterable[Call], state: Mapping[str, Tensor]) -> Iterator[Use]:
     """Yield every use of a weight by a layer, in the order of the calls.
 
-    A weight may arrive through views, parts and transposes; a tensor of fewer than two axes is no weight.
+    A weight may arrive through views, parts and transposes; a tensor of fewer than two axes is not a weight.
 
     Args:
         calls: the graph, in the order in which it runs.
@@ -88,7 +88,7 @@ def weight_uses(calls: Iterable[Call], state: Mapping[str, Tensor]) -> Iterator[
     >>> [(use.weight, use.kind, use.axis) for use in weight_uses(calls, {"w": Tensor("fc.weight", (2, 3))})]
     [('fc.weight', 'linear', 0)]
     """
-    origins = {name: (tensor, False) for name, tensor in state.items()}  # (what it is made from, is it transposed)
+    origins = {name: (tensor, False) for name, tensor in state.items()}  # (its origin, whether it is transposed)
     for call in calls:
         row = operator(call.operator)
         if row.hands_on or row.transposes:

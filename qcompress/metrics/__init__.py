@@ -1,1 +1,1 @@
-"""Metrics of outputs, and intervals of their differences."""
+"""Metrics of model outputs, and confidence intervals of their differences."""

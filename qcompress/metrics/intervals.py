@@ -6,7 +6,7 @@ Journal of Educational and Behavioral Statistics 37 (2012): one sample is added 
 number over all samples the percentile bootstrap of B. Efron, "Bootstrap methods: another look at the jackknife", Annals
 of Statistics 7 (1979), both models on the same resamples.
 Code: written from the formulas; no code copied.
-Deviations: the interval for 0/1 scores is widened to hold the measured difference where rounding leaves it out.
+Deviations: the interval for 0/1 scores is widened to contain the measured difference if rounding would exclude it.
 """
 
 from collections.abc import Callable
@@ -25,18 +25,18 @@ RESAMPLES: Final = 1000
 
 
 def of_scores(worse: Floats, *, zero_one: bool) -> Interval | None:
-    """Interval of the mean of paired differences.
+    """Return the 95 % interval of the mean of paired differences.
 
-    Real-valued scores: mean ± 1.96 standard errors, exact and of width 0 where all differences are equal. Two models
-    whose 0/1 scores agree on all N samples may still differ on others: there the interval is ± 2.8 / (N + 2), about
-    what the rule of three (3 / N) says.
+    Real-valued scores: mean ± 1.96 standard errors, with width 0 if all differences are equal. Two models whose 0/1
+    scores agree on all N samples may still differ on other samples: their interval is ± 2.8 / (N + 2), close to the
+    rule of three (3 / N).
 
     Args:
-        worse: per sample, by how much the second model is worse.
+        worse: how much worse the second model is, per sample.
         zero_one: whether all scores of both models are 0 or 1.
 
     Returns:
-        None where a single sample says nothing about the spread.
+        (low, high); None for a single real-valued score, because the spread is unknown.
 
     >>> [round(end, 3) for end in of_scores(np.array([0.0, 1.0, 0.0, 1.0]), zero_one=False)]
     [-0.066, 1.066]
@@ -60,17 +60,17 @@ def of_scores(worse: Floats, *, zero_one: bool) -> Interval | None:
 def of_number(
     worse: Callable[[npt.NDArray[np.intp]], float], n: int, *, seed: int, resamples: int = RESAMPLES
 ) -> Interval | None:
-    """Interval of one number over all samples, by paired bootstrap.
+    """Return the 95 % interval of one number over all samples, by paired bootstrap.
 
     Args:
-        worse: by how much the second model is worse on the samples with these indices; a DataError or NaN says that it
-            is undefined on them (one class only, for AUC), and others are drawn instead.
-        n: how many samples there are.
-        seed: of the resampling.
-        resamples: how often samples are drawn.
+        worse: returns how much worse the second model is on the samples with these indices. If it raises DataError or
+            returns NaN (such as AUC on samples of one class), other samples are drawn instead.
+        n: number of samples.
+        seed: seed of the resampling.
+        resamples: number of resamples.
 
     Returns:
-        None where there is one sample, or where the number is undefined on most draws.
+        (low, high); None if there is a single sample, or if the number is undefined for most resamples.
 
     >>> values = np.arange(100.0)
     >>> [round(end) for end in of_number(lambda index: float(values[index].mean()), 100, seed=0)]

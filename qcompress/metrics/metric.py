@@ -1,6 +1,6 @@
-"""How good a model's outputs are, how much worse a compressed one's are, and how near the original's they are.
+"""Metrics that score a model's outputs, and the comparison of a compressed model with its original.
 
-Numpy only; all sums are in float64. A metric counts over the same samples for both models, so what it gives is a paired
+Needs numpy only; all sums are in float64. Both models are scored on the same samples, so the result is a paired
 difference with its 95 % interval.
 """
 
@@ -28,13 +28,13 @@ Unit = Literal["fraction", "metric"]
 @final
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A way to score outputs.
+    """A function that scores outputs, with its name and direction.
 
     Args:
-        name: as the user wrote it, without the machine's path.
+        name: the name that the user wrote, without absolute paths.
         fn: (outputs by name, labels or None) -> one score per sample, or one number over all samples.
         lower_is_better: whether a lower value is better, as for a loss.
-        unit: `fraction` for a share of 1, which people read in percent; `metric` for a unit of its own.
+        unit: `fraction` for a share of 1, which is shown in percent; `metric` for the metric's own unit.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Metric:
     unit: Unit = "metric"
 
     def __call__(self, outputs: Outputs, y: Array | None) -> Floats | float:
-        """Scores [samples] in float64, or one number.
+        """Return float64 scores [samples], or one number.
 
         Raises:
-            DataError: the outputs or labels do not fit the metric, it fails, or it gives anything but finite numbers.
+            DataError: the outputs or labels do not fit the metric, or it fails or returns non-finite values.
 
         >>> load_metric("top1")({"output": np.array([[0.1, 0.9], [0.8, 0.2]])}, np.array([1, 1]))
         array([1., 0.])
@@ -76,7 +76,7 @@ class Metric:
         return scores.astype(np.float64) if scores.ndim else float(scores)
 
 
-# The table of metrics: a new one is a function in `_scores` and a line here.
+# The table of metrics. To add one, write a function in `scores.py` and add a line here.
 METRICS: Final[Mapping[str, Metric]] = {
     "top1": Metric("top1", _scores.top1, unit="fraction"),
     "top5": Metric("top5", _scores.top5, unit="fraction"),
@@ -87,7 +87,7 @@ METRICS: Final[Mapping[str, Metric]] = {
 
 
 def unit_of(name: str) -> Unit:
-    """Return the unit of a metric by its name; the unit of a user's own metric is not known.
+    """Return the unit of a metric by its name; `metric` for the user's own metrics.
 
     >>> unit_of("top1"), unit_of("mse"), unit_of("metrics.py:f1")
     ('fraction', 'metric', 'metric')
@@ -96,16 +96,16 @@ def unit_of(name: str) -> Unit:
 
 
 def load_metric(spec: str, lower_is_better: bool = False) -> Metric:
-    """The metric that a name of the table, `module:fn` or `path/file.py:fn` stands for; the latter two run user code.
+    """Return the metric for a name in `METRICS`, `module:fn` or `path/file.py:fn`; the latter two run user code.
 
-    The metrics of the table take the model's first output; `module:fn` gets all of them.
+    The metrics in `METRICS` use the model's first output; `module:fn` gets all outputs.
 
     Args:
-        spec: what the user wrote.
-        lower_is_better: whether `module:fn` counts what is bad; the table's metrics know it themselves.
+        spec: the value of `--metric`.
+        lower_is_better: whether a lower value of `module:fn` is better; metrics in `METRICS` set this themselves.
 
     Raises:
-        ConfigError: there is no such metric, or it counts the other way.
+        ConfigError: there is no such metric, or `lower_is_better` contradicts it.
 
     >>> load_metric("mse").lower_is_better, load_metric("auc").lower_is_better
     (True, False)
@@ -113,7 +113,7 @@ def load_metric(spec: str, lower_is_better: bool = False) -> Metric:
     if spec in METRICS:
         metric = METRICS[spec]
         if lower_is_better and not metric.lower_is_better:
-            raise ConfigError(f"Metric {spec} counts what is good: leave --lower-is-better out.")
+            raise ConfigError(f"Higher values of metric {spec} are better: leave --lower-is-better out.")
         return metric
     if ":" not in spec:
         raise ConfigError(
@@ -126,23 +126,24 @@ def load_metric(spec: str, lower_is_better: bool = False) -> Metric:
 def compare(
     metric: Metric, original_outputs: Outputs, compressed_outputs: Outputs, y: Array | None, seed: int = 0
 ) -> MetricResult:
-    """How much worse the compressed model is by a metric, on the same samples, with a 95 % interval.
+    """Return how much worse the compressed model scores on the same samples, with a 95 % interval.
 
-    Scores per sample: the mean paired difference, normal approximation. One exception: 0/1 scores get the interval of
-    Bonett and Price (2012), which stays honest where few samples or none differ: ± 2.8 / (samples + 2) where none does,
-    about what the rule of three says. Real-valued scores that differ by the same amount on every sample give an
-    interval of width 0; nothing in them says how far others could be off.
-    One number over all samples: paired bootstrap, 1,000 resamples; width 0 where no resample tells the two apart.
+    Scores per sample: the mean paired difference, with a normal approximation. 0/1 scores use the interval of Bonett
+    and Price (2012) instead, which stays valid if few samples differ. If no sample differs, it is
+    ± 2.8 / (samples + 2), close to the rule of three. Real-valued scores that differ by the same amount on every sample
+    give an interval of width 0, because they do not show how far other samples could differ.
+    One number over all samples: paired bootstrap with 1,000 resamples; the width is 0 if the number is the same for
+    both models on every resample.
 
     Args:
-        metric: as `load_metric` gives it.
+        metric: from `load_metric`.
         original_outputs: the original's outputs by name, samples along the first axis.
-        compressed_outputs: the compressed model's, for the same samples in the same order.
-        y: labels, or None for a metric that needs none.
-        seed: of the resampling.
+        compressed_outputs: the compressed model's outputs, for the same samples in the same order.
+        y: labels, or None if the metric needs no labels.
+        seed: seed of the resampling.
 
     Raises:
-        DataError: outputs and labels do not fit each other or the metric.
+        DataError: the outputs and labels do not fit each other or the metric.
 
     >>> a, b = np.array([[0.9, 0.1]] * 200), np.array([[0.9, 0.1]] * 180 + [[0.1, 0.9]] * 20)
     >>> result = compare(METRICS["top1"], {"output": a}, {"output": b}, np.zeros(200, int))
@@ -160,7 +161,7 @@ def compare(
         def worse(index: npt.NDArray[np.intp]) -> float:
             labels = None if y is None else np.asarray(y)[index]
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a draw that the metric finds odd is the draw's fault
+                warnings.simplefilter("ignore")  # a resample may be degenerate, which is no fault of the user's data
                 values = [metric(_take(o, index), labels) for o in (original_outputs, compressed_outputs)]
             return sign * float(values[0] - values[1])
 
@@ -175,15 +176,15 @@ def compare(
 
 def _samples(outputs: Outputs) -> int:
     if not outputs or any(np.ndim(values) == 0 for values in outputs.values()):
-        raise DataError("A metric needs outputs with the samples along their first axis, got none or a single number.")
+        raise DataError("A metric needs outputs with samples along their first axis, got no output or a single number.")
     return len(next(iter(outputs.values())))
 
 
 def _check_same(a: Outputs, b: Outputs, y: Array | None) -> int:
     if list(a) != list(b):
         raise DataError(
-            f"Both models must have the same outputs, the original has {', '.join(a) or 'none'}, "
-            f"the compressed one {', '.join(b) or 'none'}."
+            f"Both models must have the same outputs, the original has {', '.join(a) or 'no output'}, "
+            f"the compressed one {', '.join(b) or 'no output'}."
         )
     n, others = _samples(a), {_samples(b)} | {len(v) for o in (a, b) for v in o.values()}
     if y is not None:

@@ -1,4 +1,4 @@
-"""The result of a metric on two models; free of numpy, so that `gate` reads it at once."""
+"""The result of a metric on two models. Does not import numpy, so that `gate` starts fast."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ class MetricResult:
     """A metric on the outputs of the original and of the compressed model, for the same samples.
 
     Args:
-        name: the metric.
+        name: name of the metric.
         original: its value for the original: the mean of scores per sample, or the number over all samples.
         compressed: its value for the compressed model.
         drop: how much worse the compressed model is, in the metric's own unit; negative if it is better.
-        interval: 95 % interval of the drop; None where the samples are too few to tell.
+        interval: 95 % interval of the drop; None if there are too few samples to compute it.
         lower_is_better: whether a lower value is better, as for a loss.
         samples: number of samples.
     """
@@ -29,7 +29,7 @@ class MetricResult:
     samples: int
 
     def undecidable(self, limit: float = 0.0) -> bool:
-        """Return whether the interval holds both answers to "is the drop at most `limit`?".
+        """Return whether the interval contains drops on both sides of `limit`, or is unknown.
 
         >>> MetricResult("top1", 0.9, 0.89, 0.01, (-0.01, 0.03), False, 500).undecidable(0.02)
         True
@@ -38,7 +38,7 @@ class MetricResult:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "MetricResult":
-        """Return the result that `dataclasses.asdict` made a document of.
+        """Return the result from a dictionary that `dataclasses.asdict` made.
 
         Raises:
             KeyError, TypeError, ValueError: the document lacks a key, or a value has the wrong type.

@@ -1,6 +1,6 @@
-"""The metrics that come with qcompress: outputs and labels to one score per sample, or one number over all samples.
+"""The built-in metrics: each maps outputs and labels to one score per sample, or to one number over all samples.
 
-Each takes the model's first output; a metric over several outputs is a `module:fn` of the user's own.
+Each uses the model's first output; for a metric over several outputs, the user writes a `module:fn`.
 
 Shape suffixes: N = samples, C = classes.
 """
@@ -21,7 +21,7 @@ Score = Callable[[Outputs, Array | None], object]
 
 
 def top1(outputs: Outputs, y: Array | None) -> Floats:
-    """1 where the largest output is the label's; of equal outputs the first one counts.
+    """Return 1 for each sample whose largest output is that of its label, else 0; the first of equal outputs counts.
 
     >>> top1({"output": np.array([[0.1, 0.9], [0.8, 0.2]])}, np.array([1, 1])).tolist()
     [1.0, 0.0]
@@ -31,7 +31,7 @@ def top1(outputs: Outputs, y: Array | None) -> Floats:
 
 
 def top5(outputs: Outputs, y: Array | None) -> Floats:
-    """1 where the label is among the five largest outputs; of equal outputs the first ones count.
+    """Return 1 for each sample whose label is among its five largest outputs, else 0; the first of equal outputs count.
 
     >>> top5({"output": np.arange(12.0).reshape(2, 6)}, np.array([0, 1])).tolist()
     [0.0, 1.0]
@@ -47,9 +47,9 @@ def top5(outputs: Outputs, y: Array | None) -> Floats:
 
 
 def auc(outputs: Outputs, y: Array | None) -> float:
-    """Area under the ROC curve of a two-class model, by ranks; equal scores count half.
+    """Return the area under the ROC curve of a two-class model, by ranks; equal scores count half.
 
-    The score is the one output, or the second minus the first of two (logits or probabilities).
+    The score is the single output, or the second of two outputs minus the first (logits or probabilities).
 
     >>> auc({"output": np.array([0.1, 0.4, 0.35, 0.8])}, np.array([0, 0, 1, 1]))
     0.75
@@ -62,7 +62,7 @@ def auc(outputs: Outputs, y: Array | None) -> float:
     else:
         raise DataError(
             f"Metric auc needs an output of shape [N], [N, 1] or [N, 2], {name!r} is {list(values.shape)}: "
-            "it is for two classes; use top1 for more."
+            "it applies to two classes only; use top1 for more."
         )
     label_N = _labels("auc", y, len(values))
     positive_N = label_N == 1
@@ -78,7 +78,7 @@ def auc(outputs: Outputs, y: Array | None) -> float:
 
 
 def mse(outputs: Outputs, y: Array | None) -> Floats:
-    """Mean squared difference between output and label, per sample.
+    """Return the mean squared difference between output and label, per sample.
 
     >>> mse({"output": np.array([[1.0], [2.0]])}, np.array([1.0, 4.0])).tolist()
     [0.0, 4.0]
@@ -88,7 +88,7 @@ def mse(outputs: Outputs, y: Array | None) -> Floats:
 
 
 def cosine(outputs: Outputs, y: Array | None) -> Floats:
-    """Cosine of the angle between output and label, per sample; 0 where one of them is all zeros.
+    """Return the cosine of the angle between output and label, per sample; 0 if one of them is all zeros.
 
     >>> cosine({"output": np.array([[3.0, 4.0], [0.0, 0.0]])}, np.array([[6.0, 8.0], [1.0, 0.0]])).round(12).tolist()
     [1.0, 0.0]
@@ -98,7 +98,7 @@ def cosine(outputs: Outputs, y: Array | None) -> Floats:
 
 
 def _unit(values: Floats) -> Floats:
-    """Rows of length 1; a row of zeros stays. Scaled first, so that no square overflows or vanishes."""
+    """Return rows scaled to length 1; rows of zeros stay. Prescaled, so that no square overflows or underflows."""
     largest = np.abs(values).max(axis=1, keepdims=True)
     scaled = values / np.where(largest > 0, largest, 1)
     length = np.sqrt((scaled**2).sum(axis=1, keepdims=True))
@@ -107,7 +107,7 @@ def _unit(values: Floats) -> Floats:
 
 def _first(metric: str, outputs: Outputs) -> tuple[str, Array]:
     if not outputs:
-        raise DataError(f"Metric {metric} needs an output, the model gave none.")
+        raise DataError(f"Metric {metric} needs an output, but the model has no outputs.")
     name, values = next(iter(outputs.items()))
     values = np.asarray(values)
     bad = int(np.isnan(values).sum()) if values.dtype.kind == "f" else 0
@@ -121,7 +121,7 @@ def _classes(metric: str, outputs: Outputs, y: Array | None) -> tuple[Array, npt
     if logits_NC.ndim != 2 or logits_NC.shape[1] < 2:
         raise DataError(
             f"Metric {metric} needs an output of shape [N, classes], {name!r} is {list(logits_NC.shape)}: "
-            "name a metric that fits the model, module:fn for one of your own."
+            "choose a metric that fits the model, or pass your own as module:fn."
         )
     label_N = _labels(metric, y, len(logits_NC))
     classes = logits_NC.shape[1]
@@ -148,7 +148,8 @@ def _labels(metric: str, y: Array | None, samples: int) -> npt.NDArray[np.int64]
 def _given(metric: str, y: Array | None, samples: int) -> Array:
     if y is None:
         raise DataError(
-            f"Metric {metric} needs labels, the data has none: add an array y, or name its key (FILE.npz:x_key,y_key)."
+            f"Metric {metric} needs labels, but the data has no labels: add an array y, or name its key "
+            "(FILE.npz:x_key,y_key)."
         )
     labels = np.asarray(y)
     if labels.ndim == 0 or len(labels) != samples:
@@ -158,7 +159,7 @@ def _given(metric: str, y: Array | None, samples: int) -> Array:
 
 
 def _alike(metric: str, outputs: Outputs, y: Array | None) -> tuple[Floats, Floats]:
-    """The first output and the labels as [N, elements], in float64."""
+    """Return the first output and the labels as [N, elements], in float64."""
     name, values = _first(metric, outputs)
     if values.ndim == 0:
         raise DataError(f"Metric {metric} needs an output with one row per sample, {name!r} is a single number.")
@@ -173,5 +174,5 @@ def _alike(metric: str, outputs: Outputs, y: Array | None) -> tuple[Floats, Floa
 
 
 def _trailing(values: Array) -> tuple[int, ...]:
-    """Shape of one sample; [N] and [N, 1] are the same."""
+    """Return the shape of one sample; [N] and [N, 1] count as the same."""
     return () if values.shape[1:] == (1,) else values.shape[1:]

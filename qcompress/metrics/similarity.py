@@ -1,4 +1,4 @@
-"""How near a compressed model's outputs are to the original's, whatever they are used for. All sums are in float64."""
+"""Measures of the distance between two models' outputs that need no labels. All sums are in float64."""
 
 from typing import Any, Final
 
@@ -10,25 +10,25 @@ from qcompress.errors import DataError
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
 
-CONSTANT: Final = 1e-5  # spread over root mean square, below which outputs do not vary
+CONSTANT: Final = 1e-5  # outputs whose spread over root mean square is below this count as constant
 
 
 def sqnr_db(reference: Array, value: Array) -> float | None:
-    """Signal to quantization noise in dB: 10 log10 of sum of (reference - mean)², over sum of (reference - value)².
+    """Return signal over quantization noise in dB: 10 log10 of Σ (reference - mean)² over Σ (reference - value)².
 
-    The mean is each element's over the samples: what an output says is how it varies from sample to sample, the squares
-    of `spread`; one that is always the same says nothing, however large it is. The noise is not centred, for an output
+    The mean is taken over the samples for each element: the signal is how much an output varies from sample to sample
+    (see `spread`), so a constant output has no signal, however large it is. The noise is not centred, because an output
     that is off by a constant is wrong.
 
     Args:
         reference: outputs of the original, samples along the first axis.
-        value: the other model's, for the same samples.
+        value: outputs of the other model, for the same samples.
 
     Returns:
-        None where the two are equal (infinitely many dB). A reference that does not vary has no signal: below -100 dB.
+        None if the two are equal (infinite dB); below -100 dB if the reference is constant.
 
     Raises:
-        DataError: the shapes differ, there is no sample, or NaN or Inf.
+        DataError: the shapes differ, there is no sample, or a value is NaN or Inf.
 
     >>> round(sqnr_db(np.array([13.0, -7.0]), np.array([13.0, -6.0])), 1), sqnr_db(np.ones(2), np.ones(2))
     (23.0, None)
@@ -45,10 +45,10 @@ def sqnr_db(reference: Array, value: Array) -> float | None:
 
 
 def agreement(a: Array, b: Array) -> float:
-    """Share of samples on which two models' largest outputs are the same one; of equal outputs the first counts.
+    """Return the share of samples for which both models' largest output is the same; the first of equal outputs counts.
 
     Raises:
-        DataError: not both [samples, classes] with two classes or more, or there is NaN.
+        DataError: the outputs are not both [samples, classes] with at least two classes, or hold NaN.
 
     >>> agreement(np.array([[1, 2], [3, 1]]), np.array([[0, 9], [1, 2]]))
     0.5
@@ -58,17 +58,17 @@ def agreement(a: Array, b: Array) -> float:
     if left.ndim != 2 or left.shape[1] < 2 or not len(left):
         raise DataError(f"agreement needs outputs of shape [samples, classes], got {list(left.shape)}.")
     if np.isnan(left).any() or np.isnan(right).any():
-        raise DataError("agreement needs numbers, there is NaN in the outputs.")
+        raise DataError("agreement needs numbers, but the outputs hold NaN.")
     return float((left.argmax(axis=1) == right.argmax(axis=1)).mean())
 
 
 def spread(y: Array) -> float:
-    """How far outputs vary over the samples: each element's standard deviation along axis 0, root mean square over all.
+    """Return how much outputs vary over samples: the root mean square of the elements' standard deviations (axis 0).
 
-    What parity divides errors by.
+    The parity checks divide errors by it.
 
     Raises:
-        DataError: there is no sample, or NaN or Inf.
+        DataError: there is no sample, or a value is NaN or Inf.
 
     >>> spread(np.array([[0.0, 5.0], [2.0, 5.0]]))
     0.7071067811865476
@@ -78,10 +78,10 @@ def spread(y: Array) -> float:
 
 
 def is_constant(y: Array) -> bool:
-    """Whether a model says the same whatever it is shown: a spread below 1e-5 of the root mean square of y.
+    """Return whether outputs are the same for all samples: a spread below 1e-5 of the root mean square of y.
 
-    A collapsed net still varies by rounding: MobileNetV1 with 1-bit weights by 2.5e-5 where the outputs reach 27.5. A
-    single sample, and outputs of zeros, count as constant: there is nothing to divide by.
+    A collapsed model still varies by rounding: MobileNetV1 with 1-bit weights by 2.5e-5, with outputs up to 27.5. A
+    single sample and outputs of zeros count as constant, because there is nothing to divide by.
 
     >>> is_constant(np.full((4, 3), 27.5) + 1e-5 * np.eye(4, 3)), is_constant(np.eye(4, 3))
     (True, False)

@@ -1,4 +1,4 @@
-"""Makes a program of a state dict: the user's factory builds the architecture, and the tensors are loaded into it."""
+"""Makes a program from a state dict: the user's factory builds the architecture, and the tensors are loaded into it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -23,7 +23,7 @@ __all__ = ["load_state", "module_of_state_dict", "program_of_state_dict", "with_
 def program_of_state_dict(
     tensors: Iterable[SourceTensor], source: SourceOptions, options: ProgramOptions, label: str
 ) -> "FloatProgram":
-    """The float program of an architecture that these tensors were loaded into.
+    """Return the float program of the architecture in `source.arch`, with these tensors loaded into it.
 
     Raises:
         SourceError: no architecture is given, it cannot be built, or the tensors do not fit it.
@@ -41,7 +41,7 @@ def program_of_state_dict(
 
 
 def module_of_state_dict(tensors: Iterable[SourceTensor], source: SourceOptions, label: str) -> "torch.nn.Module":
-    """The module that `source.arch` builds, with these tensors loaded into it.
+    """Return the module that `source.arch` builds, with these tensors loaded into it.
 
     Raises:
         SourceError: it cannot be built, or the tensors do not fit it.
@@ -54,7 +54,7 @@ def module_of_state_dict(tensors: Iterable[SourceTensor], source: SourceOptions,
 
 
 def with_kinds_of(tensors: Iterable[SourceTensor], source: SourceOptions, label: str) -> Iterator[SourceTensor]:
-    """The tensors of a state dict; if an architecture is given, with its kinds and in its order."""
+    """Yield the tensors of a state dict; if an architecture is given, with its kinds and in its order."""
     if source.arch is None:
         yield from tensors
         return

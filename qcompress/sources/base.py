@@ -94,11 +94,11 @@ class Source(Protocol):
         """SHA-256 of the file, or of the names and bytes of a module's tensors."""
 
     def tensors(self) -> Iterator[SourceTensor]:
-        """Every tensor once, in a fixed order."""
+        """Yield every tensor once, in a fixed order."""
 
     def program(self, options: ProgramOptions) -> "FloatProgram":
-        """The float program.
+        """Return the float program.
 
         Raises:
-            SourceError: there is none; the message says why.
+            SourceError: the source has no program; the message says why.
         """

@@ -1,4 +1,4 @@
-"""Decides what kind of file a path is, from its content; the file's name plays no part."""
+"""Decides what kind of file a path is, from its content; its name does not matter."""
 
 import string
 import struct
@@ -53,7 +53,7 @@ _COMPRESSED: Final = ("weights.safetensors", "plan.toml")
 
 
 def content_of(path: Path) -> Content:
-    """The kind of a file or folder, from its content.
+    """Return the kind of a file or folder, judged by its content.
 
     Raises:
         SourceError: there is nothing at `path`, or nothing that can be read, or a damaged archive.

@@ -64,11 +64,11 @@ class SafetensorsSource(AbstractFile):
             raise SourceError(f"no tensor found in {path}: the safetensors file is empty.")
 
     def tensors(self) -> Iterator[SourceTensor]:
-        """Every tensor in the order of its data; the kinds are those of `--arch`, else unknown."""
+        """Yield every tensor in the order of its data; the kinds are those of `--arch`, else unknown."""
         return with_kinds_of(self._state(), self._options, self.label)
 
     def program(self, options: ProgramOptions) -> "FloatProgram":
-        """The program of `--arch`, with these tensors loaded into it."""
+        """Return the program of `--arch`, with these tensors loaded into it."""
         return program_of_state_dict(self._state(), self._options, options, self.label)
 
     def _state(self) -> Iterator[SourceTensor]:

@@ -73,7 +73,7 @@ def check_view(view: Strided, storage_nbytes: int, what: str) -> None:
 
 
 def lazy_view(view: Strided, read: Callable[[], Bytes]) -> LazyArray:
-    """The array of a checked view; `read` returns the bytes of its storage.
+    """Return the array of a checked view; `read` returns the bytes of its storage.
 
     >>> data = np.arange(6, dtype=np.float32).view(np.uint8)
     >>> np.asarray(lazy_view(Strided("0", np.dtype(np.float32), 0, (3, 2), (1, 3)), lambda: data)).tolist()

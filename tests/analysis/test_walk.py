@@ -67,8 +67,8 @@ def test_bytes_at_each_width():
         ("other", noise(40, 40), "not a weight"),
         ("recurrent", noise(40, 40), "not a weight"),
         ("linear", np.zeros((40, 40), np.int8), "int8 is not compressed"),
-        ("linear", noise(1, 1), "too small: codes and table would not be fewer bytes"),
-        ("linear", np.zeros((0, 3), np.float32), "too small: codes and table would not be fewer bytes"),
+        ("linear", noise(1, 1), "too small: codes and table would not save bytes"),
+        ("linear", np.zeros((0, 3), np.float32), "too small: codes and table would not save bytes"),
     ],
 )
 def test_what_stays_has_its_reason(kind, values, stays):

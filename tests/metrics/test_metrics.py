@@ -113,9 +113,14 @@ LOGITS = np.eye(3, dtype=np.float32)
 @pytest.mark.parametrize(
     ("name", "output", "y", "message"),
     [
-        ("top1", LOGITS, None, r"^Metric top1 needs labels, the data has none: add an array y, or name its key \("),
-        ("auc", LOGITS[:, 0], None, "^Metric auc needs labels, the data has none"),
-        ("mse", LOGITS, None, "^Metric mse needs labels, the data has none"),
+        (
+            "top1",
+            LOGITS,
+            None,
+            r"^Metric top1 needs labels, but the data has no labels: add an array y, or name its key \(",
+        ),
+        ("auc", LOGITS[:, 0], None, "^Metric auc needs labels, but the data has no labels"),
+        ("mse", LOGITS, None, "^Metric mse needs labels, but the data has no labels"),
         ("top1", LOGITS[0], np.arange(3), r"needs an output of shape \[N, classes\], 'output' is \[3\]: name a"),
         ("top1", LOGITS[:, :1], np.zeros(3, int), r"classes\], 'output' is \[3, 1\]"),
         ("top1", LOGITS[..., None], np.arange(3), r"'output' is \[3, 3, 1\]"),
@@ -138,7 +143,7 @@ LOGITS = np.eye(3, dtype=np.float32)
             "auc",
             LOGITS,
             np.arange(3),
-            r"shape \[N\], \[N, 1\] or \[N, 2\], 'output' is \[3, 3\]: it is for two classes",
+            r"shape \[N\], \[N, 1\] or \[N, 2\], 'output' is \[3, 3\]: it applies to two classes only",
         ),
         ("auc", LOGITS[:, 0], np.ones(3, int), "labels of both classes, got only 1: use data that"),
         ("auc", LOGITS[:, 0], np.arange(3), r"needs labels 0 and 1, got \[0, 1, 2\]\.$"),
@@ -171,7 +176,7 @@ def test_unknown_metric() -> None:
 
 def test_lower_is_better_is_known() -> None:
     assert load_metric("mse", lower_is_better=True) is METRICS["mse"]
-    with pytest.raises(ConfigError, match=r"^Metric auc counts what is good: leave --lower-is-better out\.$"):
+    with pytest.raises(ConfigError, match=r"^Higher values of metric auc are better: leave --lower-is-better out\.$"):
         load_metric("auc", lower_is_better=True)
 
 
@@ -332,7 +337,7 @@ def test_results_go_to_json() -> None:
         (outputs(LOGITS), outputs(LOGITS[:2]), None, r"at least one: the original has 3, the others \["),
         (outputs(LOGITS), outputs(LOGITS), np.arange(4), r"the original has 3, the others \[3, 4\]\.$"),
         (outputs(LOGITS[:0]), outputs(LOGITS[:0]), None, r"at least one: the original has 0"),
-        ({}, {}, None, "got none or a single number"),
+        ({}, {}, None, "got no output or a single number"),
     ],
 )
 def test_compare_refuses(a: Any, b: Any, y: Any, message: str) -> None:
@@ -475,7 +480,10 @@ def test_constant_does_not_depend_on_the_unit(power: float, y: Any) -> None:
             r"^agreement needs outputs of shape \[samples, classes\], got \[2\]",
         ),
         (lambda: agreement(np.ones((2, 1)), np.ones((2, 1))), r"shape \[samples, classes\], got \[2, 1\]"),
-        (lambda: agreement(np.full((2, 2), np.nan), np.ones((2, 2))), "agreement needs numbers, there is NaN"),
+        (
+            lambda: agreement(np.full((2, 2), np.nan), np.ones((2, 2))),
+            r"^agreement needs numbers, but the outputs hold NaN\.$",
+        ),
         (lambda: spread(np.array(1.0)), r"^spread needs samples along the first axis, got shape \[\]\.$"),
         (lambda: spread(np.ones((0, 2))), r"got shape \[0, 2\]"),
         (lambda: is_constant(np.array([np.inf])), "needs finite values, 1 of 1 are NaN or Inf"),

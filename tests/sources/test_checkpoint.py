@@ -206,9 +206,9 @@ def test_own_class_is_read_but_not_run(own_class):
     with pytest.raises(UnsafeFileError) as caught:
         source.program(OPTIONS)
     assert str(caught.value) == (
-        f"{own_class} is a pickle that needs code which is not part of torch.nn: my_nets.Net. Nothing of it was run. "
-        "Ways out: save a .pt2 (torch.export.save), or a state dict and pass its architecture with --arch, or allow "
-        "the class with --allow-class my_nets:Net. Only if you trust whoever made the file: --trust-pickle."
+        f"{own_class} is a pickle that needs code which is not part of torch.nn: my_nets.Net. None of its code was "
+        "run. Ways out: save a .pt2 (torch.export.save), or a state dict and pass its architecture with --arch, or "
+        "allow the class with --allow-class my_nets:Net. Only if you trust whoever made the file: --trust-pickle."
     )
     assert "my_nets" not in sys.modules
 

@@ -64,7 +64,7 @@ def test_plain_pickle(traps, sprung, tmp_path, trap, protocol):
 @pytest.mark.parametrize("trap", TRAPS)
 def test_checkpoint_of_a_trap(traps, sprung, tmp_path, trap, legacy):
     path = save(traps[trap], tmp_path / "model.pt", legacy=legacy)
-    refused(path, r"no tensor found in .*model\.pt: .* was not run.*Its pickle names .*; nothing of it was run\.$")
+    refused(path, r"no tensor found in .*model\.pt: .* was not run.*Its pickle names .*; none of its code was run\.$")
     assert not sprung.exists()
 
 
@@ -76,7 +76,7 @@ def test_trap_beside_a_module(traps, sprung, tmp_path, trap, legacy):
     path = save(net, tmp_path / "model.pt", legacy=legacy)
     source = load_source(path)
     assert [t.name for t in source.tensors()] == ["0.weight", "0.bias"]
-    refused(path, r"needs code which is not part of torch\.nn: .*Nothing of it was run\. Ways out: ")
+    refused(path, r"needs code which is not part of torch\.nn: .*None of its code was run\. Ways out: ")
     assert not sprung.exists()
 
 

@@ -1,4 +1,4 @@
-"""Reads our ONNX files, what their metadata says, and the measurements beside them. Needs `onnx` and no runtime."""
+"""Reads our ONNX files, their metadata and the measurements stored with them. Needs `onnx`, but no runtime."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -29,7 +29,7 @@ class CompressedFile:
 
     Args:
         path: the file.
-        nbytes: its size.
+        nbytes: its size in bytes.
         model: the protobuf.
         metadata: its metadata by key.
     """
@@ -46,10 +46,10 @@ class CompressedFile:
 
     @property
     def whole_nbytes(self) -> int:
-        """Bytes of the file and of those that it keeps weights in: the file alone would pass any limit.
+        """Bytes of the file and of the external files that hold its weights; without them any size limit would pass.
 
         Raises:
-            SourceError: such a file is missing.
+            SourceError: an external file is missing.
         """
         held = [t for t in self.model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
         places = {entry.value for tensor in held for entry in tensor.external_data if entry.key == "location"}
@@ -62,7 +62,7 @@ class CompressedFile:
 
     @property
     def original_bytes(self) -> int | None:
-        """Bytes of the stripped float ONNX file of the same graph, as export measured them."""
+        """Size in bytes of the stripped float ONNX file of the same graph, which export measured."""
         text = self.metadata.get(ORIGINAL_BYTES)
         if text is None:
             return None
@@ -74,18 +74,18 @@ class CompressedFile:
 
     @property
     def compute(self) -> str:
-        """What its layers compute in."""
+        """The arithmetic of its layers: `float`, `int8` or `dynamic8`."""
         return self.sites[0]
 
     @property
     def sites(self) -> tuple[str, list[tuple[str, int]]]:
-        """What its layers compute in, and the sites of its activations; see `sites_text`."""
+        """The arithmetic of its layers, and the sites of its activations; see `sites_text`."""
         text = self.metadata.get(SITES)
         return ("float", []) if text is None else sites_from(text)
 
     @property
     def options(self) -> ProgramOptions:
-        """Names of its inputs, outputs and dynamic axes: how the original is traced to compare with it."""
+        """The names of its inputs, outputs and dynamic axes, with which the original is traced for comparison."""
         graph = self.model.graph
         return ProgramOptions(
             input_names=tuple(v.name for v in graph.input),
@@ -100,14 +100,14 @@ class CompressedFile:
 
     @property
     def digest(self) -> str:
-        """Digest of graph and initializers; the same whatever the metadata holds."""
+        """Digest of graph and initializers, which does not depend on the metadata."""
         return content_digest(self.model)
 
     def validation(self) -> Validation | None:
-        """Return the measurements of `validate`: those beside the file (FILE.validation.json), else those within it.
+        """Return the measurements of `validate` from FILE.validation.json, else from the metadata; None without any.
 
         Raises:
-            SourceError: they are unreadable, or were made on another file.
+            SourceError: they are unreadable, or belong to another file.
         """
         beside = validation_path(self.path)
         if beside.exists():
@@ -119,14 +119,14 @@ class CompressedFile:
         again = f"run `qcompress validate MODEL {self.path}` again"
         try:
             measured = json.loads(text)
-            stands_for, version = measured["file"]["digest"], measured["format_version"]
+            measured_on, version = measured["file"]["digest"], measured["format_version"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise SourceError(f"{where} is not a validation of qcompress: {again}.") from None
         if version != FORMAT:
             raise SourceError(f"{where} has format {version}, this version reads {FORMAT}: {again}.")
-        if stands_for != self.digest:
+        if measured_on != self.digest:
             raise SourceError(
-                f"{where} was measured on another file (digest {stands_for}, {self.path} has {self.digest}): {again}."
+                f"{where} was measured on another file (digest {measured_on}, {self.path} has {self.digest}): {again}."
             )
         return Validation.from_dict(measured, str(self.path))
 
@@ -134,11 +134,11 @@ class CompressedFile:
         """Return the file's bytes with measurements in its metadata, and the measurements with the new size.
 
         Args:
-            document: what `validate` measured; `file.nbytes` becomes the size of the file that holds it.
+            document: the measurements of `validate`; `file.nbytes` is set to the size of the file that holds them.
         """
         kept = {key: value for key, value in self.metadata.items() if key != VALIDATION}
         nbytes = 0
-        while True:  # ends: more bytes in the document never make the file smaller, and their digits are few
+        while True:  # ends, because a longer number never makes the file smaller, and numbers stay short
             document = {**document, "file": {**document["file"], "nbytes": nbytes}}
             data = serialize(self.model, {**kept, VALIDATION: json.dumps(document, allow_nan=False)})
             if len(data) == nbytes:
@@ -147,7 +147,7 @@ class CompressedFile:
 
 
 def serialize(model: onnx.ModelProto, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Return a model's bytes with the given metadata in place of its own: same model, same bytes."""
+    """Return a model's bytes with the given metadata in place of its own; the same model gives the same bytes."""
     del model.metadata_props[:]
     for key, value in sorted((metadata or {}).items()):
         model.metadata_props.add(key=key, value=value)
@@ -156,7 +156,7 @@ def serialize(model: onnx.ModelProto, metadata: Mapping[str, str] | None = None)
 
 
 def sites_text(compute: str, sites: Iterable[tuple[str, int]]) -> str:
-    """Return the sites of a file as its metadata holds them: `["int8", "x", "relu", ["fc.weight", 0]]`.
+    """Return the metadata text for the sites of a file: `["int8", "x", "relu", ["fc.weight", 0]]`.
 
     >>> sites_text("int8", [("x", -1), ("fc.weight", 0)])
     '["int8","x",["fc.weight",0]]'
@@ -166,7 +166,7 @@ def sites_text(compute: str, sites: Iterable[tuple[str, int]]) -> str:
 
 
 def sites_from(text: str) -> tuple[str, list[tuple[str, int]]]:
-    """Return what `sites_text` was given.
+    """Return the arithmetic and the sites from the text that `sites_text` made.
 
     Raises:
         SourceError: `sites_text` did not write the text.
@@ -188,7 +188,7 @@ class GridEntry(NamedTuple):
     Args:
         bits: width of a code.
         digest: from `digests.grid_digest`.
-        offset: the free offset, which the graph may hold in biases only; 0 without one.
+        offset: the free offset, which the graph may hold in biases only; 0 if there is no such offset.
     """
 
     bits: int
@@ -197,7 +197,7 @@ class GridEntry(NamedTuple):
 
 
 def grids_text(entries: Iterable[GridEntry]) -> str:
-    """Return the grids of all sites as a file's metadata holds them.
+    """Return the metadata text for the grids of all sites.
 
     >>> grids_text([GridEntry(8, "hl831PiDsz5"), GridEntry(4, "J6L4CB6Zs0X", -0.25)])
     '8hl831PiDsz5 4J6L4CB6Zs0X:-0.25'
@@ -206,7 +206,7 @@ def grids_text(entries: Iterable[GridEntry]) -> str:
 
 
 def grids_from(text: str) -> list[GridEntry]:
-    """Return what `grids_text` was given.
+    """Return the grids from the text that `grids_text` made.
 
     Raises:
         SourceError: `grids_text` did not write the text.
@@ -227,7 +227,7 @@ def entry_of(model: onnx.ModelProto, key: str) -> str | None:
 
 
 def parsed(path: Path) -> CompressedFile | None:
-    """Return an ONNX file, ours or not; None if it is something else.
+    """Read an ONNX file, written by qcompress or not; return None if the file has another format.
 
     Raises:
         SourceError: the file cannot be read.
@@ -248,7 +248,7 @@ def parsed(path: Path) -> CompressedFile | None:
 
 
 def read(path: Path) -> CompressedFile:
-    """Return an ONNX file, ours or not.
+    """Read an ONNX file, written by qcompress or not.
 
     Raises:
         SourceError: the file cannot be read, or is not an ONNX model.
@@ -260,7 +260,7 @@ def read(path: Path) -> CompressedFile:
 
 
 def content_digest(model: onnx.ModelProto) -> str:
-    """Return the digest of a model without its metadata: measurements written into a file stay valid."""
+    """Return the digest of a model without its metadata, so that measurements written into a file stay valid."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     del bare.metadata_props[:]
@@ -268,7 +268,7 @@ def content_digest(model: onnx.ModelProto) -> str:
 
 
 def validation_path(path: Path) -> Path:
-    """Return the file that holds the measurements of a file.
+    """Return the path of the JSON file that holds the measurements of a file.
 
     >>> validation_path(Path("net.w2.onnx")).name
     'net.w2.onnx.validation.json'

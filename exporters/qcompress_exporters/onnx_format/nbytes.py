@@ -1,4 +1,4 @@
-"""The length of a file that would be large, without its bytes."""
+"""Computes the size of a large file without building its bytes."""
 
 from collections.abc import Mapping
 
@@ -6,14 +6,14 @@ import onnx
 
 
 def nbytes_with(model: onnx.ModelProto, data: Mapping[str, int]) -> int:
-    """Return the bytes of a model once its initializers have their data.
+    """Return the size in bytes that a model will have once its initializers have their data.
 
-    A message is a tag of one byte, its length as a varint, and its fields; here as there: raw_data in a tensor, a
-    tensor in the graph, the graph in the model.
+    An embedded field is a tag of one byte, its length as a varint, and its content. This holds at three levels:
+    raw_data in a tensor, a tensor in the graph, and the graph in the model.
 
     Args:
-        model: the initializers that `data` names have no raw_data.
-        data: bytes of raw_data by name of the initializer.
+        model: a model in which the initializers named in `data` have no raw_data.
+        data: number of bytes of raw_data, by name of the initializer.
 
     >>> import numpy as np
     >>> from onnx import helper, numpy_helper

@@ -1,1 +1,1 @@
-"""The proof that a file computes what the compressed model says."""
+"""Parity: checks that a file computes the same as the compressed model."""

@@ -1,4 +1,4 @@
-"""The three checks of parity, each against the float graph of the original."""
+"""The three parity checks, each against the float graph of the original."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -30,7 +30,7 @@ from qcompress_exporters.parity.differences import (
 from qcompress_exporters.parity.replay import Replay
 from qcompress_exporters.parity.sessions import Mode, run, session
 
-OUTPUT_TOLERANCE: Final = 1e-3  # of outputs in float, from the same codes
+OUTPUT_TOLERANCE: Final = 1e-3  # for float outputs computed from the same codes
 CODES_OFF: Final = 1e-4  # share of codes that may differ by 1
 CONSTANT: Final = "the network is constant on this data"
 
@@ -39,11 +39,11 @@ def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays |
     """Run check 1, without data: compare every tensor that onnxruntime decodes with the digest that export took.
 
     Args:
-        graph: of the original, with open weights.
+        graph: the trace of the original, without weight values.
         model: the file.
 
     Returns:
-        The check, and the decoded tensors, which check 2 computes with; None if it cannot compute with them.
+        The check, and the decoded tensors for check 2; None if check 2 cannot use them.
     """
     expected, values = digests(model), decoded(model)
     shapes = graph.state_shapes()
@@ -61,8 +61,8 @@ def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays |
     counted = f" and {len(sites)} grids" if compute == "int8" else ""
     detail = f"{len(expected)} tensors{counted} bit for bit"
     if strange:
-        which = "the file alone" if strange[0] in expected else "the model alone"
-        detail = f"{strange[0]} is in {which}: the file was not made from this model"
+        which = "file" if strange[0] in expected else "model"
+        detail = f"{strange[0]} is in the {which} only: the file was not made from this model"
     elif misshapen:
         name = misshapen[0]
         detail = f"{name} must have shape {list(shapes[name])}, the file has {list(values[name].shape)}"
@@ -106,7 +106,7 @@ def check_codes(found: Replay, mode: Mode, samples: int) -> Check:
 
 
 def allowed_off(codes: int) -> float:
-    """Return how many of some codes may differ by 1: 1 in 10,000, and a margin for chance where there are few.
+    """Return how many codes of a given number may differ by 1: 1 in 10,000, plus a margin for chance.
 
     >>> round(allowed_off(100)), round(allowed_off(10**8))
     (1, 10301)
@@ -116,7 +116,7 @@ def allowed_off(codes: int) -> float:
 
 
 def check_graph(packed: bytes, reference: bytes, batches: list[Arrays], mode: Mode) -> Check:
-    """Run check 2 in one session: compare the file with the same graph with its weights as floats, bit for bit."""
+    """Run check 2 in one session: compare the file with the same graph on float weights, bit for bit."""
     left, right = outputs_of(packed, batches, mode), outputs_of(reference, batches, mode)
     if set(left) != set(right):
         detail = f"the file's outputs are {', '.join(left)}, the model's {', '.join(right)}"
@@ -146,9 +146,9 @@ def check_exporter(original: bytes, wanted: Arrays, batches: list[Arrays], mode:
         elif (found := error_over_spread(values, got[name])) is not None:
             errors[name] = found, output_limit(values, EXPORTER_TOLERANCE)
         elif (off := relative_error(values, got[name])) > EXPORTER_TOLERANCE:
-            detail = f"output {name}, constant on this data, is off by {off:.1e} of its size"
+            detail = f"output {name}, constant on this data, is off by {off:.1e} relative to its values"
     if not errors:
-        detail = detail or f"{CONSTANT}: give data that its outputs vary on"
+        detail = detail or f"{CONSTANT}: pass data for which its outputs vary"
     if not detail:
         worst = max(errors, key=lambda name: errors[name][0] / errors[name][1])
         error, limit = errors[worst]

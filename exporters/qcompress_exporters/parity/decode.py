@@ -16,7 +16,7 @@ _CHUNK: Final = 64  # tensors decoded at a time, so that memory stays bounded
 
 
 def digests(model: onnx.ModelProto) -> dict[str, str]:
-    """Return the digest of every tensor by qualified name, as export took them before lowering."""
+    """Return the digests of all tensors by qualified name, which export computed before lowering."""
     graph = model.graph
     nodes = {n.output[0]: n.doc_string for n in graph.node if len(n.doc_string) == _DIGEST_LENGTH}
     return nodes | {t.name: t.doc_string for t in graph.initializer if len(t.doc_string) == _DIGEST_LENGTH}
@@ -26,7 +26,7 @@ def decoded(model: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
     """Return every tensor as onnxruntime decodes it, by qualified name.
 
     Raises:
-        SourceError: the file does not say which they are, or onnxruntime cannot decode them.
+        SourceError: the file carries no digests, or onnxruntime cannot decode a tensor.
     """
     names = set(digests(model))
     if not names:
@@ -44,19 +44,19 @@ def mismatches(model: onnx.ModelProto, values: Mapping[str, npt.NDArray[Any]]) -
 
     Args:
         model: one of our files.
-        values: what `decoded` gave for it.
+        values: its tensors, from `decoded`.
     """
     return [name for name, digest in digests(model).items() if tensor_digest(name, values[name]) != digest]
 
 
 def decodes_as_written(data: bytes) -> dict[str, Any] | None:
-    """Check that onnxruntime loads a file of ours and decodes every tensor to what was compressed.
+    """Check that onnxruntime loads one of our files and decodes every tensor to its compressed value.
 
     Args:
-        data: the file.
+        data: the file's bytes.
 
     Returns:
-        The version of onnxruntime, the number of tensors and `ok`; None where onnxruntime is not installed.
+        The version of onnxruntime, the number of tensors and `ok`; None if onnxruntime is not installed.
     """
     try:
         import onnxruntime

@@ -1,4 +1,4 @@
-"""Outputs of files, and how far apart two of them are."""
+"""Outputs of files, and measures of the difference between two outputs."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -14,7 +14,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 EXPORTER_TOLERANCE: Final = 1e-4
 # Correct ways to compute an output in float32 differ by a few units in the last place of its largest value. If the
-# spread is small beside that value, this is more than the tolerance.
+# spread is small compared with that value, this is more than the tolerance.
 ROUNDING: Final = 8 * float(np.finfo(np.float32).eps)
 
 
@@ -25,15 +25,19 @@ def outputs_of(model: bytes, batches: list[Arrays], mode: Mode, *, without: Sequ
 
 
 def concatenated(parts: list[Arrays]) -> Arrays:
-    """Return batches of outputs as one batch."""
+    """Return several batches of outputs as one batch."""
     return {n: np.concatenate([np.atleast_1d(p[n]) for p in parts]) for n in parts[0]}
 
 
 def check_finite(outputs: Arrays, of: str) -> None:
-    """Raise a DataError for outputs that cannot be compared.
+    """Check that outputs are finite, so that they can be compared.
+
+    Args:
+        outputs: by name.
+        of: the origin of the outputs, for the message.
 
     Raises:
-        DataError: NaN or Inf in one of them.
+        DataError: an output holds NaN or Inf.
     """
     for name, values in outputs.items():
         bad = values.size - int(np.isfinite(values).sum())

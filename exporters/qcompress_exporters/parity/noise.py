@@ -1,4 +1,4 @@
-"""Noise: how far compression moved a file's inner values and outputs, and what share is the runtime's."""
+"""Noise: how much compression changes a file's inner values and outputs, and the runtime's share of that change."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from qcompress_exporters.parity.sessions import WEIGHT_BIAS_QUANTIZATION, run, s
 
 @dataclass(frozen=True, slots=True)
 class LayerNoise:
-    """Noise of one value, that of all layers before it included.
+    """Noise of one value, including the noise of all layers before it.
 
     Args:
         layer: weight of the layer that computes it, or the value's own name.
@@ -23,12 +23,12 @@ class LayerNoise:
 
 
 def layer_noise(packed: bytes, original: bytes, batches: list[Arrays]) -> list[LayerNoise]:
-    """Return the noise behind each layer of a file for float compute, in the graph's order.
+    """Return the noise after each layer of a file for float compute, in the graph's order.
 
     Args:
         packed: the file.
-        original: the same graph, its inner names too, with the original's weights.
-        batches: inputs; the first one is run.
+        original: the same graph, with the same inner names and the original's weights.
+        batches: inputs; only the first batch is run.
     """
     models = [onnx.load_from_string(data) for data in (packed, original)]
     tensors = {t.name for t in models[1].graph.initializer}
@@ -62,11 +62,11 @@ def noise_db(signal: float, noise: float) -> float | None:
 
 
 def runtime_share(packed: bytes, wanted: Arrays, batches: list[Arrays]) -> dict[str, float]:
-    """Return which share of the noise at a file's outputs comes from onnxruntime's own optimizations.
+    """Return the share of the noise at a file's outputs that comes from onnxruntime's own optimizations.
 
     Args:
         packed: the file.
-        wanted: the original's outputs.
+        wanted: the original's outputs by name.
         batches: inputs.
 
     Returns:

@@ -1,7 +1,8 @@
-"""A quantized file against torch, layer by layer, on the same codes.
+"""Compares a quantized file with torch, layer by layer, on the same codes.
 
-The file's activations are read as onnxruntime computes them (its codes are asked for as outputs) and each is compared
-with what torch computes from the codes before it. So a difference shows where it arises, and nowhere else.
+The codes of each activation are added to the file's outputs, so that they can be read as onnxruntime computes them.
+Each activation is compared with the one that torch computes from onnxruntime's codes before it, so a difference shows
+up only at the activation where it arises.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -31,17 +32,17 @@ from qcompress_exporters.parity.sessions import Mode, run, session
 Arrays = dict[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.float32]
 
-_RUN_TIME = ("", -1)  # the site of a grid that is found at run time
+_RUN_TIME = ("", -1)  # the site of a grid that is computed at run time
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The float tensors that a file's decoded ones stand for.
+    """The float tensors that a file's decoded tensors represent.
 
     Args:
-        state: by qualified name.
-        added: float32 [O] that is added to what a layer's node gives, by that node: the rest of a bias that it has in
-            integers of its own (see `names.bias_name`).
+        state: tensors by qualified name.
+        added: by a layer's node, the float32 [O] that is added to its output: the part of a separately stored integer
+            bias (see `names.bias_name`) that `state` does not hold.
     """
 
     state: Arrays
@@ -49,14 +50,14 @@ class Reference:
 
 
 def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]], grids: list[FileGrid]) -> Reference:
-    """The float tensors that a file's decoded ones stand for.
+    """Return the float tensors that a file's decoded tensors represent.
 
-    Activations have their offsets in the reference, so that what biases have of them comes off again.
+    In the reference, activations include their offsets, so the parts of these offsets in biases are subtracted.
 
     Args:
-        marked: the program, marked where the file quantizes.
-        values: from `decode.decoded`: int8 weights with their scales, int32 biases, floats.
-        grids: of the sites; none for scales that are found at run time.
+        marked: the program, marked at the file's sites.
+        values: from `decode.decoded`: int8 weights and their scales, int32 biases, float tensors.
+        grids: one for each site; empty if the file computes scales at run time.
     """
     state = {name: v for name, v in values.items() if name in marked.state()}
     scales: dict[str, Floats] = {}
@@ -66,7 +67,7 @@ def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]]
             axis = layer.axis if scales[name].ndim else None
             state[name] = state[name].astype(np.float32) * broadcast_scale(scales[name], state[name].shape, axis)
     added: Arrays = {}
-    apart: list[tuple[str, str, npt.NDArray[np.float64]]] = []  # node, name of its bias, what it adds in all
+    apart: list[tuple[str, str, npt.NDArray[np.float64]]] = []  # node, name of its bias, the total that it adds
     inputs, names = input_sites(marked), state_nodes(marked.exported)
     seen = set[str]()
     taken = {
@@ -88,8 +89,8 @@ def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]]
             codes_O = values[layer.weight].sum(axis=others, dtype=np.int64)
             folded_O = float(grid.free_offset) * scales[layer.weight].astype(np.float64) * codes_O
         written = bias_name(layer.weight, site)
-        if (alone := offset_name(layer.weight, site)) in values:
-            added[layer.node.name] = (values[alone] - folded_O).astype(np.float32)
+        if (separate := offset_name(layer.weight, site)) in values:
+            added[layer.node.name] = (values[separate] - folded_O).astype(np.float32)
         elif written in values or own:
             bias_O = values[written if written in values else own]
             step_O = (grid.scale * scales[layer.weight]).astype(np.float64) if bias_O.dtype == np.int32 else 1.0
@@ -104,7 +105,7 @@ def reference_state(marked: FloatProgram, values: Mapping[str, npt.NDArray[Any]]
 
 
 def _with_sites_behind(program: FloatProgram, nodes: Iterable[str], first: int) -> FloatProgram:
-    """The program with a mark behind each of some nodes, numbered from `first` on."""
+    """Return the program with a mark after each of the given nodes, numbered from `first`."""
     module = copy_graph(program.exported)
     by_name = {node.name: node for node in module.graph.nodes}
     for index, name in enumerate(nodes, first):
@@ -119,16 +120,16 @@ def _with_sites_behind(program: FloatProgram, nodes: Iterable[str], first: int) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteDifference:
-    """How the codes of one site differ between the runtime and torch.
+    """The difference between the runtime's and torch's codes at one site.
 
     Args:
         site: name of the value, or of the layer whose input it is.
-        layer: weight of the layer that gives it; empty for other values.
-        codes: how many were compared.
-        off: how many differ.
-        largest: the largest difference, in codes.
+        layer: weight of the layer that computes the value; empty for other values.
+        codes: number of compared codes.
+        off: number of codes that differ.
+        largest: largest difference, in codes.
         signal: sum of squares of the original's values.
-        noise: sum of squared differences between the file's values and the original's, all layers before included.
+        noise: sum of squared differences between the file's values and the original's; all earlier layers add to it.
     """
 
     site: str
@@ -142,11 +143,11 @@ class SiteDifference:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What a comparison on the same codes found.
+    """The result of a comparison on the same codes.
 
     Args:
         sites: one for each site, in the order in which the graph computes them.
-        wanted: the outputs that torch gives for the file's codes.
+        wanted: the outputs that torch computes from the file's codes.
         got: the file's outputs.
     """
 
@@ -169,11 +170,11 @@ def replay(
     Args:
         marked: the original, marked at `sites`.
         model: the file.
-        sites: keys, in the order of their marks.
+        sites: the sites' keys, in the order of their marks.
         wanted_state: from `reference_state`.
-        grids: from `file_grids`; empty where the file finds scales at run time.
+        grids: from `file_grids`; empty if the file computes scales at run time.
         batches: inputs by the graph's names.
-        mode: of the session.
+        mode: mode of the session.
     """
     names = _code_outputs(model, len(sites), dynamic=not grids)
     watched = onnx.ModelProto()
@@ -227,12 +228,12 @@ def _keep(seen: dict[int, Floats]) -> Callable[[int, Floats, bool], Floats]:
 def _compare(
     values: Arrays, grids: list[FileGrid], originals: Mapping[int, Floats], tally: npt.NDArray[np.float64]
 ) -> Callable[[int, Floats, bool], Floats]:
-    """A visitor that compares codes and goes on with the file's."""
+    """Return a visitor that compares codes, then continues with the file's codes."""
 
     def visit(index: int, value: Floats, first: bool) -> Floats:
         name = code_name(index)
         if not first or (not grids and name not in values):
-            return value  # moved, and on the grid already; or of a layer that stays in float
+            return value  # a moved value, already on the grid; or the input of a layer that stays in float
         grid = grids[index].grid if grids else _dynamic_grid(value)
         codes = grid.quantize(value)
         if name in values:
@@ -252,7 +253,7 @@ def _compare(
 
 
 def _dynamic_grid(value: Floats) -> SiteGrid:
-    """Return the grid that DynamicQuantizeLinear finds for a value, as ONNX defines it."""
+    """Return the grid that ONNX's DynamicQuantizeLinear computes for a value."""
     low, high = min(np.float32(0), value.min()), max(np.float32(0), value.max())
     scale = np.float32((high - low) / np.float32(255)) or np.float32(1)
     zero = int(np.clip(np.rint(-low / scale), 0, 255))

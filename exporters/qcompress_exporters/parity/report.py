@@ -12,7 +12,7 @@ from qcompress_exporters.parity.timing import Timing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputReport:
-    """One output of the file, as deployed, beside the original's.
+    """Comparison of one output of the file, as deployed, with the original's.
 
     Args:
         sqnr_db: signal to quantization noise ratio; None without noise.
@@ -33,13 +33,13 @@ class ParityReport:
         file: name, digest and bytes of the file.
         data: name, digest, samples and whether there are labels.
         checks: the three checks in both sessions.
-        outputs: by name of the output.
+        outputs: one report for each output, by name.
         metric: the user's metric; None without labels.
-        layers: noise behind each layer, or at each quantized activation, in the graph's order.
-        runtime: shares of the noise at the outputs that onnxruntime's own optimizations made, as deployed.
-        timing: latency, load time and memory beside the original's; None if not measured.
+        layers: noise after each layer, or at each quantized activation, in the graph's order.
+        runtime: shares of the noise at the outputs that come from onnxruntime's own optimizations.
+        timing: latency, load time and memory, compared with the original's; None if not measured.
         same_ops: whether onnxruntime's optimized graph of the file holds the same operators as the float file's.
-        same_source: whether the file was exported from this very model file; None if unknown.
+        same_source: whether the file was exported from this model file; None if unknown.
         cpu: features that integer kernels depend on.
         notes: notes for the user.
     """
@@ -69,7 +69,7 @@ class ParityReport:
 
     @property
     def sqnr_db(self) -> float | None:
-        """Lowest ratio of all outputs; None without noise."""
+        """Lowest SQNR of all outputs, in dB; None without noise."""
         values = [o.sqnr_db for o in self.outputs.values() if o.sqnr_db is not None]
         return min(values) if values else None
 

@@ -1,4 +1,4 @@
-"""The onnxruntime sessions that parity runs, and the operators that its optimizer leaves."""
+"""The onnxruntime sessions that parity uses, and the operators in a graph after optimization."""
 
 import collections
 import tempfile
@@ -22,9 +22,9 @@ Session = Any  # onnxruntime ships no types
 
 Mode = Literal["exact", "deployed"]
 
-# `exact`: onnxruntime's own approximations off. `deployed`: what a user gets who sets nothing.
+# `exact`: onnxruntime's own approximations are off. `deployed`: onnxruntime's default settings.
 _EXACT_CONFIG: Final = {"session.qdq_matmulnbits_accuracy_level": "1"}
-WEIGHT_BIAS_QUANTIZATION: Final = "WeightBiasQuantization"  # quantizes weights that were left in float, unasked
+WEIGHT_BIAS_QUANTIZATION: Final = "WeightBiasQuantization"  # quantizes weights that were left in float
 _EXACT_DISABLED: Final = [WEIGHT_BIAS_QUANTIZATION]
 _ERRORS_ONLY: Final = 3
 _VNNI: Final = ("avx512_vnni", "avx_vnni")
@@ -36,11 +36,11 @@ def session(data: bytes, mode: Mode, *, optimized_path: Path | None = None, with
     Args:
         data: the file's bytes.
         mode: `exact` or `deployed`.
-        optimized_path: file for the graph that onnxruntime will run.
-        without: optimizers of onnxruntime that are disabled.
+        optimized_path: if given, onnxruntime writes the optimized graph to this file.
+        without: names of onnxruntime's optimizers to disable.
 
     Raises:
-        SourceError: onnxruntime does not load the file.
+        SourceError: onnxruntime cannot load the file.
     """
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
@@ -64,7 +64,7 @@ def run(active: Session, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt
     """Return the outputs of one batch by name.
 
     Raises:
-        SourceError: the file does not take these inputs.
+        SourceError: the file does not run on these inputs.
     """
     names = [o.name for o in active.get_outputs()]
     try:

@@ -1,9 +1,8 @@
 """Measures how fast files run, and how long they take to load.
 
-Speed: one thread, CPU time, in rounds that run every file forward and back (A B C C B A, the next one B C A A C B), so
-that drift within a round affects all alike. Ratios are medians over the rounds, beside a control: the
-original's file against itself. Loading: CPU time and memory of a fresh process that imports nothing but
-onnxruntime.
+Speed: CPU time on one thread, in rounds that run every file forwards and backwards (A B C C B A, then B C A A C B), so
+that drift within a round affects all files equally. Ratios are medians over the rounds, with a control: the original's
+file compared with itself. Loading: CPU time and memory of a fresh process that imports onnxruntime only.
 """
 
 import json
@@ -33,7 +32,7 @@ LEAST_ROUNDS: Final = 5
 _WARM_UP: Final = 3
 _MIDDLE_HALF: Final = (25, 75)
 _ERRORS_ONLY: Final = 3
-# On Windows a thread's CPU time moves in steps of 16 ms.
+# On Windows, a thread's CPU time has a resolution of only 16 ms.
 _clock: Final = time.perf_counter if sys.platform == "win32" else time.thread_time
 
 
@@ -42,9 +41,9 @@ class Ratio:
     """Ratio of the speeds of two files: the median over paired rounds.
 
     Args:
-        median: > 1 is faster.
-        low: below it lies a quarter of the rounds.
-        high: above it lies a quarter of the rounds.
+        median: above 1 if the second file is faster.
+        low: first quartile over the rounds.
+        high: third quartile over the rounds.
     """
 
     median: float
@@ -54,15 +53,15 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """Speed of a file, beside the original's.
+    """Speed of a file, compared with the original's.
 
     Args:
-        ratio: the original's time over ours; > 1 is faster.
-        control: the original's time over that of the same file in another session; 1, but for noise.
+        ratio: the original's time over ours; above 1 if ours is faster.
+        control: the original's time over its time in another session; 1 except for noise.
         spread: quartiles of the control over the rounds.
         original_ms: CPU time of one run of the original, in milliseconds.
         ours_ms: the same for our file.
-        rounds: how many rounds were measured.
+        rounds: number of measured rounds.
     """
 
     ratio: float
@@ -74,7 +73,7 @@ class Latency:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the ratio is further from 1 than the control's own quartiles.
+        """`faster` or `slower` if the ratio is further from 1 than the control's quartiles, else `no difference`.
 
         >>> noise = {"control": 0.98, "spread": (0.95, 0.99), "original_ms": 1.0, "ours_ms": 1.0, "rounds": 9}
         >>> [Latency(ratio=r, **noise).verdict for r in (1.6, 0.97, 0.9)]
@@ -88,11 +87,11 @@ class Latency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
-    """Time and memory that loading a file in a fresh process takes.
+    """Time and memory needed to load a file in a fresh process.
 
     Args:
         cpu_s: CPU seconds until the session is ready.
-        wall_s: elapsed seconds; the file is in the system's cache.
+        wall_s: elapsed seconds, with the file in the system's cache.
         resident_bytes: growth of the process's memory; None without /proc.
         peak_bytes: largest growth of its memory while it loaded; None without /proc.
     """
@@ -105,12 +104,12 @@ class Loading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Cost of running and loading a file, beside the original's.
+    """Cost of running and loading a file, compared with the original's.
 
     Args:
-        latency: measured in turns, on one thread.
-        original: loading the original.
-        ours: loading the file.
+        latency: speed of both files, on one thread.
+        original: cost of loading the original.
+        ours: cost of loading the file.
     """
 
     latency: Latency
@@ -119,14 +118,14 @@ class Timing:
 
 
 def measure(original: bytes, ours: bytes, feeds: Feeds, *, seconds: float = 1.0) -> Timing:
-    """Return latency and loading of two files; see `latency` and `loading`."""
+    """Return the latency and loading cost of two files; see `latency` and `loading`."""
     return Timing(
         latency=latency(original, ours, feeds, seconds=seconds), original=loading(original), ours=loading(ours)
     )
 
 
 def latency(original: bytes, ours: bytes, feeds: Feeds, *, seconds: float = 1.0, rounds: int | None = None) -> Latency:
-    """Time a file against its original, beside the original against itself in the same rounds.
+    """Time a file against its original, with the original against itself as a control in the same rounds.
 
     Args:
         original: the float file.
@@ -152,14 +151,14 @@ def latency(original: bytes, ours: bytes, feeds: Feeds, *, seconds: float = 1.0,
 
 
 def cpu_seconds(files: Sequence[bytes], feeds: Feeds, *, seconds: float = 1.0, rounds: int | None = None) -> Floats:
-    """Return the CPU time of one run of each file [rounds, files], interleaved, on one thread, else as deployed.
+    """Return the CPU seconds of one run of each file [rounds, files], interleaved, on one thread, else as deployed.
 
-    Each timed run follows an untimed one of the same session, so that what the other files left in the caches counts
-    for little. The one in the middle of a round runs four times on end, which is faster where weights outgrow a cache:
-    each is as often the one (measured: up to 20 % on a 9 MB Linear, were it always the same).
+    Each timed run follows an untimed run of the same session, to reduce the effect of other files on the caches. The
+    file in the middle of a round runs four times in a row, which is faster if its weights exceed a cache (by up to 20 %
+    for a 9 MB Linear), so the files take turns in the middle.
 
     Args:
-        files: their bytes; one that stands there twice gets two sessions.
+        files: the files' bytes; a file that is listed twice gets two sessions.
         feeds: one batch of inputs by name.
         seconds: how long to measure; `LEAST_ROUNDS` rounds are made in any case.
         rounds: this many rounds, however long they take.
@@ -200,15 +199,15 @@ def paired(a: Floats, b: Floats) -> Ratio:
 def loading(data: bytes, *, processes: int = 3) -> Loading:
     """Load a file in a fresh process of this Python and measure time and memory.
 
-    What onnxruntime itself needs, some milliseconds and 9 MB, is not counted: an empty session comes first.
+    The cost of onnxruntime itself (some milliseconds and 9 MB) is excluded by creating a session for a tiny file first.
 
     Args:
         data: the file's bytes.
-        processes: how many to start, one after the other; each figure is the median of theirs.
+        processes: number of processes, started one after the other; each figure is the median over them.
 
     Raises:
         ConfigError: fewer than one process.
-        SourceError: onnxruntime does not load the file, or there can be no such process.
+        SourceError: onnxruntime cannot load the file, or no process can be started.
     """
     if processes < 1:
         raise ConfigError(f"The number of processes must be at least 1, got {processes}.")
@@ -231,12 +230,12 @@ def _median(values: Sequence[int | None]) -> int | None:
 
 
 def _load(path: Path, first: Path) -> Loading:
-    # -I: nothing of the environment but where this process found its packages.
+    # -I ignores the environment; the process gets the import path of this one as an argument.
     command = [sys.executable, "-I", "-c", _LOAD, str(path), str(first), json.dumps(sys.path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as e:
-        raise SourceError(f"No process could be started to load the file in: {e.strerror}.") from None
+        raise SourceError(f"Cannot start a process to load the file: {e.strerror}.") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise SourceError(lines[-1] if lines else f"The process that loads the file ended with {done.returncode}.")
@@ -265,7 +264,7 @@ def load(path):
 empty = load(first)
 try:
     with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")  # the peak starts anew
+        peak.write("5")  # resets the peak
 except OSError:
     pass
 before, cpu, wall = memory(), time.process_time(), time.perf_counter()

@@ -1,10 +1,10 @@
-"""Is the file still right? Three checks, reported apart, so that none hides what another would show.
+"""Validates a file by three checks, which are reported separately, so that no check hides the failure of another.
 
-1. Weights, no data: every tensor as onnxruntime decodes it equals what was compressed, bit for bit.
-2. Graph: the file against the same graph with those floats as initializers, same session, bit for bit.
-3. Exporter: onnxruntime against torch on the float model.
+1. Weights, without data: every tensor that onnxruntime decodes equals the compressed one, bit for bit.
+2. Graph: the file gives the same outputs as its graph with those tensors as float initializers, bit for bit.
+3. Exporter: the float model gives the same outputs in onnxruntime and in torch, within a tolerance.
 
-A collapsed 1-bit net passes any one of them alone. Errors are divided by the spread of an output over the samples.
+A collapsed 1-bit model can pass any single check. Errors are divided by the spread of an output over the samples.
 """
 
 from collections.abc import Iterator, Mapping
@@ -55,7 +55,7 @@ def validate(program: FloatProgram, file: metadata.CompressedFile, data: Dataset
     """
     path = file.path
     if not file.is_ours:
-        raise SourceError(f"{path} was not written by qcompress: validate compares a file with what export knew of it.")
+        raise SourceError(f"{path} was not written by qcompress: validate needs the metadata that export writes.")
     _check_names(program, file)
     data, metric = _usable(program, data), how.metric
     if metric is not None and data.labels is None:
@@ -129,7 +129,7 @@ def _noise(site: SiteDifference) -> LayerNoise:
 
 
 def _one(program: FloatProgram, batch: Arrays) -> Arrays:
-    """Return the smallest batch that the program takes."""
+    """Return the smallest batch that the program accepts."""
     return {name: values[: program.fixed_batch or 1] for name, values in batch.items()}
 
 
@@ -138,11 +138,11 @@ def _notes(
 ) -> Iterator[str]:
     for name, output in outputs.items():
         if output.constant:
-            yield f"output {name}: {CONSTANT}, so that parity and agreement prove nothing"
+            yield f"output {name}: {CONSTANT}, so parity and agreement prove nothing"
     if made_from and source_digest and made_from != source_digest:
         yield (
-            f"{file.path.name} was not exported from this model file (it was from one with the digest {made_from}, "
-            f"this one has {source_digest}): where it should have been, export it again"
+            f"{file.path.name} was not exported from this model file (but from a file with the digest {made_from}; "
+            f"this one has {source_digest}): if it should have been, export it again"
         )
 
 
@@ -170,19 +170,21 @@ def _check_names(program: FloatProgram, file: metadata.CompressedFile) -> None:
 
 
 def _usable(program: FloatProgram, data: Dataset) -> Dataset:
-    """Return the data as whole batches if the program takes a single batch size."""
+    """Return the data cut to whole batches, if the program accepts a single batch size only."""
     size = program.fixed_batch
     if data.samples < 2:
-        raise DataError(f"Parity needs at least 2 samples, whose outputs can differ; {data.name} has {data.samples}.")
+        raise DataError(f"Parity needs at least 2 samples, so that outputs can differ; {data.name} has {data.samples}.")
     if size is None:
         return data
     if data.samples < size:
-        raise DataError(f"The model takes batches of {size} alone, {data.name} has {data.samples} samples: give more.")
+        raise DataError(
+            f"The model accepts only batches of {size}, but {data.name} has {data.samples} samples: pass more data."
+        )
     return data.head(data.samples - data.samples % size)
 
 
 def _bound(program: FloatProgram, data: Dataset) -> Iterator[Arrays]:
-    """Yield batches of inputs by the graph's names, as large as the graph takes them."""
+    """Yield batches of inputs by the graph's names, of the size that the graph accepts."""
     for batch in data.batches(program.fixed_batch or BATCH):
         yield dict(zip(program.input_names, program.bind(batch.inputs), strict=True))
 

@@ -66,11 +66,11 @@ class StateDictSource:
         return digest_of(iter(self._tensors))
 
     def tensors(self) -> Iterator[SourceTensor]:
-        """Every tensor in the dictionary's order; the kinds are those of the architecture, else unknown."""
+        """Yield every tensor in the dictionary's order; the kinds are those of the architecture, else unknown."""
         return with_kinds_of(self._tensors, self._options, self.label)
 
     def program(self, options: ProgramOptions) -> "FloatProgram":
-        """The program of the architecture, with these tensors loaded into it."""
+        """Return the program of the architecture, with these tensors loaded into it."""
         return program_of_state_dict(self._tensors, self._options, options, self.label)
 
 

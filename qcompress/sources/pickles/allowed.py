@@ -50,7 +50,7 @@ WAYS_OUT: Final = (
 
 
 def module_class(name: Name) -> type | None:
-    """The torch.nn class of that name, or None. It is looked up among the modules that torch has imported already.
+    """Return the torch.nn class of that name, or None; only modules that torch has already imported are searched.
 
     A name that torch.nn merely re-exports (`torch.nn.modules.module.functools`) does not count.
 
@@ -71,7 +71,7 @@ def module_class(name: Name) -> type | None:
 
 
 def allow_list(pickled: Unpickled, allow_classes: Sequence[str], label: str) -> list[Any]:
-    """The classes and functions that torch's restricted unpickler must know, beyond its own, to read a pickled module.
+    """Return the further classes and functions that torch's restricted unpickler needs to read a pickled module.
 
     Args:
         pickled: the contents of the pickle.
@@ -79,7 +79,7 @@ def allow_list(pickled: Unpickled, allow_classes: Sequence[str], label: str) -> 
         label: the file's name in messages.
 
     Raises:
-        UnsafeFileError: the pickle names other classes, or calls an allowed one with arguments of its own choice.
+        UnsafeFileError: the pickle names other classes, or calls an allowed class with arguments that are not allowed.
         SourceError: an allowed class cannot be found.
     """
     granted = {spec: _granted(spec) for spec in allow_classes}
@@ -101,7 +101,7 @@ def allow_list(pickled: Unpickled, allow_classes: Sequence[str], label: str) -> 
             args = f"{', '.join(map(shown, made.args[:3]))}{', …' if len(made.args) > 3 else ''}"
             raise UnsafeFileError(
                 f"{label} is refused: its pickle calls {made.made_by} with the arguments {args}, which torch.save does "
-                "not write and which could make an object of any size. Nothing of it was run."
+                "not write and which could make an object of any size. None of its code was run."
             )
     return allowed
 
@@ -118,7 +118,7 @@ def _one_container(args: tuple[Any, ...]) -> bool:
     return len(args) == 1 and isinstance(args[0], tuple | list | dict)
 
 
-# Arguments that these calls may have; any other call, those of torch.nn's classes for example, must have none.
+# Arguments that these calls may have; any other call (of a torch.nn class, for example) must have no arguments.
 _ARGUMENTS: Final[Mapping[str, Callable[[tuple[Any, ...]], bool]]] = {
     "torch.Size": _one_container,
     "torch.device": _plain,
@@ -128,7 +128,9 @@ _ARGUMENTS: Final[Mapping[str, Callable[[tuple[Any, ...]], bool]]] = {
 
 
 def calls(names: Iterable[Name]) -> list[Name]:
-    """The names that, by their spelling, are neither torch's own data nor classes of torch.nn; torch is not imported.
+    """Return the names that, judged by spelling, are neither torch's own data nor classes of torch.nn.
+
+    torch is not imported.
 
     >>> [str(n) for n in calls([Name("torch._utils", "_rebuild_tensor_v2"), Name("posix", "system")])]
     ['posix.system']
@@ -143,12 +145,12 @@ def calls(names: Iterable[Name]) -> list[Name]:
 
 
 def refusal(names: Sequence[Name], label: str) -> UnsafeFileError:
-    """The error that lists unknown names and the ways out."""
+    """Return the error that lists unknown names and what the user can do."""
     listed = ", ".join(str(n) for n in names[:10]) + (", …" if len(names) > 10 else "")
     first = names[0]
     module = "your_module" if first.module == "__main__" else first.module
     return UnsafeFileError(
-        f"{label} is a pickle that needs code which is not part of torch.nn: {listed}. Nothing of it was run. "
+        f"{label} is a pickle that needs code which is not part of torch.nn: {listed}. None of its code was run. "
         "Ways out: " + WAYS_OUT.format(example=f"{module}:{first.name}")
     )
 

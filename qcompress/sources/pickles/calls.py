@@ -27,11 +27,11 @@ class Reader(Protocol):
         """Count elements that are copied; raises SourceError when they are too many."""
 
     def call(self, function: Any, args: Any) -> Any:
-        """The result of another call."""
+        """Return the result of another call."""
 
 
 def safe_key(key: Any) -> Any:
-    """The key itself if it is safe to hash, else its description: Python hashes nested tuples without a limit.
+    """Return the key if it is safe to hash, else a description of it: Python hashes nested tuples without a limit.
 
     >>> safe_key("w"), safe_key(("w", 3)), safe_key((("w",),))[:9]
     ('w', ('w', 3), '<tuple at')
@@ -62,7 +62,7 @@ def _set(reader: Reader, args: Args) -> set[Any]:
 
 
 def _tensor(reader: Reader, args: Args) -> TensorRef:
-    """`_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks, metadata)`."""
+    """Return the tensor of `_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks, metadata)`."""
     storage, offset, shape, stride, *rest = args
     if len(rest) > 2 and rest[2]:
         raise SourceError(f"{reader.label}: a conjugate view of a tensor is not readable; save it resolved.")
@@ -70,7 +70,7 @@ def _tensor(reader: Reader, args: Args) -> TensorRef:
 
 
 def _tensor_v3(reader: Reader, args: Args) -> TensorRef:
-    """The same with the dtype in seventh place, for dtypes that have no class of storages."""
+    """Return the tensor of a call with the dtype as seventh argument, for dtypes without a class of storages."""
     storage, offset, shape, stride = args[:4]
     dtype = args[6]
     return _reference(reader, storage, offset, shape, stride, dtype.name if isinstance(dtype, Name) else str(dtype))
@@ -98,7 +98,7 @@ def _parameter(reader: Reader, args: Args) -> Any:
 
 
 def _subclass(reader: Reader, args: Args) -> Any:
-    """`_rebuild_from_type_v2(function, class, arguments, state)`: a tensor with attributes."""
+    """Return the tensor with attributes of `_rebuild_from_type_v2(function, class, arguments, state)`."""
     return reader.call(args[0], args[2])
 
 
@@ -106,7 +106,7 @@ def _bytearray(reader: Reader, args: Args) -> StandIn:
     if args and not (isinstance(args[0], bytes) or (isinstance(args[0], StandIn) and str(args[0].made_by) == _ENCODE)):
         raise UnsafeFileError(
             f"{reader.label} is refused: its pickle asks for a bytearray made of {shown(args[0])}, which is not what "
-            "torch.save writes and could be of any size. Nothing of it was run."
+            "torch.save writes and could be of any size. None of its code was run."
         )
     return StandIn(Name("builtins", "bytearray"), args)
 

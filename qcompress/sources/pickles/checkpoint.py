@@ -72,26 +72,26 @@ class CheckpointSource(AbstractFile):
         except SourceError as e:
             if others := calls(self._content.pickled.names):
                 named = ", ".join(map(str, others[:10]))
-                raise UnsafeFileError(f"{e} Its pickle names {named}; nothing of it was run.") from None
+                raise UnsafeFileError(f"{e} Its pickle names {named}; none of its code was run.") from None
             raise
         self._check()
 
     @property
     def note(self) -> str | None:
-        """A note that says which of several models in the file was taken; None if there is only one."""
+        """Note on which of several models in the file was used; None if there is only one."""
         if not self._chosen.others:
             return None
         where = repr(self._chosen.where) if self._chosen.where else "the top level"
         return f"{self.label}: tensors taken from {where}; not read: {', '.join(map(repr, self._chosen.others))}."
 
     def tensors(self) -> Iterator[SourceTensor]:
-        """Every tensor in the file's order, tied ones once; unknown classes are skipped, and nothing is run."""
+        """Yield every tensor in the file's order, tied ones once; unknown classes are skipped, and no code is run."""
         if self._chosen.is_module:
             return self._tensors(self._chosen.tensors)
         return with_kinds_of(self._tensors(self._chosen.tensors), self._options, self.label)
 
     def program(self, options: ProgramOptions) -> "FloatProgram":
-        """The program of `--arch` with these tensors, or of the pickled module.
+        """Return the program of `--arch` with these tensors, or of the pickled module.
 
         Raises:
             UnsafeFileError: the module needs classes that are not allowed.
@@ -107,7 +107,7 @@ class CheckpointSource(AbstractFile):
         return program_of_state_dict(self._tensors(state), self._options, options, self.label)
 
     def module(self) -> "torch.nn.Module":
-        """The pickled module.
+        """Return the pickled module.
 
         Raises:
             UnsafeFileError: it needs classes that are not allowed.
@@ -150,7 +150,7 @@ class CheckpointSource(AbstractFile):
             yield SourceTensor(first.name, first.kind, array, tuple(t.name for t in rest))
 
     def _allow_list(self) -> list[Any]:
-        """The classes that torch may build; first, every size in the file is compared with the bytes that are there.
+        """Return the classes that torch may build, after comparing every size in the file with the bytes that exist.
 
         torch itself does not compare: it reads beyond the data of a storage, and takes memory for a view of any size.
         """
@@ -175,13 +175,13 @@ class CheckpointSource(AbstractFile):
 
 
 def _reason(e: Exception) -> str:
-    """The reason of an error of torch.load, without torch's advice to turn its safety off."""
+    """Return the reason for an error of torch.load, without torch's advice to turn its safety off."""
     _, _, detail = " ".join(str(e).split()).partition("WeightsUnpickler error: ")
     return detail.partition(" Please ")[0].partition(" Check the ")[0][:200] if detail else one_line(e)
 
 
 def read_zip(archive: ZipArchive) -> Content:
-    """Read what torch.save wrote, as torch has done since version 1.6.
+    """Read a file in the format of torch.save since torch 1.6.
 
     Raises:
         SourceError: the pickle in it is damaged, or refused.

@@ -106,7 +106,7 @@ def _without_prefix(tensors: list[Named]) -> list[Named]:
 
 
 def _of_module(root: StandIn, label: str) -> Iterator[Named]:
-    """The parameters and buffers of a module, then of its children."""
+    """Yield the parameters and buffers of a module, then of its children."""
     pending: list[tuple[str, StandIn, tuple[int, ...]]] = [("", root, ())]
     for visited in itertools.count():
         if not pending:

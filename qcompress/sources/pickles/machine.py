@@ -1,6 +1,6 @@
 """A machine that reads a pickle without running it: it imports nothing and calls nothing that the pickle names.
 
-Classes and functions become `Name`s, what they would have made becomes a stand-in, tensors become `TensorRef`s, which
+Classes and functions become `Name`s, results of their calls become stand-ins, and tensors become `TensorRef`s, which
 describe their data by numbers that are checked before any of it is read.
 
 Two tables decide what a pickle may contain: `OPCODES`, the opcodes that torch files consist of, and `calls.CALLS`, the
@@ -46,10 +46,10 @@ class Readable(Protocol):
     """An open file, a buffer or a mapped file."""
 
     def read(self, n: int, /) -> bytes:
-        """Up to n bytes from where the last read ended."""
+        """Return up to n bytes from where the last read ended."""
 
     def readline(self) -> bytes:
-        """The bytes up to the end of the line, and with it."""
+        """Return the bytes up to and including the end of the line."""
 
 
 def unpickle(stream: Readable, label: str) -> Unpickled:
@@ -114,7 +114,7 @@ class Machine:
     # --- reading the stream
 
     def take(self, n: int) -> bytes:
-        """The next n bytes of the pickle."""
+        """Return the next n bytes of the pickle."""
         self._bytes_left -= n
         if self._bytes_left < 0:
             raise SourceError(f"{self.label} is refused: its pickle claims to have over {MAX_PARSED} bytes.")
@@ -124,14 +124,14 @@ class Machine:
         return data
 
     def line(self) -> bytes:
-        """The bytes up to the end of the line, without it."""
+        """Return the bytes up to the end of the line, without the line break."""
         found = self._stream.readline()
         if not found.endswith(b"\n"):
             raise EOFError("it ends too early")
         return found[:-1]
 
     def number(self, layout: str) -> Any:
-        """A number in the layout of `struct`."""
+        """Return a number in a layout of `struct`."""
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     # --- numbers and text
@@ -174,7 +174,7 @@ class Machine:
         self._stack = []
 
     def above_mark(self) -> list[Any]:
-        """Take what lies above the last mark off the stack."""
+        """Take the values above the last mark off the stack."""
         found, self._stack = self._stack, self._marked.pop()
         return found
 
@@ -235,7 +235,7 @@ class Machine:
     # --- names and calls
 
     def named(self, module: str, name: str) -> Name:
-        """A stand-in for a class or function; nothing is imported."""
+        """Return a stand-in for a class or function; nothing is imported."""
         # the name in Python 2, which protocols below 3 write
         found = Name("builtins" if module == "__builtin__" else module, name)
         self.names.setdefault(found)
@@ -251,7 +251,7 @@ class Machine:
         self.push(self.named(module, name))
 
     def call(self, function: Any, args: Any) -> Any:
-        """The result of a call: a container, a tensor reference or, for any call that is not in CALLS, a stand-in."""
+        """Return the result of a call: a container, a tensor reference, or a stand-in if the call is not in CALLS."""
         if not isinstance(function, Name) or not isinstance(args, tuple):
             raise SourceError(f"{self.label} is damaged: its pickle calls {shown(function)}.")
         self.spend(len(args))
@@ -286,13 +286,13 @@ class Machine:
             self._stack[-1].state = state
 
     def storage(self) -> None:
-        """Push a storage that lies beside the pickle, or the class whose source text an old file carries."""
+        """Push a storage that is stored outside the pickle, or the class whose source text an old file carries."""
         pid = self._stack.pop()
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], Name):
             self.push(pid[1])
             return
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
-            raise SourceError(f"{self.label} is damaged: it refers to something beside it that is not a tensor.")
+            raise SourceError(f"{self.label} is damaged: it refers to stored data that is not a tensor.")
         kind, key, count = pid[1], pid[2], pid[4]
         if len(pid) > 5 and pid[5] is not None:
             raise SourceError(f"{self.label}: views of storages as torch 0.3 wrote them are not read. Save it again.")
@@ -379,5 +379,5 @@ _HANDLERS: Final = {getattr(pickle, name): handler for name, handler in OPCODES.
 
 
 def _name_of(opcode: bytes) -> str:
-    """The name of an opcode in Python's pickle module, or its byte."""
+    """Return the name of an opcode in Python's pickle module, or its byte."""
     return next((name for name, value in vars(pickle).items() if value == opcode), repr(opcode))

@@ -24,7 +24,7 @@ STORAGES: Final = {
 
 
 def shown(value: Any) -> str:
-    """A value of a pickle in a few words for messages; printing a hostile one could take forever.
+    """Return a short description of a pickle's value for messages; printing a hostile one could take forever.
 
     >>> shown("abc"), shown(10**5000), shown([[1]])
     ("'abc'", 'a very large integer', 'an object of type list')
@@ -57,7 +57,7 @@ class StandIn:
     items: dict[Any, Any] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
-        """The attributes that the object would have."""
+        """Return the attributes that the object would have."""
         state = self.state
         if isinstance(state, tuple) and len(state) == 2:  # (dict, slots)
             state = {**(state[0] or {}), **(state[1] or {})} if all(isinstance(s, dict | None) for s in state) else {}

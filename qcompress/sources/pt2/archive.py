@@ -2,7 +2,7 @@
 
 `torch.export.load` would unpickle sample inputs, weights and constants without restriction, import modules that tree
 specifications name, evaluate sizes through sympy and execute guards. So the archive is checked first, and torch reads
-another archive, which is written here from checked values alone: it has no pickle of the file and no unknown member.
+a new archive, which is written here from checked values only: it has no pickle of the file and no unknown member.
 """
 
 import io
@@ -70,11 +70,11 @@ class ExportedSource(AbstractFile):
             raise SourceError(f"no tensor found in {path}: the exported program has no weights.")
 
     def tensors(self) -> Iterator[SourceTensor]:
-        """Every weight and constant, tied ones once; torch is not needed, and nothing of the file is run."""
+        """Yield every weight and constant, tied ones once; torch is not needed, and no code in the file is run."""
         return self._tensors(self._weights, self._constants)
 
     def program(self, options: ProgramOptions) -> "FloatProgram":
-        """The program, whose archive is checked and written anew before torch reads it.
+        """Return the program; its archive is checked and rewritten before torch reads it.
 
         Raises:
             UnsafeFileError: something in the archive could run code.
@@ -160,7 +160,7 @@ class ExportedSource(AbstractFile):
 
 
 def load_exported(path: Path) -> "torch.export.ExportedProgram":
-    """Load an untrusted file as `torch.export.load` would, but check it first and run nothing of it.
+    """Load an untrusted file as `torch.export.load` would, but check it first and run no code in it.
 
     Raises:
         SourceError: it is not an exported program, is damaged, or this torch cannot read it.

@@ -1,4 +1,4 @@
-"""What the strings and numbers in an exported program's JSON may be: one function for each form of the schema.
+"""Checks of the strings and numbers in an exported program's JSON: one function for each form of the schema.
 
 `torch.export.load` turns the JSON into Python source and runs it: names of values become names of variables, targets
 become attributes of the module `torch`, tree specifications may import any module, sizes are evaluated by sympy, guards
@@ -37,7 +37,7 @@ _SYMBOLIC: Final = {
 FUNCTIONS: Final = frozenset(f"{module}.{name}" for module, names in _SYMBOLIC.items() for name in names.split())
 _OPERATOR: Final = re.compile(r"torch\.ops\.([A-Za-z]\w*)\.([A-Za-z_]\w*)\.([A-Za-z]\w*)\Z", re.ASCII)
 _HIGHER: Final = re.compile(r"torch\.ops\.higher_order\.([a-z_]\w*)\Z", re.ASCII)
-# Qualified names end up in quotes at worst: no quote, no backslash, no line break.
+# Qualified names are at worst written between quotes: no quote, no backslash, no line break.
 _QUALIFIED: Final = re.compile(r"[\w.\-/:+@ ]*\Z")
 _KEPT_METADATA: Final = ("stack_trace", "nn_module_stack", "torch_fn")
 _TREE_TYPES: Final = frozenset(
@@ -58,7 +58,7 @@ class UnsafeTextError(Exception):
 
 
 def is_safe_target(target: object) -> bool:
-    """Whether a node's target is an operator that computes on tensors and does nothing else.
+    """Return whether a node's target is an operator that computes on tensors and does nothing else.
 
     >>> is_safe_target("torch.ops.aten.conv2d.default"), is_safe_target("torch.os.system")
     (True, False)
@@ -102,42 +102,42 @@ def _boolean(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A string that torch does not evaluate: it compares it, or quotes it."""
+    """Return a string that torch only compares or quotes, and does not evaluate."""
     if not isinstance(value, str):
         raise TypeError
     return value
 
 
 def _quotable_text(value: Any) -> str:
-    """A string that torch writes between quotes into the source of guards."""
+    """Return a string that torch writes between quotes into the source of guards."""
     if not _text(value).isprintable() or any(c in value for c in "'\"\\"):
         raise UnsafeTextError(f"the constant {value[:80]!r}")
     return str(value)
 
 
 def _name(value: Any) -> str:
-    """The name of a value, which becomes a Python variable; those of unused inputs are empty."""
+    """Return the name of a value, which becomes a Python variable; unused inputs have empty names."""
     if not isinstance(value, str) or (value and not value.isidentifier()) or keyword.iskeyword(value):
         raise UnsafeTextError(f"the name {str(value)[:80]!r}")
     return value
 
 
 def _argument_name(value: Any) -> str:
-    """The name of an operator's argument, such as `from` of `uniform`."""
+    """Return the name of an operator's argument, such as `from` of `uniform`."""
     if not isinstance(value, str) or (value and not value.isidentifier()):
         raise UnsafeTextError(f"the name {str(value)[:80]!r}")
     return value
 
 
 def _qualified_name(value: Any) -> str:
-    """A name that ends up in quotes at worst."""
+    """Return a name that, at worst, is written between quotes."""
     if not isinstance(value, str) or not _QUALIFIED.match(value):
         raise UnsafeTextError(f"the name {str(value)[:80]!r}")
     return value
 
 
 def _expression(value: Any) -> str:
-    """A size, which torch hands to sympy."""
+    """Return a size, which torch passes to sympy."""
     if not isinstance(value, str) or not is_symbolic_expression(value):
         raise UnsafeTextError(f"the size {str(value)[:80]!r}")
     return value
@@ -160,7 +160,7 @@ def _no_custom_objects(value: Any) -> dict[str, Any]:
 
 
 def _origins(value: Any) -> dict[str, str]:
-    """The metadata of a node that says where it comes from; torch evaluates other metadata."""
+    """Return the metadata on a node's origin; torch evaluates other metadata."""
     return {key: text for key in _KEPT_METADATA if isinstance(text := value.get(key), str)}
 
 
@@ -169,7 +169,7 @@ def _verifiers(value: Any) -> list[str]:
 
 
 def _tree(text: Any) -> str:
-    """A pytree specification of nested tuples, lists and dicts; torch imports the modules of any other type."""
+    """Return a pytree specification of nested tuples, lists and dicts; torch imports the modules of any other type."""
     version, pending = json.loads(text)
     if version != 1:
         raise ValueError
@@ -186,7 +186,7 @@ def _tree(text: Any) -> str:
 
 
 def is_key(key: object) -> bool:
-    """Whether a key of a dict of inputs or outputs is one that torch may write into source."""
+    """Return whether a key of a dict of inputs or outputs is one that torch may write into source."""
     if isinstance(key, str):
         return _QUALIFIED.match(key) is not None
     return key is None or isinstance(key, int)
@@ -213,7 +213,7 @@ FORMS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "left_out": lambda value: {},
     "guards": lambda value: [],  # torch would execute them
 }
-# The forms in words, for messages; the others say themselves what is unsafe.
+# Descriptions of forms for messages; the other forms write their own messages.
 DESCRIPTIONS: Final = {
     "int": "an integer of 64 bits",
     "enum": "a small integer",

@@ -1,7 +1,7 @@
 """The JSON of an exported program, checked key by key before torch sees it.
 
-Three tables are allow-lists: `schema.RECORDS` of keys, `forms.FORMS` of what strings and numbers may be, and in it the
-operators. What they do not know is refused; what is not needed is left out.
+Three tables are allow-lists: `schema.RECORDS` of keys, `forms.FORMS` of strings and numbers, and within it the one of
+operators. Anything unknown is refused, and anything unneeded is left out.
 """
 
 from typing import Any, Final, final
@@ -14,10 +14,10 @@ MAX_DEPTH: Final = 100
 
 
 def checked_program(program: Any, label: str) -> dict[str, Any]:
-    """A copy of `models/model.json` that holds known keys only, and strings only in the form that torch writes.
+    """Return a copy of `models/model.json` that holds known keys only, and strings only in the form that torch writes.
 
-    Guards, annotations and unknown metadata are left out: torch would execute the guards, and none is needed to run
-    the program on inputs of the shapes that it was exported for.
+    Guards, annotations and unknown metadata are left out: torch would execute the guards, and they are not needed to
+    run the program on inputs of the shapes that it was exported for.
 
     Args:
         program: the parsed JSON.
@@ -31,7 +31,7 @@ def checked_program(program: Any, label: str) -> dict[str, Any]:
 
 
 def checked_record(value: Any, record: str, label: str, part: str = "its graph") -> dict[str, Any]:
-    """A copy of a JSON object that is a record of the schema, checked at every level.
+    """Return a copy of a JSON object that is a record of the schema, checked at every level.
 
     Args:
         value: the parsed JSON.
@@ -49,7 +49,7 @@ def checked_record(value: Any, record: str, label: str, part: str = "its graph")
 
 @final
 class _Checker:
-    """Follows the schema down a JSON value, and copies what it knows."""
+    """Copies a JSON value along the schema, and refuses unknown keys."""
 
     def __init__(self, label: str, part: str, torch_version: str) -> None:
         self._label, self._part = label, part
@@ -73,7 +73,7 @@ class _Checker:
         return {key: self.typed(inner, known[key], f"{record}.{key}", depth + 1) for key, inner in value.items()}
 
     def typed(self, value: Any, kind: str, where: str, depth: int) -> Any:
-        """A copy of a value that is of the type that the schema gives to it."""
+        """Return a copy of a value, whose type must be that in the schema."""
         if kind.endswith(" | None"):
             return None if value is None else self.typed(value, kind.removesuffix(" | None"), where, depth)
         if kind.startswith("list["):
@@ -95,7 +95,7 @@ class _Checker:
         except UnsafeTextError as e:
             raise UnsafeFileError(
                 f"{self._label} is refused: {self._part} holds {e}, which is not what torch.export.save writes for a "
-                "float model and could run code when the program is loaded. Nothing of it was run."
+                "float model and could run code when the program is loaded. None of its code was run."
             ) from None
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
             raise self._damaged(where, DESCRIPTIONS.get(kind, kind), value) from None

@@ -80,7 +80,7 @@ def _view(archive: ZipArchive, name: str, entry: dict[str, Any], which: str) -> 
     if entry["use_pickle"] is not False or not isinstance(member, str) or not _MEMBERS[which].match(member):
         raise UnsafeFileError(
             f"{label} is refused: {name!r} among its {which} is a pickle or a custom object ({str(member)[:40]!r}), "
-            "which torch would unpickle without restriction. Nothing of it was run. Export a model of plain tensors."
+            "which torch would unpickle without restriction. None of its code was run. Export a model of plain tensors."
         )
     meta = entry["tensor_meta"]
     dtype = _SCALAR_TYPES.get(meta["dtype"])

@@ -1,4 +1,4 @@
-"""The sample inputs of an exported program, rebuilt from tensors and plain values alone.
+"""The sample inputs of an exported program, rebuilt from tensors and plain values only.
 
 torch would unpickle them without restriction, and writes the keys of dicts in them into Python source.
 """
@@ -23,7 +23,7 @@ MAX_DEPTH: Final = 100
 
 
 def checked_samples(raw: bytes, label: str) -> bytes:
-    """Sample inputs as torch.save writes them, read without running anything and written anew.
+    """Return sample inputs as bytes in torch.save's format, read without running code and written anew.
 
     Args:
         raw: the member of the archive, which torch.save wrote.
@@ -50,7 +50,7 @@ class _Rebuilder:
         self._values = 0
 
     def value(self, value: Any, depth: int) -> Any:
-        """A copy of a value; what is there twice by reference is copied, and counted, twice."""
+        """Return a copy of a value; a value that is referenced twice is copied, and counted, twice."""
         self._values += 1
         if self._values > MAX_VALUES or depth > MAX_DEPTH:
             raise self._refused(f"over {MAX_VALUES} values, or are nested over {MAX_DEPTH} deep")
@@ -69,7 +69,7 @@ class _Rebuilder:
         return self._of_torch(value)
 
     def _of_torch(self, value: Any) -> Any:
-        """A dtype, a device or a size."""
+        """Return a dtype, a device or a size."""
         import torch
 
         if isinstance(value, Name) and value.module == "torch" and value.name in TORCH_DTYPES:
@@ -82,7 +82,7 @@ class _Rebuilder:
         raise self._refused(f"an object made by {found}" if found else f"an object of type {type(value).__name__}")
 
     def _tensor(self, view: Strided) -> "torch.Tensor":
-        """A view of its storage, which is read once."""
+        """Return a view of a storage, which is read only once."""
         import torch
 
         if view.storage not in self._storages:
@@ -97,6 +97,6 @@ class _Rebuilder:
     def _refused(self, what: str) -> UnsafeFileError:
         return UnsafeFileError(
             f"{self._label} is refused: its sample inputs are a pickle of more than tensors and plain values: they "
-            f"hold {what}. torch.export.load would unpickle it without restriction. Nothing of it was run. Export the "
-            "model with plain tensors as inputs."
+            f"hold {what}. torch.export.load would unpickle it without restriction. None of its code was run. Export "
+            "the model with plain tensors as inputs."
         )

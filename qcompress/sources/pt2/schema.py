@@ -1,10 +1,10 @@
-"""The JSON of an exported program: every record, its keys, and what the value of each key must be.
+"""The JSON of an exported program: every record, its keys, and the type of each key's value.
 
 This table is an allow-list. A key that is not in it is refused, because nothing is known about what torch does with its
 value. A test compares it with the dataclasses of `torch._export.serde.schema`, so a torch that adds a key fails there.
 
 A type is written as in Python: `list[X]`, `dict[K, V]`, `X | None`, where X is a record of this table or one of the
-forms in `FORMS` of the module that checks (`name`, `expression`, `operator`, …). A form says what a string may hold.
+forms in `FORMS` of the module that checks (`name`, `expression`, `operator`, …). A form defines the allowed strings.
 """
 
 from collections.abc import Mapping

@@ -31,7 +31,7 @@ MAX_EXPONENT: Final = 16
 
 
 def is_symbolic_expression(text: str) -> bool:
-    """Whether a string is an arithmetic expression over symbols and nothing else.
+    """Return whether a string is an arithmetic expression over symbols and nothing else.
 
     >>> is_symbolic_expression("Add(Mul(Integer(2), Symbol('s0', positive=True, integer=True)), Integer(1))")
     True
@@ -91,7 +91,7 @@ def _legal_args(name: str, args: list[ast.expr]) -> bool:
 
 
 def _is_small(exponent: ast.expr) -> bool:
-    """Whether an exponent cannot make a number of millions of digits."""
+    """Return whether an exponent is too small to make a number of millions of digits."""
     nodes = list(ast.walk(exponent))
     assumptions = {id(node.value) for node in nodes if isinstance(node, ast.keyword)}  # such as precision=53
     numbers = [n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in assumptions]
@@ -100,7 +100,7 @@ def _is_small(exponent: ast.expr) -> bool:
 
 
 def _is_small_number(value: object) -> bool:
-    """Whether the number in a constant is small; text that is no number is the name of a symbol."""
+    """Return whether the number in a constant is small; other text is the name of a symbol."""
     try:
         return abs(float(value)) <= MAX_EXPONENT if isinstance(value, int | float | str) else False
     except (ValueError, OverflowError):

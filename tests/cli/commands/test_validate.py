@@ -165,7 +165,7 @@ def test_a_model_that_the_file_was_not_made_from(qcompress, files):
     result = qcompress("validate", "model.pt", FILE, "--data", "test.npz", "--no-timing", "--json")
     document = json.loads(result.stdout)
     assert (result.exit_code, document["same_source"]) == (0, False)
-    assert document["notes"][0].startswith(f"{FILE} was not exported from this model file (it was from one with ")
+    assert document["notes"][0].startswith(f"{FILE} was not exported from this model file (but from a file with ")
     assert document["sqnr_db"] < -20
     judged = qcompress("gate", FILE, "--max-size", "1MB")
     assert judged.exit_code == 1

@@ -238,7 +238,7 @@ def test_a_changed_graph_fails_the_graph_check_which_names_the_layer(tmp_path: P
 def test_a_tensor_without_its_digest_is_missed(tmp_path: Path) -> None:
     report = validate(small_models.program(), write(tmp_path, strip_digest), data())
     assert failed(report) == {
-        "weights exact": "left.weight is in the model alone: the file was not made from this model"
+        "weights exact": "left.weight is in the model only: the file was not made from this model"
     }
     assert not [c for c in report.checks if c.name == "graph"]
 
@@ -250,8 +250,8 @@ def test_a_file_of_other_weights_is_told_by_its_source(tmp_path: Path) -> None:
     assert failed(report) == {}
     assert report.same_source is False
     assert report.notes == (
-        "net.onnx was not exported from this model file (it was from one with the digest 0123456789a, this one has "
-        "abcdefghijk): where it should have been, export it again",
+        "net.onnx was not exported from this model file (but from a file with the digest 0123456789a; this one has "
+        "abcdefghijk): if it should have been, export it again",
     )
     assert validate(small_models.program(), tmp_path / "net.onnx", data()).same_source is None
 
@@ -279,7 +279,7 @@ class OtherHead(nn.Module):
 def test_another_architecture(tmp_path: Path) -> None:
     other = traced(OtherHead().eval(), x=small_models.images(2))
     report = validate(other, write(tmp_path), data())
-    assert failed(report) == {"weights exact": "left.bias is in the file alone: the file was not made from this model"}
+    assert failed(report) == {"weights exact": "left.bias is in the file only: the file was not made from this model"}
     wide = traced(small_models.Net(classes=7).eval(), x=small_models.images(2))
     message = (
         r"net\.onnx was not made from this model: its output output has shape \[5\] for each sample, "
@@ -305,11 +305,11 @@ def test_a_constant_network_is_no_success(tmp_path: Path) -> None:
     path = tmp_path / "constant.onnx"
     export(compress_program(program, Plan.from_flags(bits=2), PosthocSettings(effort="fast")), path)
     report = validate(program, path, data())
-    says = "the network is constant on this data: give data that its outputs vary on"
+    says = "the network is constant on this data: pass data for which its outputs vary"
     assert failed(report) == dict.fromkeys([f"exporter {s}" for s in SESSIONS], says)
     assert report.outputs["output"].constant
     assert report.notes == (
-        "output output: the network is constant on this data, so that parity and agreement prove nothing",
+        "output output: the network is constant on this data, so parity and agreement prove nothing",
     )
 
 
@@ -337,7 +337,9 @@ def test_rounding_of_large_outputs_that_vary_little_is_no_fault_of_the_exporter(
 
 
 def test_one_sample_cannot_show_a_spread(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^Parity needs at least 2 samples, whose outputs can differ; x\.npz has 1\.$"):
+    with pytest.raises(
+        DataError, match=r"^Parity needs at least 2 samples, so that outputs can differ; x\.npz has 1\.$"
+    ):
         validate(small_models.program(), write(tmp_path), data(1))
 
 
@@ -365,7 +367,9 @@ def test_a_fixed_batch_measures_whole_batches(tmp_path: Path) -> None:
     assert report.data["samples"] == 9
     assert report.metric is not None
     assert report.metric.samples == 9
-    with pytest.raises(DataError, match=r"^The model takes batches of 3 alone, data has 2 samples: give more\.$"):
+    with pytest.raises(
+        DataError, match=r"^The model accepts only batches of 3, but data has 2 samples: pass more data\.$"
+    ):
         validate(program, path, samples.head(2))
 
 

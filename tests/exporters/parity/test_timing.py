@@ -144,5 +144,5 @@ def test_a_process_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch, scrip
 
 def test_a_process_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    with pytest.raises(SourceError, match=r"^No process could be started to load the file in: No such file"):
+    with pytest.raises(SourceError, match=r"^Cannot start a process to load the file: No such file"):
         loading(linear())
