@@ -19,7 +19,7 @@ class Bar:
 
     @property
     def verdict(self) -> str:
-        """`pass` or `FAIL`."""
+        """Return `pass` or `FAIL`."""
         return "pass" if (self.value >= self.limit if self.at_least else self.value <= self.limit) else "FAIL"
 
     def __str__(self) -> str:

@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def chart(rows: Iterable[dict[str, Any]]) -> str:
-    """The chart as SVG."""
+    """Return the chart as SVG."""
     rows = sorted(rows, key=lambda row: row["nbytes"])
     (original,) = (row for row in rows if row["recipe"] == FLOAT)
     peers = best_by_width([row for row in rows if row["recipe"] not in (FLOAT, *OURS)])

@@ -76,7 +76,7 @@ class Bar:
 
     @property
     def verdict(self) -> str:
-        """`pass`, `noise` or `FAIL`."""
+        """Return `pass`, `noise` or `FAIL`."""
         if self.value >= self.limit if self.at_least else self.value <= self.limit:
             return "pass"
         return "noise" if self.at_least and self.value >= self.limit * self.slack else "FAIL"

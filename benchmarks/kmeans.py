@@ -172,7 +172,7 @@ def scalars(results: Results, quick: bool) -> None:
 
 
 def memory(results: Results) -> None:
-    """Measure the memory used beside the weight and its codes."""
+    """Measure the memory used in addition to the weight and its codes."""
     weight = weights(10**7).reshape(1000, -1)
     for bits in (4, 8):
         tracemalloc.start()

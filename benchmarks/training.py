@@ -249,7 +249,7 @@ def trained(task: Task, row: Row) -> dict[str, float]:
 
 
 def top1_of_module(task: Task) -> float:
-    """Of the float net."""
+    """Return top-1 of the float net."""
     x, y = tensors(task.test)
     with torch.no_grad():
         found = torch.cat([task.module(part).argmax(1) for part in x.split(500)])
@@ -284,7 +284,7 @@ def steps(task: Task, rounds: int) -> dict[str, float]:
 
 
 def stepper(model: nn.Module, penalized: Any) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """One step of AdamW."""
+    """Return a function that runs one step of AdamW."""
     own = [*model.parameters()]
     own += [p for p in penalized.parameters() if penalized is not model] if penalized is not None else []
     optimizer = torch.optim.AdamW(own, lr=1e-5)

@@ -76,6 +76,6 @@ class Archive:
         return self.with_members({"models/model.json": text.replace(json.dumps(old), json.dumps(new)).encode()})
 
     def save(self, folder: Path, name: str = "model.pt2") -> Path:
-        """Written to a file."""
+        """Write the archive to a file and return its path."""
         (folder / name).write_bytes(self.data)
         return folder / name

@@ -80,7 +80,7 @@ def image(batch: int = 3, seed: int = 0, shape: tuple[int, ...] = (3, 9, 9)) -> 
 
 
 def sentences(batch: int = 3, seed: int = 0) -> Mapping[str, np.ndarray[Any, Any]]:
-    """Inputs of `Tied`."""
+    """Return inputs of `Tied`."""
     random = np.random.default_rng(seed)
     return {"ids": random.integers(0, 40, (batch, 5)), "mask": (random.random((batch, 5)) < 0.8).astype(np.float32)}
 

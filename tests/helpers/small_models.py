@@ -51,7 +51,7 @@ def net(seed: int = 0) -> nn.Module:
 
 
 def images(samples: int = 60, seed: int = 0) -> npt.NDArray[np.float32]:
-    """Inputs of `Net`."""
+    """Return inputs of `Net`."""
     return np.random.default_rng(seed).standard_normal((samples, 3, 8, 8)).astype(np.float32)
 
 
@@ -64,7 +64,7 @@ def exported(seed: int = 0) -> torch.export.ExportedProgram:
 
 @functools.cache
 def pt2(seed: int = 0) -> bytes:
-    """The same as a file."""
+    """Return the exported `net(seed)` as the bytes of a .pt2 file."""
     buffer = io.BytesIO()
     torch.export.save(exported(seed), buffer)
     return buffer.getvalue()
