@@ -1,4 +1,4 @@
-# Every target sets up .venv first where it is missing or out of date; nothing but Python 3.11 or later is needed.
+# Every target first sets up .venv if it is missing or out of date. The only requirement is Python 3.11 or later.
 PYTHON ?= python3
 BIN := .venv/bin
 SET_UP := .venv/.set-up
@@ -11,7 +11,7 @@ $(SET_UP): pyproject.toml constraints.txt
 	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	@touch $@
 
-# Train the sample, compress it to 2 bits, prove it, and gate it; then the same with a qcompress.toml.
+# Train the sample, compress it to 2 bits, validate it and gate it; then do the same with a qcompress.toml.
 demo: $(SET_UP)
 	@rm -rf build/demo
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash samples/digits/demo.sh build/demo
@@ -25,12 +25,12 @@ lint: $(SET_UP)
 test: lint
 	$(PYTEST)
 
-# As `test`, with the slow tests too.
+# Run `test` with the slow tests included.
 test-all: lint
 	$(PYTEST) -m 'slow or not slow'
 
-# Whether OpenVINO and MNN compute what onnxruntime does with ResNet-20's files: `make runtimes DATA=DIR`, where DIR holds
-# the nets and images of benchmarks/_nets.py. Each runtime gets a venv of its own.
+# Check that OpenVINO and MNN compute the same as onnxruntime with ResNet-20's files: `make runtimes DATA=DIR`, where DIR
+# holds the nets and images of benchmarks/_nets.py. Each runtime gets a separate venv.
 RUNTIMES := build/runtimes/openvino/.set-up build/runtimes/mnn/.set-up
 
 build/runtimes/%/.set-up: benchmarks/requirements-%.txt

@@ -1,4 +1,4 @@
-"""What onnxruntime's own quantization makes of a float file."""
+"""Quantizes float files with onnxruntime's own tools."""
 
 import contextlib
 import io
@@ -33,7 +33,7 @@ CALIBRATIONS: dict[str, tuple[CalibrationMethod, dict[str, Any]]] = {
 
 
 class Batches(CalibrationDataReader):
-    """A Dataset in batches, which onnxruntime may ask for in chunks."""
+    """Feeds a Dataset to onnxruntime in batches, in chunks if it asks for them."""
 
     def __init__(self, data: Dataset, size: int) -> None:
         self._batches = [dict(batch.inputs) for batch in data.batches(size)]
@@ -58,14 +58,14 @@ def static(
     chunk: int | None = None,
     weight_type: QuantType = QuantType.QInt8,
 ) -> bytes:
-    """`quantize_static` as its documentation says: preprocessed, QDQ, uint8 activations, weights per channel.
+    """Apply `quantize_static` as documented: preprocessing, QDQ, uint8 activations, per-channel weights.
 
     Args:
         original: the float file.
-        calibration: inputs.
-        name: one of CALIBRATIONS.
-        batch: samples in a batch.
-        chunk: batches that are in memory at once; None: all of them.
+        calibration: calibration inputs.
+        name: calibration method, a key of CALIBRATIONS.
+        batch: samples per batch.
+        chunk: number of batches in memory at once; None for all.
         weight_type: int8 or int4.
     """
     method, options = CALIBRATIONS[name]
@@ -90,7 +90,7 @@ def static(
 
 
 def dynamic(original: bytes, *, per_channel: bool) -> bytes:
-    """`quantize_dynamic` with int8 weights, preprocessed."""
+    """Preprocess the file and apply `quantize_dynamic` with int8 weights."""
 
     def quantize(source: Path, target: Path) -> None:
         prepared = source.with_name("prepared.onnx")
@@ -101,7 +101,7 @@ def dynamic(original: bytes, *, per_channel: bool) -> bytes:
 
 
 def with_mean(original: bytes) -> bytes:
-    """The same file with its global average pooling as torch.onnx writes it: a ReduceMean over height and width."""
+    """Return the file with global average pooling as torch.onnx writes it: a ReduceMean over height and width."""
     model = onnx.load_from_string(original)
     nodes = model.graph.node
     pool = next(node for node in nodes if node.op_type == "GlobalAveragePool")

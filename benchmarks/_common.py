@@ -1,4 +1,4 @@
-"""What benchmarks against other tools share: bars, and silence."""
+"""Limits for figures, and silencing of other tools' output; shared by the benchmarks."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure is held to: at least, or at most."""
+    """A figure with its lower or upper limit."""
 
     what: str
     value: float
@@ -19,7 +19,7 @@ class Bar:
 
     @property
     def verdict(self) -> str:
-        """`pass` or `FAIL`."""
+        """Return `pass` or `FAIL`."""
         return "pass" if (self.value >= self.limit if self.at_least else self.value <= self.limit) else "FAIL"
 
     def __str__(self) -> str:
@@ -29,7 +29,7 @@ class Bar:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what peers print, log and warn."""
+    """Suppress output, logs and warnings of other tools."""
     logging.disable(logging.CRITICAL)
     sink = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):

@@ -1,4 +1,4 @@
-"""The two real nets of the benchmarks, and the one of samples/digits, with their images."""
+"""The nets of the benchmarks with their images: two real ones and the one of samples/digits."""
 
 import contextlib
 import shutil
@@ -24,16 +24,16 @@ SAMPLE = Path(__file__).parents[1] / "samples" / "digits"
 
 @dataclass(frozen=True)
 class Net:
-    """A net of the benchmarks.
+    """A net with its test and calibration images.
 
     Args:
-        weights: file of its weights.
+        weights: name of the file with its weights.
         arch: its architecture.
-        images: images with labels that it is tested on.
-        calibration: images that it is calibrated on, none of them tested on.
-        calibration_samples: how many of those.
-        shape: of one input.
-        transform: the function in the architecture's file that makes inputs of images; None: they are inputs.
+        images: labelled test images.
+        calibration: calibration images; they do not overlap the test images.
+        calibration_samples: number of calibration images to use.
+        shape: shape of one input.
+        transform: function in the architecture's file that converts images to inputs; None if images are inputs.
     """
 
     weights: str
@@ -45,23 +45,23 @@ class Net:
     transform: str | None = "preprocess"
 
     def program(self, folder: Path) -> FloatProgram:
-        """The net as it came, BatchNorm not folded."""
+        """Return the original net, BatchNorm not folded."""
         source = load_source(folder / self.weights, options=self._options(folder))
         example = np.random.default_rng(0).standard_normal(self.shape).astype(np.float32)
         return source.program(ProgramOptions(inputs={"x": example}))
 
     def module(self, folder: Path) -> torch.nn.Module:
-        """The same net as its author's module."""
+        """Return the same net as its author's module."""
         options = self._options(folder)
         source = load_source(folder / self.weights, options=options)
         return module_of_state_dict(source.tensors(), options, self.weights).eval()
 
     def test_data(self, folder: Path) -> Dataset:
-        """What accuracy is measured on."""
+        """Return the data that accuracy is measured on."""
         return self._data(folder, self.images)
 
     def calibration_data(self, folder: Path) -> Dataset:
-        """What activations are calibrated on."""
+        """Return the data that activations are calibrated on."""
         return self._data(folder, self.calibration).head(self.calibration_samples)
 
     def _options(self, folder: Path) -> SourceOptions:
@@ -105,7 +105,7 @@ DIGITS = Net(
 
 @contextlib.contextmanager
 def trained_digits() -> Iterator[Path]:
-    """The folder of DIGITS: the sample trains it, in some seconds and from its fixed seed."""
+    """Train the digits sample from its fixed seed, which takes some seconds, and yield its folder."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, SAMPLE / "train.py", "--out", folder], check=True, stdout=subprocess.DEVNULL)
         shutil.copy(SAMPLE / "net.py", folder)

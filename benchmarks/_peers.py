@@ -1,7 +1,7 @@
-"""Compression without training by other tools, set up as their documentation says.
+"""Compression without training by other tools, configured as their documentation recommends.
 
-All get the net with BatchNorm folded, which is to their advantage: coremltools' palettes of 4 bits keep ResNet-20 at
-85.2 % after folding, at 84.0 % before.
+All tools get the net with BatchNorm folded, which favours them: with coremltools' 4-bit palettes, ResNet-20 has 85.2 %
+accuracy after folding and 84.0 % before.
 """
 
 import copy
@@ -24,11 +24,11 @@ INSTALL = "pip install --no-deps -r benchmarks/requirements.txt attrs cattrs pya
 
 @dataclass(frozen=True)
 class Subject:
-    """What a tool compresses.
+    """A net to compress.
 
     Args:
         file: the float file.
-        module: the same net; changed by nobody.
+        module: the same net; tools must not modify it.
         calibration: unlabelled inputs.
     """
 
@@ -39,11 +39,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Palettized:
-    """A net with palettes in torch alone.
+    """A palettized net that exists only in torch.
 
     Args:
         module: the net.
-        nbytes: what a file would hold at least: packed codes, float32 tables and scales, all else in float32.
+        nbytes: smallest possible file: packed codes, float32 tables and scales, everything else in float32.
     """
 
     module: nn.Module
@@ -52,12 +52,12 @@ class Palettized:
 
 @dataclass(frozen=True)
 class Peer:
-    """A tool.
+    """Another compression tool.
 
     Args:
-        needs: the module that it is in.
-        make: from a net and the bits of its weights to a file, or to what there is in place of one.
-        bits: the only width that it has; None: 1 to 8.
+        needs: the Python module that it needs.
+        make: compresses a net to a number of bits per weight; returns a file, or a Palettized if it writes no file.
+        bits: the only width that it supports; None for 1 to 8.
     """
 
     needs: str
@@ -66,12 +66,12 @@ class Peer:
 
     @property
     def is_installed(self) -> bool:
-        """Whether it can be imported."""
+        """Return whether the tool can be imported."""
         return importlib.util.find_spec(self.needs.partition(".")[0]) is not None
 
 
 def folded_module(module: nn.Module, folded: FloatProgram) -> nn.Module:
-    """An author's module with the weights and biases of the folded program, and nothing in place of BatchNorm."""
+    """Return the author's module with the weights and biases of the folded program and without BatchNorms."""
     module, state = copy.deepcopy(module), folded.state()
     assert not any(name.endswith("running_mean") for name in state), "a BatchNorm was not folded"
     for name, child in list(module.named_modules()):
@@ -85,7 +85,7 @@ def folded_module(module: nn.Module, folded: FloatProgram) -> nn.Module:
 
 
 def post_training(**options: Any) -> Callable[[Subject, int], Palettized]:
-    """coremltools' PostTrainingPalettizer: k-means on each weight."""
+    """Return coremltools' PostTrainingPalettizer: k-means on each weight."""
 
     def make(subject: Subject, bits: int) -> Palettized:
         from coremltools.optimize.torch.palettization import PostTrainingPalettizer, PostTrainingPalettizerConfig
@@ -97,7 +97,7 @@ def post_training(**options: Any) -> Callable[[Subject, int], Palettized]:
 
 
 def sensitive(**options: Any) -> Callable[[Subject, int], Palettized]:
-    """coremltools' SKMPalettizer: k-means weighted by squared gradients of the loss against the net's own answers."""
+    """Return coremltools' SKMPalettizer: k-means weighted by squared gradients of a loss on the net's outputs."""
 
     def make(subject: Subject, bits: int) -> Palettized:
         from coremltools.optimize.torch.palettization import SKMPalettizer, SKMPalettizerConfig
@@ -118,7 +118,7 @@ def sensitive(**options: Any) -> Callable[[Subject, int], Palettized]:
 
 
 def kmeans(subject: Subject, bits: int) -> Palettized:
-    """scikit-learn's KMeans with one start on each weight."""
+    """Run scikit-learn's KMeans on each weight, with one initialisation."""
     from sklearn.cluster import KMeans
 
     module, tables = copy.deepcopy(subject.module), {}
@@ -132,7 +132,7 @@ def kmeans(subject: Subject, bits: int) -> Palettized:
 
 
 def static(weight_type: QuantType) -> Callable[[Subject, int], bytes]:
-    """onnxruntime's quantize_static, MinMax, uint8 activations."""
+    """Return onnxruntime's quantize_static with MinMax calibration and uint8 activations."""
 
     def make(subject: Subject, bits: int) -> bytes:
         return _baselines.static(subject.file, subject.calibration, "MinMax", batch=32, weight_type=weight_type)
@@ -140,7 +140,7 @@ def static(weight_type: QuantType) -> Callable[[Subject, int], bytes]:
     return make
 
 
-# MatMulNBitsQuantizer has no row: it only touches MatMul, and no net here has one.
+# MatMulNBitsQuantizer is missing because it quantizes MatMul only, and these nets do not contain any.
 COREML = "coremltools.optimize.torch.palettization"
 GROUPS = {"granularity": "per_grouped_channel", "group_size": 8, "enable_per_channel_scale": True}
 PEERS: Mapping[str, Peer] = {
@@ -154,12 +154,12 @@ PEERS: Mapping[str, Peer] = {
 
 
 def ideal_nbytes(module: nn.Module, bits: int, tables: Mapping[str, int]) -> int:
-    """Bytes of a net.
+    """Return the smallest possible file size of a net.
 
     Args:
         module: the net.
-        bits: of a code.
-        tables: how many float32 values the table and scales of each weight on a palette take.
+        bits: bits per code.
+        tables: by palettized weight, the number of float32 values in its table and scales.
     """
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     codes = sum(-(-sizes.pop(name) * bits // 8) for name in tables)
@@ -167,7 +167,10 @@ def ideal_nbytes(module: nn.Module, bits: int, tables: Mapping[str, int]) -> int
 
 
 def _counted(module: nn.Module, bits: int) -> Palettized:
-    """What coremltools made: tables and scales are buffers, a weight that its groups do not fit stays float."""
+    """Return a module palettized by coremltools with its size.
+
+    Tables and scales are buffers. A weight whose shape does not fit the groups stays float.
+    """
     numbers = {name: value.numel() for name, value in module.state_dict().items()}
     tables = {
         f"{name}.weight": numbers[lut] + numbers.get(f"{name}._COREML_/weight/palettization_scale", 0)

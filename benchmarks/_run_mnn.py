@@ -5,8 +5,8 @@
 FOLDER holds `inputs.npz`: one array per input name. Writes `NAME.mnn.npz` beside each `NAME.onnx`: one array per output
 name, or the key `error`.
 
-The converter is called inside its extension module `_tools`: the script `mnnconvert` around it installs a package for
-usage statistics into whatever Python comes first on the path.
+The script calls the converter in the extension module `_tools` directly, because `mnnconvert` installs a package for
+usage statistics into the first Python on the path.
 """
 
 import sys
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def run(path: Path, inputs: dict[str, np.ndarray], output_names: list[str]) -> dict[str, np.ndarray]:
-    """The outputs of one file, float32."""
+    """Return the float32 outputs of one file, or an error."""
     converted = path.with_suffix(".mnn")
     _tools.mnnconvert(["", "-f", "ONNX", "--modelFile", str(path), "--MNNModel", str(converted), "--bizCode", "none"])
     if not converted.exists():

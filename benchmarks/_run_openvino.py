@@ -3,7 +3,7 @@
     python _run_openvino.py FOLDER
 
 FOLDER holds `inputs.npz`: one array per input name. Writes `NAME.openvino.npz` beside each `NAME.onnx`: one array per
-output name, or the key `error` with the first line of OpenVINO's refusal.
+output name, or the key `error` with the line of OpenVINO's error that gives the reason.
 """
 
 import sys
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def reason(text: str) -> str:
-    """The line of an OpenVINO exception that says why."""
+    """Return the line of an OpenVINO exception that gives the reason."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "nsupported" in line or "not supported" in line), lines[-1])
 

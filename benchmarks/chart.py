@@ -2,8 +2,8 @@
 
     python benchmarks/chart.py [--json benchmarks/results/posthoc-resnet20.json] [--out docs/accuracy-over-size.svg]
 
-The chart is plain SVG, written without any library: text stays text, and its colours follow the reader's light or dark
-theme. Of the other tools, the one with the highest accuracy is drawn at each width.
+The chart is plain SVG, written without a library. Text stays text, and the colours follow the reader's light or dark
+theme. At each width, the chart shows the other tool with the highest accuracy.
 """
 
 import argparse
@@ -49,9 +49,9 @@ class Series:
     """One line of the chart.
 
     Args:
-        css_class: `a`, `b` or `c`: its colour.
+        css_class: `a`, `b` or `c`, which sets the colour.
         label: its entry in the legend.
-        rows: of the JSON, the smallest file first.
+        rows: rows of the JSON, the smallest file first.
         has_widths: whether its points are labelled with their bits.
     """
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def chart(rows: Iterable[dict[str, Any]]) -> str:
-    """The chart as SVG."""
+    """Return the chart as SVG."""
     rows = sorted(rows, key=lambda row: row["nbytes"])
     (original,) = (row for row in rows if row["recipe"] == FLOAT)
     peers = best_by_width([row for row in rows if row["recipe"] not in (FLOAT, *OURS)])
@@ -97,7 +97,7 @@ def chart(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def best_by_width(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The row with the highest accuracy at each width, the smallest file first."""
+    """Return the row with the highest accuracy at each width, the smallest file first."""
     best: dict[int, dict[str, Any]] = {}
     for row in rows:
         if row["bits"] not in best or row["top1"] > best[row["bits"]]["top1"]:
@@ -106,7 +106,7 @@ def best_by_width(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def axes(original: dict[str, Any]) -> list[str]:
-    """Grid lines, the numbers at both axes, and the accuracy of the float file."""
+    """Return grid lines, the numbers at both axes, and the accuracy of the float file."""
     parts = []
     for percent in range(0, MOST_PERCENT + 1, STEP_PERCENT):
         height = y(percent / 100)
@@ -127,7 +127,7 @@ def axes(original: dict[str, Any]) -> list[str]:
 
 
 def drawn(series: Series) -> list[str]:
-    """A line through its points."""
+    """Return the line of a series with its points."""
     points = [(x(row["nbytes"]), y(row["top1"])) for row in series.rows]
     path = " ".join(f"{left},{height}" for left, height in points)
     parts = [f'<polyline class="line {series.css_class}" points="{path}"/>']
@@ -142,7 +142,7 @@ def drawn(series: Series) -> list[str]:
 
 
 def legend(series: Sequence[Series]) -> list[str]:
-    """One entry for each line, in the empty lower right of the plot."""
+    """Return one legend entry per line, in the empty lower right of the plot."""
     left, top = x(175_000), y(0.52)
     parts = []
     for i, one in enumerate(series):
@@ -154,12 +154,12 @@ def legend(series: Sequence[Series]) -> list[str]:
 
 
 def x(nbytes: float) -> float:
-    """Where a file of that many bytes stands from left to right."""
+    """Return the horizontal position of a file size."""
     return round(LEFT + (WIDTH - LEFT - RIGHT) * nbytes / (1000 * MOST_KB), 1)
 
 
 def y(share: float) -> float:
-    """Where an accuracy between 0 and 1 stands from top to bottom."""
+    """Return the vertical position of an accuracy between 0 and 1."""
     return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * 100 * share / MOST_PERCENT, 1)
 
 

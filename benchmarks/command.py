@@ -1,9 +1,9 @@
-"""The whole command `qcompress export` against compression alone and `torch.onnx.export` of the same net, in CPU time.
+"""Compares the CPU time of `qcompress export` with compression only and with `torch.onnx.export` of the same net.
 
     python benchmarks/command.py --data DIR [--nets resnet20 mobilenet] [--bits 4] [--rounds 3] [--json FILE]
 
-DIR holds the nets of `_nets.py`. Every run is a process of its own, its imports counted, one thread; rounds are
-interleaved, and medians compared. Compression alone is measured within its process, without imports.
+DIR holds the nets of `_nets.py`. Each run is a separate process with one thread, and its imports count. Rounds are
+interleaved and medians compared. Compression only is measured inside its process, without imports.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from pathlib import Path
 from _common import Bar, quiet
 from _nets import NETS
 
-MOST_MORE = 1.3  # of the CPU time of torch.onnx.export, above that of compression
+MOST_MORE = 1.3  # CPU time beyond compression, as a multiple of torch.onnx.export's
 STEPS = ("compress", "torch.onnx.export", "command")
 
 
 def main() -> int:
-    """Run what the command line asks for; 1 if a bar is missed."""
+    """Run the benchmark; return 1 if a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS))
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def cpu_s(step: str, name: str, args: argparse.Namespace) -> float:
-    """CPU seconds of one step, in a process of its own."""
+    """Return the CPU seconds of one step in a separate process."""
     net = NETS[name]
     if step == "command":
         with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def cpu_s(step: str, name: str, args: argparse.Namespace) -> float:
 
 
 def of_children(run: Callable[[], object]) -> float:
-    """CPU seconds of the processes that a function starts and waits for."""
+    """Return the CPU seconds of the processes that a function starts and waits for."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -83,7 +83,7 @@ def of_children(run: Callable[[], object]) -> float:
 
 
 def alone(step: str, name: str, folder: Path, bits: int) -> float:
-    """CPU seconds of one step in this process, imports left out."""
+    """Return the CPU seconds of one step in this process, without imports."""
     net = NETS[name]
     if step == "torch.onnx.export":
         import torch

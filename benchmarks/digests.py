@@ -1,19 +1,19 @@
-"""Digests of exported files, to show that a change of the code changes no byte of them.
+"""Computes digests of exported files, to show that a change of the code does not change their bytes.
 
-    python benchmarks/digests.py --data DIR --folders DIR --train                 # once: what is trained
+    python benchmarks/digests.py --data DIR --folders DIR --train                 # once: train the models
     python benchmarks/digests.py --data DIR --folders DIR --json before.json      # before the change
     python benchmarks/digests.py --data DIR --folders DIR --against before.json   # after it: 1 if any file differs
 
-`--data` holds the nets and images that `_nets.py` names. `--folders` holds what training would not reproduce to the
-bit on another machine: the weights of the digits sample, and models trained with LSQ+ and N2UQ, saved as folders.
+`--data` holds the nets and images that `_nets.py` names. `--folders` holds trained models, because training does not
+give the same bits on every machine: the weights of the digits sample, and models trained with LSQ+ and N2UQ.
 
-Every file is built in memory for an explicit target, so that a new default target changes nothing here. Each has two
-digests. `sha256` is that of the whole file. `graph` leaves out the file's metadata (version, target, digests of the
-plan and of the grids): where only `sha256` differs, the weights and the graph are the same. The metadata changes with
-the version of qcompress, with a new plan field that the plan's digest covers, and with how a grid's digest is computed.
+Every file is built in memory for an explicit target, so a new default target has no effect here. Each file has two
+digests. `sha256` covers the whole file. `graph` excludes the file's metadata (version, target, digests of the plan and
+of the grids): if only `sha256` differs, the weights and the graph are the same. The metadata changes with the version
+of qcompress, with a new plan field that the plan's digest covers, and with the way that a grid's digest is computed.
 
-The script imports public names only, so that it runs before and after modules move. It runs in one thread: the sums of
-calibration and of solving then do not depend on the number of cores.
+The script imports public names only, so it runs before and after modules move. It uses one thread, so that sums in
+calibration and solving do not depend on the number of cores.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from qcompress_exporters import build
 
 SAMPLE = Path(__file__).resolve().parents[1] / "samples" / "digits"
 DIGITS_WEIGHTS = "digits.safetensors"
-NATIVE, UINT8 = "onnxruntime==1.24", "onnxruntime==1.18"  # with UINT4 and UINT2, and without
+NATIVE, UINT8 = "onnxruntime==1.24", "onnxruntime==1.18"  # with UINT4 and UINT2; without them
 FORMATS = ("qdq", "integer")
 
 
@@ -50,12 +50,12 @@ class Case:
     """One compressed model and the files that are built from it.
 
     Args:
-        name: starts the names of its files.
+        name: prefix of the names of its files.
         flags: arguments of `Plan.from_flags`.
         options: further arguments of `compress`.
-        formats: of int8 compute; None elsewhere.
-        targets: of the files.
-        leftovers: type of what stays float.
+        formats: formats of int8 compute; None for other compute.
+        targets: targets of the files.
+        leftovers: type of the tensors that stay float.
     """
 
     name: str
@@ -68,12 +68,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Net:
-    """A float net and images to calibrate it on.
+    """A float net with calibration images.
 
     Args:
         module: the net.
-        images: transformed, as the net takes them.
-        input_name: of the net's only input.
+        images: the images, transformed to inputs of the net.
+        input_name: name of the net's only input.
     """
 
     module: torch.nn.Module
@@ -87,7 +87,7 @@ INT8 = tuple(
     for bits in (8, 2)
 )
 BALANCED = Case("balanced w2", {"bits": 2}, {"effort": "balanced", "calibration": True})
-# The other plan fields and ways to compute: cheap on the digits net.
+# The other plan fields and kinds of compute, on the digits net because it is cheap.
 FIELDS = (
     Case("balanced w2, synthesised inputs", {"bits": 2}, {"effort": "balanced"}),
     Case("fast w4 uniform", {"bits": 4, "scheme": "uniform"}),
@@ -117,7 +117,7 @@ CASES = {
     "resnet20": (*FAST, *INT8, BALANCED),
     "mobilenet": (*FAST, *INT8, BALANCED),
 }
-# Models that are trained once: bits of weights and activations, methods, share of the rate that quantizers learn at.
+# Models that are trained once: bits, methods, and the learning rate of the quantizers relative to the net's.
 TRAINED: dict[str, tuple[dict[str, int], dict[str, Any], float]] = {
     "lsq_plus_w4a4": ({"bits": 4, "activation_bits": 4}, {"weights": "lsq_plus", "activations": "lsq_plus"}, 1.0),
     "lsq_plus_w2a2": ({"bits": 2, "activation_bits": 2}, {"weights": "lsq_plus", "activations": "lsq_plus"}, 1.0),
@@ -132,11 +132,11 @@ TRAINED: dict[str, tuple[dict[str, int], dict[str, Any], float]] = {
 
 
 def main() -> int:
-    """Run what the command line asks for; 1 if a digest differs from those of `--against`."""
+    """Run the cases; return 1 if a digest differs from those of `--against`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folders", type=Path, required=True)
-    parser.add_argument("--train", action="store_true", help="train and save what --folders holds, and stop")
+    parser.add_argument("--train", action="store_true", help="train the models, save them in --folders, and stop")
     parser.add_argument("--nets", nargs="+", choices=[*CASES, "trained"], default=[*CASES, "trained"])
     parser.add_argument("--only", default="", help="run the cases whose name contains this text")
     parser.add_argument("--json", type=Path)
@@ -161,7 +161,7 @@ def main() -> int:
 
 
 def files(args: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
-    """Every file that the arguments ask for, with its name."""
+    """Yield the name and content of each selected file."""
     for name in args.nets:
         if name == "trained":
             for folder in TRAINED:
@@ -175,7 +175,7 @@ def files(args: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
 
 
 def exports(name: str, small: qc.CompressedModel, case: Case) -> Iterator[tuple[str, bytes]]:
-    """The files of one compressed model."""
+    """Yield the files of one compressed model."""
     for target in case.targets:
         for format in case.formats if small.compute == "int8" else (None,):
             built = build(small, target=target, format=format, float_leftovers=case.leftovers)
@@ -183,7 +183,7 @@ def exports(name: str, small: qc.CompressedModel, case: Case) -> Iterator[tuple[
 
 
 def compressed(net: Net, case: Case) -> qc.CompressedModel:
-    """What `qcompress export` makes of a net, in Python."""
+    """Compress a net as `qcompress export` does."""
     options = dict(case.options)
     if options.pop("calibration", False):
         options["calibration"] = qc.Dataset(inputs={net.input_name: net.images}, name="images")
@@ -192,7 +192,7 @@ def compressed(net: Net, case: Case) -> qc.CompressedModel:
 
 
 def digests(data: bytes) -> dict[str, Any]:
-    """Digest of a file, the same without its metadata, and its size."""
+    """Return the digests of a file with and without its metadata, and its size."""
     model = onnx.load_from_string(data)
     del model.metadata_props[:]
     graph = model.SerializeToString(deterministic=True)
@@ -204,7 +204,7 @@ def digests(data: bytes) -> dict[str, Any]:
 
 
 def compared(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
-    """How a file differs from what it was."""
+    """Return how a file differs from its earlier version."""
     if before is None:
         return "new"
     if before == after:
@@ -215,7 +215,7 @@ def compared(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
 
 
 def opened(name: str, args: argparse.Namespace) -> Net:
-    """A net with its weights, and its images."""
+    """Open a net with its weights and images."""
     if name == "digits":
         net = digits_net(args.folders)
         return Net(net, digits_images()[0].numpy()[:256], "image")
@@ -238,14 +238,14 @@ def opened(name: str, args: argparse.Namespace) -> Net:
 
 
 def digits_net(folders: Path) -> torch.nn.Module:
-    """The net of the digits sample with the weights that were saved."""
+    """Return the net of the digits sample with the saved weights."""
     net = module_of(SAMPLE / "net.py").DigitsNet()
     net.load_state_dict(load_file(folders / DIGITS_WEIGHTS))
     return net.eval()
 
 
 def digits_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """scikit-learn's digits, in its order, and their labels."""
+    """Return scikit-learn's digits in their original order, and their labels."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -253,7 +253,7 @@ def digits_images() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def module_of(path: Path) -> Any:
-    """A Python file as a module."""
+    """Import a Python file as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -263,7 +263,7 @@ def module_of(path: Path) -> Any:
 
 
 def train(folders: Path) -> None:
-    """Train the digits sample, then each of TRAINED from it for three epochs, and save all."""
+    """Train the digits sample, then train each model of TRAINED from it for three epochs, and save all."""
     folders.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, SAMPLE / "train.py", "--out", folders / "sample"], check=True)
     save_file(torch.load(folders / "sample" / "state.pt", weights_only=True), folders / DIGITS_WEIGHTS)

@@ -1,11 +1,11 @@
-"""Post-hoc palettes at every width on two real nets: bytes, accuracy, parity, operators, latency.
+"""Measures post-hoc palettes at every width on two real nets: bytes, accuracy, parity, operators, latency.
 
     python benchmarks/export.py --data DIR [--nets resnet20 mobilenet] [--bits 8 7 6 5 4 3 2 1] [--json FILE]
 
 DIR holds the nets and images of `_nets.py`.
 
-Accuracy is measured through onnxruntime on the exported file. Latency: one thread, batch 1, medians of CPU time over
-interleaved rounds against the float file of the same graph, beside that file against itself.
+Accuracy is measured in onnxruntime on the exported file. Latency is the median CPU time on one thread at batch 1,
+relative to the float file of the same graph, in interleaved rounds. The control compares the float file with itself.
 """
 
 import argparse
@@ -35,7 +35,7 @@ COLUMNS = ("bits", "ideal", "file", "over", "over/ideal", "ratio", "top1", "drop
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark on the selected nets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS))
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(net: Net, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All widths of one net, a row each, printed as they come."""
+    """Measure one net at all widths, print the rows as they come, and return them."""
     program, data = net.program(args.data), net.test_data(args.data)
     print(f"\n{net.weights}: onnxruntime {onnxruntime.__version__}, {data.samples} images", flush=True)
     print(" ".join(f"{c:>10}" for c in COLUMNS), flush=True)

@@ -1,13 +1,13 @@
-"""Integer files against onnxruntime's own quantization: bytes, speed, operators and accuracy, held to bars.
+"""Compares integer files with onnxruntime's own quantization: bytes, speed, operators and accuracy, with limits.
 
     python benchmarks/integer.py --data DIR [--nets resnet20 mobilenet linear] [--no-accuracy] [--no-latency]
                                  [--baselines] [--json FILE]
 
-DIR holds the nets and images of `_nets.py`. `--baselines` measures onnxruntime's files alone.
+DIR holds the nets and images of `_nets.py`. `--baselines` measures onnxruntime's files only.
 
-Speed is the median over paired rounds of CPU time on one thread, all files of a group in the same rounds, beside the
-float file against itself. A bar of speed is missed only beyond the control's own spread: `noise` is below the bar, but
-within it. Accuracy is measured through onnxruntime on the files as they are.
+Speed is the median over paired rounds of CPU time on one thread, with all files of a group in the same rounds. The
+control is the float file against itself. A speed below its limit but within the control's spread counts as `noise`, not
+as a failure. Accuracy is measured in onnxruntime on the files themselves.
 """
 
 import argparse
@@ -51,20 +51,20 @@ DYNAMIC = ("quantize_dynamic", "quantize_dynamic per channel")
 SCHEMES, FORMATS = ("palette", "uniform"), ("qdq", "integer")
 ROUNDS = {1: 300, 32: 60, 128: 60}  # by batch
 PARITY_SAMPLES = 256
-STATIC_IS_SLOW = 1.42  # quantize_static's own speed below which the bar against float says nothing
+STATIC_IS_SLOW = 1.42  # if quantize_static itself is slower than this, the limit against float is not applied
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure is held to.
+    """A figure with its limit.
 
     Args:
         name: the file.
         what: the figure.
-        value: as measured.
-        limit: what it must reach, or not exceed.
-        at_least: whether it must reach the limit.
-        slack: a speed below the limit counts as missed only below this share of it: the control's own spread.
+        value: the measured value.
+        limit: lower or upper limit.
+        at_least: whether the limit is a lower one.
+        slack: a speed fails only below this share of its limit; it follows from the control's spread.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Bar:
 
     @property
     def verdict(self) -> str:
-        """`pass`, `noise` or `FAIL`."""
+        """Return `pass`, `noise` or `FAIL`."""
         if self.value >= self.limit if self.at_least else self.value <= self.limit:
             return "pass"
         return "noise" if self.at_least and self.value >= self.limit * self.slack else "FAIL"
@@ -84,17 +84,17 @@ class Bar:
 
 @dataclass
 class Group:
-    """The files of one net and what was measured of them.
+    """The files of one net with their measurements.
 
     Args:
-        files: by name, the float file first.
-        parity: whether ours passed `validate`.
-        times: CPU seconds by batch and name, one for each round.
-        ops: what onnxruntime runs.
-        models: what ours were written from.
-        accuracy: against the float file.
-        refused: what could not be compressed or written, and why.
-        bars: what was held to what.
+        files: files by name, the float file first.
+        parity: whether our files passed `validate`.
+        times: CPU seconds by batch and name, one value per round.
+        ops: the operators that onnxruntime runs.
+        models: the compressed models behind our files.
+        accuracy: comparisons with the float file.
+        refused: the reason, by file, why it could not be compressed or written.
+        bars: figures with their limits.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -107,43 +107,43 @@ class Group:
     bars: list[Bar] = field(default_factory=list)
 
     def time(self, feeds: dict[str, Any], names: Iterable[str]) -> None:
-        """Time files in the same rounds, with the float file once more as the control."""
+        """Time files in the same rounds, with a second float file as the control."""
         batch, names = len(next(iter(feeds.values()))), [FLOAT, *(n for n in names if n != FLOAT)]
         measured = cpu_seconds([*(self.files[n] for n in names), self.files[FLOAT]], feeds, rounds=ROUNDS[batch])
         self.times[batch] = dict(zip([*names, CONTROL], measured.T, strict=True))
 
     def speed(self, batch: int, name: str, than: str = FLOAT) -> Ratio:
-        """How many times faster a file is than another."""
+        """Return how many times faster a file is than another."""
         return paired(self.times[batch][than], self.times[batch][name])
 
     def upper_bar(self, name: str, what: str, value: float, limit: float) -> None:
-        """Hold a figure to the most that it may be."""
+        """Add an upper limit for a figure."""
         self.bars.append(Bar(name, what, value, limit, at_least=False))
 
     def speed_bar(self, batch: int, name: str, than: str, limit: float) -> None:
-        """Hold a speed to a bar."""
+        """Add a lower limit for a speed."""
         slack = min(1.0, self.speed(batch, CONTROL).low)
         what = f"speed at batch {batch} x {than}"
         self.bars.append(Bar(name, what, self.speed(batch, name, than).median, limit, slack=slack))
 
     def fastest(self, names: Iterable[str]) -> str:
-        """Of some files that were timed at batch 1; the first where none was."""
+        """Return the file that was fastest at batch 1, or the first one if they were not timed."""
         known = list(names)
         return max(known, key=lambda n: self.speed(1, n).median) if self.times else known[0]
 
     def ours(self, *parts: str) -> list[str]:
-        """Our files whose names hold all these words."""
+        """Return the names of our files that contain all parts."""
         return [n for n in self.parity if set(parts) <= set(n.split())]
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark on the selected nets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--nets", nargs="+", choices=[*NETS, "linear"], default=[*NETS, "linear"])
     parser.add_argument("--no-accuracy", dest="accuracy", action="store_false")
     parser.add_argument("--no-latency", dest="latency", action="store_false")
-    parser.add_argument("--baselines", action="store_true", help="nothing of ours")
+    parser.add_argument("--baselines", action="store_true", help="measure onnxruntime's files only")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results = {}
@@ -157,7 +157,7 @@ def main() -> None:
 
 
 def measure_net(name: str, args: argparse.Namespace) -> Group:
-    """ResNet-20 at five widths, or MobileNet at 8 bits, against quantize_static."""
+    """Measure ResNet-20 at five widths, or MobileNet at 8 bits, against quantize_static."""
     net, group = NETS[name], Group()
     program, data, calibration = net.program(args.data), net.test_data(args.data), net.calibration_data(args.data)
     group.files[FLOAT] = float_of(program)
@@ -186,13 +186,13 @@ def measure_net(name: str, args: argparse.Namespace) -> Group:
 
 
 def static(original: bytes, calibration: Dataset, label: str, net: Net) -> bytes:
-    """quantize_static; a large net's activations do not fit into memory for all samples at once."""
+    """Run quantize_static in chunks that fit into memory: a large net's activations for all samples do not."""
     large = net.shape[-1] > 64
     return _baselines.static(original, calibration, label, batch=25 if large else 64, chunk=2 if large else None)
 
 
 def measure_linear(args: argparse.Namespace) -> Group:
-    """One Linear at 4 bits, calibrated and with activation scales found at run time."""
+    """Measure one Linear at 4 bits, calibrated, and with activation scales that are computed at run time."""
     group, rng = Group(), np.random.default_rng(0)
     torch.manual_seed(0)
     calibration = Dataset(inputs={"input": rng.standard_normal((256, 768)).astype(np.float32)}, name="normal")
@@ -216,7 +216,7 @@ def measure_linear(args: argparse.Namespace) -> Group:
 
 
 def float_of(program: FloatProgram) -> bytes:
-    """The float file of a program, BatchNorm folded."""
+    """Return the float file of a program, with BatchNorm folded."""
     folded = fold_batchnorm(program)
     return float_file(trace(folded), folded.state())
 
@@ -231,7 +231,7 @@ def add_ours(
     calibration: Dataset | None = None,
     compute: Compute | None = None,
 ) -> None:
-    """Compress once and write all formats; what cannot be is told at the end, not fatal."""
+    """Compress once and write all formats; record failures, which are printed at the end."""
     try:
         small = compress_program(program, plan, PosthocSettings(compute=compute), calibration=calibration)
     except QCompressError as e:
@@ -252,7 +252,7 @@ def add_ours(
 
 
 def torch_outputs(small: CompressedModel, batches: Iterable[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """What artifacts and grids give in torch, without any file."""
+    """Return what artifacts and grids compute in torch, without a file."""
     weights = {name: artifact.dequantize() for name, artifact in small.artifacts.items()}
     runner = MarkedRunner(mark(small.program.with_state(weights), sites_of(small)))
     quantize = rounding(list(small.activations.values()))
@@ -261,7 +261,7 @@ def torch_outputs(small: CompressedModel, batches: Iterable[dict[str, Any]]) -> 
 
 
 def measure_accuracy(group: Group, data: Dataset) -> None:
-    """Top-1 of every file on the same samples, against the float file and, for ours, the best quantize_static."""
+    """Compare top-1 of every file with the float file and, for our files, with the best quantize_static."""
     batches, metric = [dict(batch.inputs) for batch in data.batches(50)], load_metric("top1")
     outputs = {n: outputs_of(f, batches, "deployed") for n, f in group.files.items()}
     group.accuracy = {n: compare(metric, outputs[FLOAT], o, data.labels) for n, o in outputs.items()}
@@ -269,7 +269,7 @@ def measure_accuracy(group: Group, data: Dataset) -> None:
     print(f"baseline of accuracy: {best}, {group.accuracy[best].compressed:.2%}")
     of_torch: dict[int, float] = {}
     for name, small in group.models.items():
-        if id(small) not in of_torch:  # both formats are of one model
+        if id(small) not in of_torch:  # both formats belong to one model
             of_torch[id(small)] = compare(metric, outputs[FLOAT], torch_outputs(small, batches), data.labels).compressed
         off = abs(of_torch[id(small)] - group.accuracy[name].compressed)
         group.upper_bar(name, "top-1 away from the artifacts' in torch", off, 0.001)
@@ -281,7 +281,7 @@ def measure_accuracy(group: Group, data: Dataset) -> None:
 
 
 def bars_of_resnet20(group: Group, baseline: str) -> None:
-    """What ResNet-20 is held to."""
+    """Add the limits for ResNet-20."""
     a8 = [n for width in ("W8A8", "W4A8", "W2A8") for n in group.ours(width)]
     for batch in group.times:
         for name in a8:
@@ -306,7 +306,7 @@ def bars_of_resnet20(group: Group, baseline: str) -> None:
 
 
 def bars_of_mobilenet(group: Group, baseline: str) -> None:
-    """What MobileNet is held to."""
+    """Add the limits for MobileNet."""
     for name in group.parity:
         for batch in group.times:
             group.speed_bar(batch, name, FLOAT, 1.7)
@@ -315,7 +315,7 @@ def bars_of_mobilenet(group: Group, baseline: str) -> None:
 
 
 def bars_of_linear(group: Group) -> None:
-    """What a Linear is held to."""
+    """Add the limits for a Linear."""
     like = {"palette": group.fastest(DYNAMIC), "uniform": DYNAMIC[1]}  # an even grid has a scale for each channel
     for batch, limit in ((1, 3.3), (128, 1.8)):
         if batch in group.times:
@@ -328,13 +328,13 @@ def bars_of_linear(group: Group) -> None:
 
 
 def size_bar(group: Group, name: str, baseline: str, share: float) -> None:
-    """Hold a file to a share of another's bytes."""
+    """Limit a file's size to a share of another's."""
     nbytes = len(group.files[name]) / len(group.files[baseline])
     group.upper_bar(name, f"bytes x {baseline}", nbytes, share)
 
 
 def show(group: Group) -> None:
-    """Print the table, the operators and the bars."""
+    """Print the table, the operators and the limits."""
     batches = list(group.times)
     width = max(map(len, group.files))
     head = ["bytes", "x static", *(f"b={b}" for b in batches), "top-1", "drop", "parity", "ops"]
@@ -358,7 +358,7 @@ def show(group: Group) -> None:
 
 
 def show_bars(bars: list[Bar]) -> None:
-    """One line for the files that are held to the same bar, with the worst of them, and those that miss it."""
+    """Print one line per limit with the worst file, and the files that miss the limit."""
     alike: dict[tuple[Any, ...], list[Bar]] = {}
     for bar in bars:
         twin = bar.what.partition(" x ")[2] in {b.name for b in bars}  # W4A4 against its own W8A8
@@ -375,7 +375,7 @@ def show_bars(bars: list[Bar]) -> None:
 
 
 def cells_of(group: Group, name: str) -> Iterator[str]:
-    """Bytes, speeds, accuracy and parity of a file; `-` for what was not measured."""
+    """Yield bytes, speeds, accuracy and parity of a file; `-` if not measured."""
     first = next(n for n in group.files if n.startswith(STATIC))
     yield f"{len(group.files[name]) / len(group.files[first]):.3f}"
     for times_batch, times in group.times.items():
@@ -387,7 +387,7 @@ def cells_of(group: Group, name: str) -> Iterator[str]:
 
 
 def as_dict(group: Group) -> dict[str, Any]:
-    """The group as JSON: what was measured, without the files."""
+    """Return the measurements of a group as JSON, without the files."""
     return {
         "files": {
             name: {

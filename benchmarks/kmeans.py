@@ -1,10 +1,11 @@
-"""K-means for palettes against coremltools, kmeans1d and scikit-learn: time, error and memory, held to bars.
+"""Compares k-means for palettes with coremltools, kmeans1d and scikit-learn: time, error and memory, with limits.
 
     python benchmarks/kmeans.py [--quick] [--json FILE]
 
-Weights are N(0, 0.05^2), one of a thousand times 8. Time is CPU time on one thread, the median over rounds in which all
-tools of a case take turns; slow ones have one round. Error is the mean squared error per weight. Peers are in
-requirements.txt; one that is not installed is left out. `--quick` leaves out what takes minutes.
+Weights are drawn from N(0, 0.05^2), and one in a thousand is multiplied by 8. Time is the median CPU time on one thread
+over rounds in which all tools of a case take turns; slow tools run once. Error is the mean squared error per weight.
+The other tools are listed in requirements.txt; those that are not installed are skipped. `--quick` skips the cases that
+take minutes.
 """
 
 import argparse
@@ -27,27 +28,27 @@ from qcompress.palettes.scalar import palettize
 from qcompress.palettes.vector import palettize_vectors
 
 Floats = npt.NDArray[np.float32]
-Decode = Callable[[], npt.NDArray[Any]]  # the weights that a palette stands for
+Decode = Callable[[], npt.NDArray[Any]]  # returns the weights that a palette encodes
 Tool = Callable[[Floats], Decode]
 
 OURS, COREML, EXACT = "qcompress", "coremltools", "kmeans1d"
 KMEANS, MINIBATCH = "KMeans", "MiniBatchKMeans"
 MODULES = {COREML: "coremltools", EXACT: "kmeans1d", KMEANS: "sklearn.cluster", MINIBATCH: "sklearn.cluster"}
 ROUNDS = 5
-SLOW_S = 4.0  # a tool that takes longer has one round
+SLOW_S = 4.0  # a tool that takes longer runs for one round only
 BUFFERS = 3 * 4 * (1 << 18)  # bytes of three buffers of 256k float32
 BERT = [(30522, 768), (512, 768), (2, 768), *([(768, 768)] * 4 + [(3072, 768), (768, 3072)]) * 12, (768, 768)]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A tool on a case.
+    """The result of a tool on a case.
 
     Args:
-        case: its name.
-        tool: its name.
+        case: name of the case.
+        tool: name of the tool.
         cpu_s: CPU seconds of each round.
-        mse: mean squared error per weight; the median where rounds have seeds of their own.
+        mse: mean squared error per weight; the median if each round has a different seed.
     """
 
     case: str
@@ -57,13 +58,13 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """The median."""
+        """Return the median CPU time."""
         return float(np.median(self.cpu_s))
 
 
 @dataclass
 class Results:
-    """Rows, bars, and what could not be compared with."""
+    """Rows, limits, and the tools that are not installed."""
 
     rows: list[Row] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
@@ -95,7 +96,7 @@ class Results:
             )
 
     def has(self, tool: str) -> bool:
-        """Whether a tool is ours or can be imported."""
+        """Return whether a tool is ours or can be imported."""
         if tool in MODULES and tool not in self.absent:
             with quiet():
                 try:
@@ -105,19 +106,19 @@ class Results:
         return tool not in self.absent
 
     def faster(self, case: str, peer: str, limit: float) -> None:
-        """Hold the peer's time in parts of ours to a bar."""
+        """Add a lower limit for the other tool's time divided by ours."""
         ours, theirs = self._pair(case, peer)
         if theirs:
             self._hold(Bar(f"{case}: times faster than {peer}", theirs.seconds / ours.seconds, limit, at_least=True))
 
     def error(self, case: str, peer: str, limit: float) -> None:
-        """Hold our error in parts of the peer's to a bar."""
+        """Add an upper limit for our error divided by the other tool's."""
         ours, theirs = self._pair(case, peer)
         if theirs:
             self._hold(Bar(f"{case}: MSE x {peer}'s", ours.mse / theirs.mse, limit))
 
     def at_most(self, what: str, value: float, limit: float) -> None:
-        """Hold a figure to a bar."""
+        """Add an upper limit for a figure."""
         self._hold(Bar(what, value, limit))
 
     def _pair(self, case: str, peer: str) -> tuple[Row, Row | None]:
@@ -132,7 +133,7 @@ class Results:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -153,7 +154,7 @@ def main() -> None:
 
 
 def scalars(results: Results, quick: bool) -> None:
-    """One value per code."""
+    """Measure palettes with one value per code."""
     for name, count, sigma in (("1e7 weights, K=16", 10**7, 0.05), ("1e5 of sigma 1e-4, K=16", 10**5, 1e-4)):
         results.measure(name, weights(count, sigma), {OURS: ours(4), COREML: coreml(4)})
         if count == 10**7:
@@ -171,7 +172,7 @@ def scalars(results: Results, quick: bool) -> None:
 
 
 def memory(results: Results) -> None:
-    """What a palette takes beside the weight and its codes."""
+    """Measure the memory used in addition to the weight and its codes."""
     weight = weights(10**7).reshape(1000, -1)
     for bits in (4, 8):
         tracemalloc.start()
@@ -182,7 +183,7 @@ def memory(results: Results) -> None:
 
 
 def vectors(results: Results, quick: bool) -> None:
-    """Several weights per code."""
+    """Measure palettes with several weights per code."""
     weight = weights(10**6)
     name = "1e6 weights, K=16, d=2"
     results.measure(name, weight, {OURS: ours(4, 2), KMEANS: sklearn(KMEANS, 4, 2)})
@@ -199,7 +200,7 @@ def vectors(results: Results, quick: bool) -> None:
 
 
 def model(results: Results) -> None:
-    """All weights of a net of BERT's shape."""
+    """Measure all weights of a BERT-shaped net."""
     random, seconds = np.random.default_rng(0), 0.0
     for shape in BERT:
         weight = random.standard_normal(shape, np.float32) * np.float32(0.05)
@@ -210,7 +211,7 @@ def model(results: Results) -> None:
 
 
 def weights(count: int, sigma: float = 0.05) -> Floats:
-    """N(0, sigma^2), one of a thousand times 8."""
+    """Return weights from N(0, sigma^2), one in a thousand multiplied by 8."""
     random = np.random.default_rng(0)
     values = random.standard_normal(count, np.float32) * np.float32(sigma)
     values[random.integers(0, count, count // 1000)] *= 8
@@ -218,7 +219,7 @@ def weights(count: int, sigma: float = 0.05) -> Floats:
 
 
 def ours(bits: int, vector_dim: int = 1) -> Callable[[int], Tool]:
-    """qcompress, codes included."""
+    """Return qcompress' k-means, which also computes the codes."""
 
     def seeded(seed: int) -> Tool:
         if vector_dim == 1:
@@ -229,7 +230,7 @@ def ours(bits: int, vector_dim: int = 1) -> Callable[[int], Tool]:
 
 
 def coreml(bits: int) -> Callable[[int], Tool]:
-    """coremltools' PostTrainingPalettizer as it comes: enable_fast_kmeans_mode."""
+    """Return coremltools' PostTrainingPalettizer with its defaults (enable_fast_kmeans_mode)."""
 
     def run(weight: Floats) -> Decode:
         from coremltools.optimize.torch.palettization import PostTrainingPalettizer, PostTrainingPalettizerConfig
@@ -246,7 +247,7 @@ def coreml(bits: int) -> Callable[[int], Tool]:
 
 
 def exact(bits: int) -> Callable[[int], Tool]:
-    """kmeans1d: the optimum."""
+    """Return kmeans1d, which finds the optimum."""
 
     def run(weight: Floats) -> Decode:
         import kmeans1d
@@ -258,7 +259,7 @@ def exact(bits: int) -> Callable[[int], Tool]:
 
 
 def sklearn(kind: str, bits: int, vector_dim: int) -> Callable[[int], Tool]:
-    """scikit-learn with one start."""
+    """Return scikit-learn's k-means with one initialisation."""
 
     def seeded(seed: int) -> Tool:
         def run(weight: Floats) -> Decode:
@@ -272,7 +273,7 @@ def sklearn(kind: str, bits: int, vector_dim: int) -> Callable[[int], Tool]:
 
 
 def one_thread() -> contextlib.AbstractContextManager[Any]:
-    """BLAS and OpenMP on one thread, where scikit-learn's own means for it is installed."""
+    """Limit BLAS and OpenMP to one thread if threadpoolctl is installed."""
     try:
         from threadpoolctl import threadpool_limits
     except ImportError:
@@ -282,7 +283,7 @@ def one_thread() -> contextlib.AbstractContextManager[Any]:
 
 
 def as_dict(results: Results) -> dict[str, Any]:
-    """The results as JSON."""
+    """Return the results as JSON."""
     return {
         "rows": [asdict(row) for row in results.rows],
         "bars": [{**asdict(bar), "verdict": bar.verdict} for bar in results.bars],

@@ -1,13 +1,13 @@
-"""How long onnxruntime takes to load portable files, beside files for another target or of an earlier version.
+"""Measures how long onnxruntime takes to load portable files, compared with another target or an earlier version.
 
     python benchmarks/loading.py [--weights 10000000] [--width 1024] [--bits 2 3 4 5 6 7] [--target onnxruntime==1.24]
                                  [--rounds 9] [--save DIR] [--before DIR] [--json FILE]
 
 The net is a chain of linear layers of `--width` inputs and outputs, `--weights` weights in all, with random codes. The
-portable file and the other one are loaded in turn, forward and back, on one thread; times are CPU time. The ratio is
-the median over the rounds. Two equal files show the noise. `--save` keeps the portable files; `--before` compares with
-files that `--save` of an earlier version kept (or that were written for its default target). Exit code 1 if a portable
-file takes over 1.15 times as long as the other, beyond the quartiles.
+portable file and the other one are loaded in turns, in alternating order, on one thread; times are CPU time. The ratio
+is the median over the rounds. Comparing two equal files shows the noise. `--save` keeps the portable files; `--before`
+compares with files that `--save` kept with an earlier version (or that were written for its default target). The exit
+code is 1 if a portable file takes over 1.15 times as long as the other, beyond the quartiles.
 """
 
 import argparse
@@ -33,14 +33,14 @@ MOST = 1.15
 
 @dataclass(frozen=True)
 class Row:
-    """One width.
+    """The result at one width.
 
     Args:
-        bits: of the weights.
-        nbytes: of the portable file and of the other one.
-        load_ms: of both, median CPU time.
+        bits: bits per weight.
+        nbytes: sizes of the portable and the other file.
+        load_ms: median CPU times of both.
         ratio: the portable file's time over the other's, median over the rounds.
-        quartiles: of the ratio.
+        quartiles: lower and upper quartile of the ratio.
     """
 
     bits: int
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def slow(self) -> bool:
-        """Whether the portable file misses the bar beyond the noise."""
+        """Return whether the portable file exceeds the limit beyond the noise."""
         return self.quartiles[0] > MOST
 
 
@@ -114,7 +114,7 @@ def with_random_codes(model: CompressedModel, bits: int) -> CompressedModel:
 
 
 def measured(bits: int, portable: bytes, other: bytes, rounds: int) -> Row:
-    """Return how two files load, after a round to warm up."""
+    """Measure how two files load, after a warm-up round."""
     times: list[tuple[float, float]] = []
     for turn in range(rounds + 1):
         order = (portable, other) if turn % 2 else (other, portable)

@@ -1,18 +1,18 @@
-"""Compression without training or labels, beside other tools: bytes, accuracy, KL, time and memory, held to bars.
+"""Compares compression without training or labels with other tools: bytes, accuracy, KL, time, memory, with limits.
 
     python benchmarks/posthoc.py --data DIR [--nets digits resnet20 mobilenet] [--bits 4 3 2] [--recipes fast ...]
                                  [--peers "SKM groups" ...] [--json FILE]
 
-DIR holds the nets and images of `_nets.py`; `digits` needs none. Recipes: `fast` takes the nearest levels, `no data`
-solves weights on synthesised inputs, the solvers solve them on calibration images without labels, `best` tunes all
-layers together where that pays. Peers are those of `_peers.py`; one that is not installed is left out. Files are
-measured through onnxruntime as they were written. Peers that write none for it (`*`) run in torch, and their bytes are
-the least that a file would take. `--json` writes each row when it is made: it replaces
-the same row of an earlier FILE, and the file's other rows stay.
+DIR holds the nets and images of `_nets.py`; `digits` needs no files. Recipes: `fast` takes the nearest levels,
+`no data` solves weights on synthesised inputs, the solvers solve them on calibration images without labels, `best`
+tunes all layers together if that helps. Peers are the tools of `_peers.py`; those that are not installed are skipped.
+Files are measured in onnxruntime as they were written. Peers that do not write an ONNX file (`*`) run in torch, and
+their bytes are those of the smallest possible file. `--json` writes each row as soon as it is measured: it replaces the
+same row of an earlier FILE and keeps the other rows.
 
-Each row is made in a fresh process. CPU seconds are those from the traced net to the file, for onnxruntime's from the
-float file, and without any file where none is written. The peak is the largest resident set of that process until then,
-with all imports and the net: the float row shows how much these take.
+Each row is measured in a fresh process. CPU seconds run from the traced net to the file; for onnxruntime's tools they
+start at the float file, and for peers without a file they end before writing. The peak is the largest resident set of
+the process until then, including all imports and the net; the float row shows how much these take.
 """
 
 import argparse
@@ -55,11 +55,11 @@ FLOAT, FLOAT_BITS = "float", 32
 
 @dataclass(frozen=True)
 class Recipe:
-    """How we compress.
+    """Settings of our compression.
 
     Args:
-        effort: of `compress_program`.
-        solver: likewise.
+        effort: effort of `compress_program`.
+        solver: solver of `compress_program`.
         has_data: whether it gets the calibration images.
     """
 
@@ -78,7 +78,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Task:
-    """A row to be made: the net, the folder that it is in, the bits of its weights, and FLOAT, a recipe or a peer."""
+    """A row to measure: the net, its folder, the bits of its weights, and FLOAT, a recipe or a peer."""
 
     net: str
     folder: Path
@@ -88,15 +88,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Made:
-    """What came of a task.
+    """The result of a task.
 
     Args:
-        nbytes: of the file.
-        has_file: whether there is one.
-        cpu_s: CPU seconds of compression, and of writing the file.
-        peak_mb: largest resident set of the process until then.
-        outputs: of the test images.
-        labels: of these.
+        nbytes: size of the file.
+        has_file: whether a file was written; if not, `nbytes` is the smallest possible size.
+        cpu_s: CPU seconds of compressing and of writing the file.
+        peak_mb: largest resident set of the process until then, MiB.
+        outputs: outputs for the test images.
+        labels: labels of the test images.
     """
 
     nbytes: int
@@ -109,20 +109,20 @@ class Made:
 
 @dataclass(frozen=True)
 class Row:
-    """One file.
+    """The figures of one file.
 
     Args:
-        net: its name.
-        bits: of every weight.
+        net: name of the net.
+        bits: bits per weight.
         recipe: FLOAT, a key of RECIPES or of PEERS.
-        nbytes: of the file.
-        has_file: whether there is one; if not, `nbytes` is what it would take at least.
-        top1: on the test images.
-        drop: how much less that is than the float file's.
+        nbytes: see Made.
+        has_file: see Made.
+        top1: top-1 accuracy on the test images, 0 to 1.
+        drop: the float file's top-1 minus this one's.
         low: lower end of the paired 95 % interval of the drop.
-        high: its upper end.
-        agreement: share of images with the float file's answer.
-        kl: mean Kullback-Leibler divergence of the answers from the float file's, nats.
+        high: upper end of the interval.
+        agreement: share of images for which the prediction equals the float file's.
+        kl: mean Kullback-Leibler divergence of the predictions from the float file's, nats.
         cpu_s: see Made.
         peak_mb: see Made.
         made_with: the tool that compressed and the versions of what ran it.
@@ -160,7 +160,7 @@ LIMITS: dict[tuple[str, int, str], dict[str, float]] = {
 
 
 def main() -> None:
-    """Measure, print a table and bars, and write JSON."""
+    """Measure, print a table and the limits, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--nets", nargs="+", default=list(CALIBRATION), choices=list(CALIBRATION))
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # also scikit-learn's, in the processes to come
+    os.environ["OMP_NUM_THREADS"] = "1"  # for scikit-learn too, in the processes started below
     peers = [name for name in args.peers if PEERS[name].is_installed]
     absent = [name for name in args.peers if not PEERS[name].is_installed]
     if absent:
@@ -191,7 +191,7 @@ def main() -> None:
 
 
 def write(path: Path, row: Row) -> None:
-    """Write a row to a JSON file, in place of its earlier figures; the file's other rows stay."""
+    """Write a row to a JSON file, replace its earlier figures, and keep the file's other rows."""
     earlier = [Row(**found) for found in json.loads(path.read_text())["rows"]] if path.exists() else []
     rows = list({(r.net, r.bits, r.recipe): r for r in [*earlier, row]}.values())
     rows.sort(key=lambda r: (r.net, -r.bits))
@@ -200,14 +200,14 @@ def write(path: Path, row: Row) -> None:
 
 
 def made_with(recipe: str) -> str:
-    """`coremltools 9.0, torch 2.13.0`: the tool behind a recipe and what runs it, with their versions."""
+    """Return the packages behind a recipe with their versions, such as `coremltools 9.0, torch 2.13.0`."""
     tool = PEERS[recipe].needs.partition(".")[0] if recipe in PEERS else "qcompress"
     packages = dict.fromkeys(["scikit-learn" if tool == "sklearn" else tool, "torch", "onnxruntime"])
     return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
 
 
 def asked(args: argparse.Namespace, peers: list[str]) -> Iterator[tuple[int, str]]:
-    """Bits and recipes of a net's rows: the float file, ours with the peers beside them, and peers of 8 bits alone."""
+    """Yield bits and recipe of a net's rows: the float file, our files and the peers, and peers with 8 bits only."""
     yield FLOAT_BITS, FLOAT
     for bits in args.bits:
         yield from ((bits, recipe) for recipe in args.recipes)
@@ -217,7 +217,7 @@ def asked(args: argparse.Namespace, peers: list[str]) -> Iterator[tuple[int, str
 
 
 def measure(tasks: Iterable[Task]) -> Iterator[Row]:
-    """The rows of one net, the float file first."""
+    """Yield the rows of one net, the float file first."""
     metric, wanted = load_metric("top1"), None
     for task in tasks:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
@@ -243,7 +243,7 @@ def measure(tasks: Iterable[Task]) -> Iterator[Row]:
 
 
 def make(task: Task) -> Made:
-    """Compress and test; runs in a process of its own, which gets the test images last."""
+    """Compress and test; runs in a separate process, which loads the test images last."""
     torch.set_num_threads(1)
     net = DIGITS if task.net == "digits" else NETS[task.net]
     program = net.program(task.folder)
@@ -268,13 +268,13 @@ def make(task: Task) -> Made:
 
 
 def float_of(program: FloatProgram) -> bytes:
-    """The float file, BatchNorm folded."""
+    """Return the float file, with BatchNorm folded."""
     folded = fold_batchnorm(program)
     return float_file(trace(folded), folded.state())
 
 
 def ours(program: FloatProgram, calibration: Dataset, task: Task) -> bytes:
-    """Our file."""
+    """Compress a program and return our file."""
     recipe = RECIPES[task.recipe]
     given = calibration if recipe.has_data else None
     plan = Plan.from_flags(bits=task.bits)
@@ -283,7 +283,7 @@ def ours(program: FloatProgram, calibration: Dataset, task: Task) -> bytes:
 
 
 def torch_outputs(small: Palettized, batches: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:
-    """What a module with one input and one output gives."""
+    """Run a module with one input and one output."""
     (name,) = names
     with torch.no_grad():
         found = [small.module(torch.from_numpy(value)).numpy() for batch in batches for value in batch.values()]
@@ -291,7 +291,7 @@ def torch_outputs(small: Palettized, batches: list[dict[str, Any]], names: tuple
 
 
 def closeness(wanted: dict[str, Any], got: dict[str, Any]) -> tuple[float, float]:
-    """Agreement, and the mean KL divergence in nats."""
+    """Return the agreement and the mean KL divergence in nats."""
     ((_, original),) = wanted.items()
     ((_, compressed),) = got.items()
     logs = [np.asarray(torch.from_numpy(v).double().log_softmax(1)) for v in (original, compressed)]
@@ -310,7 +310,7 @@ def show(row: Row) -> None:
 
 
 def bars_of(rows: list[Row]) -> Iterator[Bar]:
-    """The figures of these rows that are held to something."""
+    """Yield the figures of these rows that have limits."""
     for row in rows:
         for figure, limit in LIMITS.get((row.net, row.bits, row.recipe), {}).items():
             what = f"{row.net} {row.bits} bits {row.recipe}, {figure}"

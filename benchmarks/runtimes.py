@@ -1,15 +1,15 @@
-"""Our files in OpenVINO and MNN: how far their outputs are from onnxruntime's, held to a bar, and what that costs.
+"""Runs our files in OpenVINO and MNN, and limits their difference from onnxruntime and the growth of the files.
 
-    make runtimes DATA=DIR                                  # sets up both runtimes, each in a venv of its own
+    make runtimes DATA=DIR                                  # sets up both runtimes, each in a separate venv
     python benchmarks/runtimes.py --data DIR [--bits 8 7 6 5 4 3 2 1] [--target TARGET]
                                   [--runtimes DIR] [--samples 64] [--json FILE]
 
 `--data` holds the nets and images of `_nets.py`. Files are written for `--target` (default: the library's) with
-`--effort fast`. `--runtimes` holds a venv per runtime (`build/runtimes`); only those that are there are run.
+`--effort fast`. `--runtimes` holds a venv per runtime (`build/runtimes`); missing runtimes are skipped.
 
-A difference is the largest one of any output of any image, over the outputs' spread: the root mean square over all
-outputs of their standard deviation over the images. The first row is the float file: what the runtime itself costs,
-whatever we write. Exit code 1 if a difference exceeds the bar, or if a file grows more than the bar.
+The difference is the largest one over all outputs and images, divided by the outputs' spread: the root mean square over
+all outputs of their standard deviation over the images. The first row is the float file, which shows the difference
+that the runtime itself causes. The exit code is 1 if a difference or the growth of a file exceeds its limit.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from qcompress_exporters.onnx_format.file import float_file
 from qcompress_exporters.onnx_format.trace import trace
 
 HERE = Path(__file__).resolve().parent
-# Each runtime's script; it runs in the venv of the same name.
+# The script of each runtime; it runs in the venv of the same name.
 RUNTIMES = {"openvino": "_run_openvino.py", "mnn": "_run_mnn.py"}
 NET = "resnet20"
 FLOAT = "float"
@@ -49,14 +49,14 @@ BEFORE = {
 
 @dataclass(frozen=True)
 class Row:
-    """One file.
+    """The figures of one file.
 
     Args:
-        name: of the file: `float`, or `w4` and so on.
-        nbytes: its size.
+        name: name of the file: `float`, or `w4` and so on.
+        nbytes: size in bytes.
         more: bytes more than BEFORE; 0 for the float file.
-        opset: its opset.
-        differences: by runtime, over the spread; a text where the runtime refuses the file.
+        opset: the file's opset.
+        differences: by runtime, the difference over the spread, or the error if the runtime rejects the file.
     """
 
     name: str
@@ -67,11 +67,11 @@ class Row:
 
 
 def main() -> int:
-    """Export, run and compare; 1 if a bar is missed."""
+    """Export, run and compare; return 1 if a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 7, 6, 5, 4, 3, 2, 1], choices=range(1, 9))
-    parser.add_argument("--target", help="default: the library's own")
+    parser.add_argument("--target", help="target of the files (default: the library's default)")
     parser.add_argument("--runtimes", type=Path, default=Path("build/runtimes"))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--json", type=Path)
@@ -109,7 +109,7 @@ def main() -> int:
 
 
 def exported(args: argparse.Namespace) -> dict[str, bytes]:
-    """The float file and ours, by name."""
+    """Return the float file and our files by name."""
     program, files = NETS[NET].program(args.data), dict[str, bytes]()
     target = {} if args.target is None else {"target": args.target}
     for bits in args.bits:
@@ -121,7 +121,7 @@ def exported(args: argparse.Namespace) -> dict[str, bytes]:
 
 
 def written(folder: Path, files: dict[str, bytes], inputs: Any) -> dict[str, dict[str, np.ndarray]]:
-    """What onnxruntime returns for each file, by output name; files and inputs are written for the other runtimes."""
+    """Write files and inputs for the other runtimes; return onnxruntime's outputs by file and output name."""
     np.savez(folder / "inputs.npz", **inputs)
     wanted = {}
     for name, data in files.items():
@@ -134,7 +134,7 @@ def written(folder: Path, files: dict[str, bytes], inputs: Any) -> dict[str, dic
 
 
 def run(runtime: str, python: Path, folder: Path) -> str:
-    """Run all files in a runtime, and return its version."""
+    """Run all files in a runtime and return its version."""
     command = [python.absolute(), HERE / RUNTIMES[runtime], folder]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -143,7 +143,7 @@ def run(runtime: str, python: Path, folder: Path) -> str:
 
 
 def difference(wanted: dict[str, np.ndarray], path: Path) -> float | str:
-    """The largest difference over the spread, or why there is no output."""
+    """Return the largest difference over the spread, or the error if there is no output."""
     with np.load(path) as found:
         if "error" in found:
             return str(found["error"])
@@ -151,7 +151,7 @@ def difference(wanted: dict[str, np.ndarray], path: Path) -> float | str:
 
 
 def spread(values: np.ndarray) -> float:
-    """The root mean square, over an output's elements, of their standard deviation over the samples."""
+    """Return the root mean square, over an output's elements, of their standard deviation over the samples."""
     return float(np.sqrt(values.astype(np.float64).var(axis=0).mean()))
 
 
@@ -174,7 +174,7 @@ def show(rows: list[Row], versions: dict[str, str], args: argparse.Namespace) ->
 
 
 def bars_of(rows: list[Row]) -> list[Bar]:
-    """What the figures are held to; a refusal counts as an infinite difference."""
+    """Return the figures with their limits; a rejected file counts as an infinite difference."""
     bars = []
     for row in rows[1:]:
         for runtime, found in row.differences.items():

@@ -1,9 +1,9 @@
-"""A 110 M-parameter BERT-shaped model: CPU time and memory of compression, and of the whole export.
+"""Measures CPU time and memory of compression and export for a BERT-shaped model of 110 million parameters.
 
     python benchmarks/scale.py [--bits 4] [--json FILE]
 
-Random weights, transformers' BertConfig (see requirements.txt). Each step runs in a process of its own; memory is the
-largest resident set above that of the process right before the step. `torch.onnx.export` alone is the peer.
+The model is transformers' BertConfig (see requirements.txt) with random weights. Each step runs in a separate process;
+memory is the growth of the largest resident set during the step. The comparison is with `torch.onnx.export`.
 """
 
 import argparse
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 STEPS = ("compress", "export", "torch.onnx.export")
-MOST_CPU_S = 120.0  # of compression
-MOST_COMPRESS = 3.0  # its memory over the fp32 size
-MOST_MORE = 1.0  # what the whole export may take above torch.onnx.export's own, over the fp32 size
+MOST_CPU_S = 120.0  # CPU seconds of compression
+MOST_COMPRESS = 3.0  # memory of compression over the fp32 size
+MOST_MORE = 1.0  # memory of the whole export beyond torch.onnx.export's, over the fp32 size
 
 
 def main() -> int:
-    """Run every step, print what was found beside the bars; 1 if one is missed."""
+    """Run every step and print the figures with their limits; return 1 if a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def in_process(step: str, bits: int) -> dict[str, Any]:
-    """What a step took in a process of its own."""
+    """Measure a step in a separate process."""
     command = [sys.executable, __file__, "--step", step, "--bits", str(bits)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -62,7 +62,7 @@ def in_process(step: str, bits: int) -> dict[str, Any]:
 
 
 def measure(step: str, bits: int) -> dict[str, Any]:
-    """CPU seconds, and bytes of memory above those before."""
+    """Return the CPU seconds of a step and the bytes by which memory grew."""
     from transformers import BertConfig, BertModel
 
     import qcompress_exporters
@@ -77,7 +77,7 @@ def measure(step: str, bits: int) -> dict[str, Any]:
     model = BertModel(BertConfig()).eval()
     fp32 = sum(p.numel() * 4 for p in model.parameters())
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 1000, (2, 16)))
-    torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))  # its imports
+    torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))  # imports modules before the measurement
     before, start = resident(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
@@ -85,7 +85,7 @@ def measure(step: str, bits: int) -> dict[str, Any]:
             torch.onnx.export(model, (ids,), path, dynamo=True, verbose=False)
         elif step == "compress":
             compress(model, Plan.from_flags(bits=bits), example_inputs={"input_ids": ids}, effort="fast")
-        else:  # as the command does it, which has the model for itself
+        else:  # like the command, which owns the model
             program = from_module(model, ProgramOptions(inputs={"input_ids": ids.numpy()}, shares=True))
             small = compress_program(program, Plan.from_flags(bits=bits), PosthocSettings(effort="fast"))
             qcompress_exporters.export(small, path)
@@ -94,7 +94,7 @@ def measure(step: str, bits: int) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 

@@ -1,12 +1,13 @@
-"""Training with every quantizer: accuracy of the exported file, and the time of a step against the float net's.
+"""Trains with every quantizer; measures the accuracy of the exported file and the time of a training step.
 
     python benchmarks/training.py --data DIR [--nets digits resnet20] [--methods lsq lsq_plus …] [--quick] [--json FILE]
 
-DIR holds the nets and images of `_nets.py`. Each row starts from the same float net, trains with the same data, order
-and budget, and is measured through onnxruntime on the exported file: digits 20 epochs on labels, ResNet-20 at most 6 of
-its 10,000 training images on what the float net returns for them. All layers have the row's width, first and last too,
-but for "8-bit ends". Steps are timed in one thread, interleaved with steps of the float net, beside the float net
-against itself; ratios are medians of pairs. --quick: fewer epochs and rows.
+DIR holds the nets and images of `_nets.py`. All rows start from the same float net and train with the same data, order
+and budget; accuracy is measured in onnxruntime on the exported file. Digits trains for 20 epochs on labels, ResNet-20
+for at most 6 epochs on 10,000 training images and the float net's outputs for them. All layers, first and last
+included, have the row's width, except in "8-bit ends". Steps are timed on one thread, interleaved with steps of the
+float net; the control is the float net against itself, and ratios are medians of pairs. `--quick` runs fewer epochs and
+rows.
 """
 
 import argparse
@@ -39,20 +40,20 @@ from qcompress_exporters import build
 from qcompress_exporters.parity.sessions import run, session
 
 SEED = 0
-_EQUAL_PARTS = 10  # of the test images
+_EQUAL_PARTS = 10  # number of parts that the test images are split into
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train.
+    """One training configuration.
 
     Args:
-        name: what the table calls it.
-        bits: of weights.
-        activation_bits: of activations; None: floats.
+        name: its name in the table.
+        bits: bits per weight.
+        activation_bits: bits per activation; None if activations stay float.
         methods: the quantizers.
-        regularizers: as `prepare` takes them.
-        quantizer_rate: as in `LoopConfig`.
+        regularizers: the `regularizers` argument of `prepare`.
+        quantizer_rate: see `LoopConfig`.
         wide_ends: whether the first and the last layer have 8 bits.
     """
 
@@ -66,14 +67,14 @@ class Row:
 
     @property
     def plan(self) -> Plan:
-        """Bits of every layer."""
+        """Return the plan with the bits of every layer."""
         plan = Plan.from_flags(bits=self.bits, activation_bits=self.activation_bits)
         wide = Settings(bits=8, activation_bits=None if self.activation_bits is None else 8)
         return replace(plan, kind={"first": wide, "last": wide}) if self.wide_ends else plan
 
 
 def named(weights: str = "lsq", activations: str = "lsq", **options: Any) -> Methods:
-    """Methods by their names."""
+    """Return methods by their names."""
     return Methods(weights=weights, activations=activations, **options)
 
 
@@ -99,14 +100,14 @@ ROWS = (
 )
 QUICK = ("LSQ W2", "LSQ+ W4A4", "LSQ W2A2", "N2UQ W2A2")
 
-# Least accuracy: of digits in points below float, of ResNet-20 in percent.
+# Lowest accuracy that passes: for digits in points below float, for ResNet-20 in percent.
 BELOW_FLOAT = {"LSQ+ W2A2": 1.5, "LSQ+ W4A4": 0.5, "LSQ W4A4": 0.5, "LSQ W2": 1.0}
 RESNET = {"LSQ W2": 84.5, "LSQ W4A4": 85.0, "LSQ W2A2": 77.0}
 STEP = {"LSQ W2": 1.15, "LSQ+ W4A4": 2.0, "R2 margin": 1.05}
 
 
 class Shuffled:
-    """Batches of arrays, in another order each epoch, the same ones each run."""
+    """Batches of arrays, in a different order each epoch and the same orders each run."""
 
     def __init__(self, data: Dataset, *, flips: bool, size: int = 64) -> None:
         self.x, self.y = tensors(data)
@@ -127,14 +128,14 @@ class Shuffled:
 
 
 def tensors(data: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """All inputs as the net takes them, and labels."""
+    """Return all inputs, transformed for the net, and the labels."""
     batches = list(data.batches(500))
     x = np.concatenate([next(iter(batch.inputs.values())) for batch in batches])
     return torch.from_numpy(x), torch.from_numpy(np.concatenate([batch.labels for batch in batches])).long()
 
 
 def crops(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image mirrored or not, and moved by up to 2 pixels."""
+    """Return the images, each mirrored at random and shifted by up to 2 pixels."""
     mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
     x = torch.where(mirrored, x.flip(3), x)
     dy, dx = (int(v) for v in torch.randint(-2, 3, (2,), generator=generator))
@@ -144,7 +145,7 @@ def crops(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """A float net with what it is trained and tested on."""
+    """A float net with its training and test data."""
 
     module: nn.Module
     training: Dataset
@@ -156,14 +157,14 @@ class Task:
 
 
 def main() -> int:
-    """Run what the command line asks for; 1 if a bar is missed."""
+    """Run the benchmark; return 1 if a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--nets", nargs="+", choices=["digits", "resnet20"], default=["digits", "resnet20"])
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS])
-    parser.add_argument("--epochs", type=int, help="of ResNet-20, 1 to 6", default=6)
+    parser.add_argument("--epochs", type=int, help="epochs of ResNet-20, 1 to 6", default=6)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--no-steps", action="store_true", help="leave out the time of a step")
+    parser.add_argument("--no-steps", action="store_true", help="do not measure the time of a step")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = [r for r in ROWS if r.name in (args.rows or (QUICK if args.quick else [r.name for r in ROWS]))]
@@ -196,7 +197,7 @@ def main() -> int:
 
 
 def digits(folder: Path) -> Task:
-    """The sample's net, on the images that it is not tested on."""
+    """Return the sample's net with the images outside its test data for training."""
     from sklearn.datasets import load_digits
 
     test, module = DIGITS.test_data(folder), DIGITS.module(folder)
@@ -209,7 +210,7 @@ def digits(folder: Path) -> Task:
 
 
 def resnet20(folder: Path, epochs: int) -> Task:
-    """ResNet-20 on its 10,000 training images."""
+    """Return ResNet-20 with its 10,000 training images."""
     net = NETS["resnet20"]
     transform = f"{folder}/{net.arch.partition(':')[0]}:{net.transform}"
     training = load_data(f"{folder}/cifar10jpeg_small.npz:train_x,train_y", transform=transform)
@@ -218,7 +219,7 @@ def resnet20(folder: Path, epochs: int) -> Task:
 
 
 def prepared(task: Task, row: Row) -> tuple[Prepared, Shuffled]:
-    """A fresh copy of the net, made ready, and its batches."""
+    """Return a fresh copy of the net, prepared for training, and its batches."""
     torch.manual_seed(SEED)
     module = copy.deepcopy(task.module)
     batches = Shuffled(task.training, flips=task.flips)
@@ -231,7 +232,7 @@ def prepared(task: Task, row: Row) -> tuple[Prepared, Shuffled]:
 
 
 def trained(task: Task, row: Row) -> dict[str, float]:
-    """Top-1 of the exported file, its bytes, and the CPU time of training."""
+    """Train and return top-1 of the exported file, its bytes, and the CPU time of training."""
     start = time.process_time()
     tuned, batches = prepared(task, row)
     config = LoopConfig(epochs=task.epochs, rate=task.rate, warm_up=0.05, quantizer_rate=row.quantizer_rate)
@@ -248,7 +249,7 @@ def trained(task: Task, row: Row) -> dict[str, float]:
 
 
 def top1_of_module(task: Task) -> float:
-    """Of the float net."""
+    """Return top-1 of the float net."""
     x, y = tensors(task.test)
     with torch.no_grad():
         found = torch.cat([task.module(part).argmax(1) for part in x.split(500)])
@@ -256,7 +257,7 @@ def top1_of_module(task: Task) -> float:
 
 
 def steps(task: Task, rounds: int) -> dict[str, float]:
-    """CPU time of a training step over that of the float net: medians over interleaved rounds, one thread."""
+    """Return the CPU time of a training step over the float net's: medians over interleaved rounds, one thread."""
     torch.set_num_threads(1)
     lsq_plus = Row("LSQ+ W4A4", 4, 4, named("lsq_plus", "lsq_plus"))
     sides = {
@@ -273,7 +274,7 @@ def steps(task: Task, rounds: int) -> dict[str, float]:
         for name in sides if i % 2 else reversed(sides):
             start = time.process_time()
             sides[name](*batches[i % 4])
-            if i >= 2:  # the first ones warm up
+            if i >= 2:  # the first two are warm-up
                 times[name].append(time.process_time() - start)
     return {
         name: statistics.median(a / b for a, b in zip(found, times["float"], strict=True))
@@ -283,7 +284,7 @@ def steps(task: Task, rounds: int) -> dict[str, float]:
 
 
 def stepper(model: nn.Module, penalized: Any) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """One step of AdamW."""
+    """Return a function that runs one step of AdamW."""
     own = [*model.parameters()]
     own += [p for p in penalized.parameters() if penalized is not model] if penalized is not None else []
     optimizer = torch.optim.AdamW(own, lr=1e-5)

@@ -1,3 +1,3 @@
-"""The samples are scripts, run from their own folder: none of them is imported to look for examples in docstrings."""
+"""Keeps pytest from collecting doctests in the samples: they are scripts that run from their own folder."""
 
 collect_ignore_glob = ["*/train.py"]

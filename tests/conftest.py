@@ -1,4 +1,4 @@
-"""What all tests share: a quiet hypothesis, and the digits sample trained once."""
+"""Fixtures and settings for all tests: a deterministic hypothesis profile, and the digits sample, trained once."""
 
 import hashlib
 import os
@@ -13,17 +13,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Before torch is imported: on nets as small as these, threads that wait for each other cost more than they give.
+# Set before torch is imported. On nets this small, several threads are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# The same examples on every run and machine; time limits belong to no test that a busy machine may run.
+# Use the same examples on every run and machine, and no time limits, because the machine may be busy.
 hypothesis.settings.register_profile("qcompress", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("qcompress")
 
 
 @pytest.fixture
 def all_cores() -> Iterator[None]:
-    """As many threads as torch takes by itself: for what must not depend on the order in which they end."""
+    """Run a test with all cores, to check that results do not depend on the order in which threads end."""
     import torch
 
     before = torch.get_num_threads()
@@ -34,7 +34,7 @@ def all_cores() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def digits(request: pytest.FixtureRequest) -> Path:
-    """A folder with what `samples/digits/train.py` writes; kept between runs until the sample changes. Read-only."""
+    """Return a read-only folder with the output of `samples/digits/train.py`, kept until the sample changes."""
     sample = ROOT / "samples" / "digits"
     key = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(sample.glob("*.py")))).hexdigest()[:12]
     cache = request.config.cache

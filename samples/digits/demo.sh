@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: demo.sh FOLDER. Trains the sample into FOLDER and takes it from `analyze` to `gate`.
+# Usage: demo.sh FOLDER. Trains the sample in FOLDER and runs all commands on it, from `analyze` to `gate`.
 set -euo pipefail
 
 sample=$(cd "$(dirname "$0")" && pwd)
@@ -18,7 +18,7 @@ run qcompress export model.pt --bits 2
 run qcompress validate model.pt model.w2.onnx --data test.npz
 run qcompress gate model.w2.onnx --max-size 60kB --min-ratio 10 --max-drop 8% --min-agreement 90%
 
-printf '\nThe same with a qcompress.toml, which says what the flags said:\n'
+printf '\nThe same commands with a qcompress.toml instead of options:\n'
 mkdir -p configured
 cp model.pt calibration.npz test.npz "$sample/qcompress.toml" configured/
 cd configured

@@ -5,10 +5,10 @@ from torch import nn
 
 
 class DigitsNet(nn.Module):
-    """Convolutions with BatchNorm, one residual block, a linear head: 149,312 weights at the default width.
+    """Convolutions with BatchNorm, one residual block and a linear head: 149,312 weights at the default width.
 
     Args:
-        width: channels of the first half; the second half has twice as many.
+        width: number of channels in the first half; the second half has twice as many.
     """
 
     def __init__(self, width: int = 64) -> None:
@@ -27,7 +27,7 @@ class DigitsNet(nn.Module):
         self.head = nn.Linear(2 * width, 10)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """[N, 1, 8, 8] in 0..1 -> [N, 10] logits."""
+        """Return [N, 10] logits for [N, 1, 8, 8] images with values in 0..1."""
         x = self.stem(image)
         x = torch.relu(x + self.block(x))
         return self.head(self.top(x).mean((2, 3)))

@@ -1,7 +1,8 @@
-"""Train DigitsNet on scikit-learn's digits and write what the commands of qcompress take.
+"""Trains DigitsNet on scikit-learn's digits and writes the input files for the commands of qcompress.
 
-Into the folder `--out`: `model.pt` (an exported program, any batch size), `state.pt` (the state dict, for `--arch`),
-`calibration.npz` (x: training images without labels) and `test.npz` (x, y). Takes about fifteen seconds on a CPU.
+Writes to the folder `--out`: `model.pt` (an exported program for any batch size), `state.pt` (the state dict, for
+`--arch`), `calibration.npz` (x: training images without labels) and `test.npz` (x, y). Takes about fifteen seconds on a
+CPU.
 """
 
 import argparse
@@ -24,13 +25,13 @@ EPOCHS = 25
 BATCH = 64
 LEARNING_RATE = 5e-3
 WEIGHT_DECAY = 1.0
-# Augmentation: shifts by a pixel, and noise. Noise also teaches the net to bear small errors, of weights too.
+# Standard deviation of the noise. It also makes the net tolerate small errors, including those of compressed weights.
 NOISE = 0.2
 LEAST_ACCURACY = 0.97
 
 
 def main() -> int:
-    """Train, write, and say how accurate the net is; 1 where it is not accurate enough."""
+    """Train the net, write the files and print the accuracy; return 1 if it is too low."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write to (default: the working directory)")
     out = parser.parse_args().out
@@ -39,7 +40,7 @@ def main() -> int:
     random.seed(SEED)
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)  # as fast on a net this small, and the same sums whatever the number of cores
+    torch.set_num_threads(1)  # more threads do not help, and sums do not depend on the number of cores
 
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(pixels))
@@ -71,7 +72,7 @@ def main() -> int:
 
 
 def train(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
-    """AdamW with one cycle of the learning rate."""
+    """Train with AdamW and a one-cycle learning rate."""
     steps = len(x) // BATCH
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=EPOCHS * steps)
@@ -88,14 +89,14 @@ def train(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
 
 
 def augmented(images: torch.Tensor) -> torch.Tensor:
-    """A batch shifted by at most a pixel each way, with noise."""
+    """Return the batch, shifted by at most one pixel in each direction, with noise."""
     down, right = torch.randint(0, 3, (2,)).tolist()
     shifted = nn.functional.pad(images, (1, 1, 1, 1))[:, :, down : down + 8, right : right + 8]
     return shifted + NOISE * torch.randn_like(shifted)
 
 
 def exported(net: nn.Module, example: torch.Tensor) -> bytes:
-    """The program of a net as torch.export writes it, with a batch of any size."""
+    """Return the net's program as torch.export writes it, for batches of any size."""
     program = torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     file = io.BytesIO()
     torch.export.save(program, file)

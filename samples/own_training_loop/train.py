@@ -42,7 +42,7 @@ def main() -> None:
     plan = qc.Plan.from_flags(bits=2, activation_bits=4)
     tuned = qc.prepare(net, plan, example_inputs=(x[:256],), regularizers=[qc.regularizers.BinRegularizer])
 
-    # From here on this is an ordinary loop: it calls `tuned` instead of `net` and adds the regularizers to the loss.
+    # The rest is an ordinary loop that calls `tuned` instead of `net` and adds the regularizers' penalty to the loss.
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=LEARNING_RATE)
     steps = len(x) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=EPOCHS * steps)
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def images(path: Path) -> tuple[torch.Tensor, torch.Tensor, qc.Dataset]:
-    """Returns training images, their labels, and the test data, which shares no image with them."""
+    """Returns training images, their labels, and test data with other images."""
     test = qc.load_data(str(path))
     tested = {image.tobytes() for image in test.inputs["x"]}
     pixels, labels = load_digits(return_X_y=True)

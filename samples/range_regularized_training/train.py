@@ -1,6 +1,6 @@
 """Trains the digits net with and without a penalty on the range of its weights, and compresses both to 2 bits.
 
-The penalty (R² in its margin form) acts on the float model, which is then compressed like any other, without training.
+The penalty (R² in its margin form) acts on the float model, which is then compressed without training like any other.
 On this net a factor of 0.1 has more effect than the paper's 0.01. Takes about twenty seconds on a CPU.
 """
 
@@ -65,7 +65,7 @@ def trained(x: torch.Tensor, y: torch.Tensor, *, ranged: bool) -> nn.Module:
 
 
 def top1(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Returns the share of images that are classified correctly."""
+    """Returns the share of correctly classified images."""
     with torch.no_grad():
         return float((net(x).argmax(1) == y).float().mean())
 

@@ -1,4 +1,4 @@
-"""Whole nets in integer compute: written in any format, and compared with torch as `validate` does."""
+"""Writes whole nets for integer compute in any format and compares them with torch as `validate` does."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,8 +43,8 @@ class Agreement:
     """Writes a compressed model in any format and compares it with torch on some inputs; traces it once.
 
     Args:
-        small: for int8 compute; its weights become such that this CPU's kernels multiply exactly.
-        inputs: by name; one batch.
+        small: a model for int8 compute; its weights are changed so that this CPU's kernels multiply exactly.
+        inputs: one batch of inputs by name.
     """
 
     small: CompressedModel
@@ -82,7 +82,7 @@ class Agreement:
         return {node.op_type for node in self.model(format).graph.node}
 
     def failures(self, format: str) -> list[str]:
-        """Return what does not agree; empty if all is well."""
+        """Return descriptions of all disagreements; empty if the file agrees with torch."""
         return list(self._failures(format))
 
     def _failures(self, format: str) -> Iterator[str]:
@@ -112,11 +112,11 @@ class Agreement:
                     yield f"{format} {mode}: {name} is off by {error:.1e} without the codes as outputs"
 
     def distance(self, format: str) -> float:
-        """Return the distance of a file from a torch program that quantizes by the artifacts' grids itself.
+        """Return the distance of a file from a torch program that itself quantizes with the artifacts' grids.
 
         Returns:
-            Root mean square of the difference over that of the outputs' noise. Each difference of a code runs through
-            the rest of the net, so that the distance is small, but not 0.
+            Root mean square of the difference over that of the outputs' noise. Each differing code affects the rest of
+            the net, so the distance is small, but not 0.
         """
         small, quantize = stepped(self.small), rounding(list(self.small.activations.values()))
         weights = {name: artifact.dequantize() for name, artifact in small.artifacts.items()}
@@ -157,7 +157,7 @@ class Agreement:
 
 
 class _Doubles(Interpreter):
-    """Runs a graph in float64, what it makes itself (the first state of an LSTM) included."""
+    """Runs a graph in float64, including tensors that it creates itself (the first state of an LSTM)."""
 
     def run_node(self, n: Node) -> Any:
         return tree_map_only(torch.Tensor, lambda v: v.double() if v.is_floating_point() else v, super().run_node(n))

@@ -1,4 +1,4 @@
-"""A small network, archives whose members a test changes, and objects that a hostile file would spring."""
+"""A small network, archives whose members a test can change, and objects as in a hostile pickle."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Small(nn.Module):
-    """One layer of each kind, a tied weight, a buffer that is not saved; a class of the user's own."""
+    """One layer of each kind, a tied weight and a buffer that is not saved, in a user-defined class."""
 
     def __init__(self, classes: int = 4) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Small(nn.Module):
 
 
 class Trap:
-    """An object whose pickle calls something when it is read."""
+    """An object whose pickle calls a function when it is read."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self.call = function, args
@@ -46,12 +46,12 @@ class Archive:
         self.data = data
 
     def member(self, name: str) -> bytes:
-        """A member below the top folder."""
+        """Return the content of a member below the top folder."""
         with zipfile.ZipFile(io.BytesIO(self.data)) as archive:
             return archive.read(f"{archive.namelist()[0].partition('/')[0]}/{name}")
 
     def with_members(self, members: dict[str, bytes | None]) -> "Archive":
-        """With members replaced, added or, where None, left out."""
+        """Return a copy with members replaced, added or, if None, removed."""
         out = io.BytesIO()
         with zipfile.ZipFile(io.BytesIO(self.data)) as old, zipfile.ZipFile(out, "w") as new:
             root = old.namelist()[0].partition("/")[0]
@@ -64,18 +64,18 @@ class Archive:
         return Archive(out.getvalue())
 
     def with_json(self, edit: Callable[[dict[str, Any]], object], name: str = "models/model.json") -> "Archive":
-        """With a JSON member changed in place by `edit`."""
+        """Return a copy with a JSON member that `edit` has changed in place."""
         program = json.loads(self.member(name))
         edit(program)
         return self.with_members({name: json.dumps(program).encode()})
 
     def with_text(self, old: str, new: str) -> "Archive":
-        """With a JSON string of the graph replaced, wherever it stands."""
+        """Return a copy with all occurrences of a JSON string in the graph replaced."""
         text = self.member("models/model.json").decode()
         assert json.dumps(old) in text
         return self.with_members({"models/model.json": text.replace(json.dumps(old), json.dumps(new)).encode()})
 
     def save(self, folder: Path, name: str = "model.pt2") -> Path:
-        """Written to a file."""
+        """Write the archive to a file and return its path."""
         (folder / name).write_bytes(self.data)
         return folder / name

@@ -1,6 +1,6 @@
-"""`torch.nn` nets that a seed draws: blocks of every sort, several consumers of one value, outputs in the middle.
+"""Draws `torch.nn` nets from a seed: blocks of every kind, values with several consumers, outputs in the middle.
 
-Hypothesis draws the seeds and the depths: drawing each choice, it would try near copies of one net, a second each.
+Hypothesis draws only the seeds and the depths. If it drew each choice, it would try many similar nets, a second each.
 """
 
 import random
@@ -34,7 +34,7 @@ class Step:
     Args:
         text: a description for people.
         takes: positions of its operands; 0 is the input.
-        function: computes it; a module is a part of the net.
+        function: computes the value; a module becomes part of the net.
     """
 
     text: str
@@ -43,7 +43,7 @@ class Step:
 
 
 class Drawn(nn.Module):
-    """Runs steps; returns the last value, and others by position."""
+    """Runs steps; returns the last value and those at the output positions."""
 
     def __init__(self, steps: list[Step], outputs: list[int]) -> None:
         super().__init__()
@@ -62,11 +62,11 @@ class Drawn(nn.Module):
 
 @dataclass
 class Net:
-    """A net, how to show it, and the shape of its input.
+    """A net with its description and the shape of its input.
 
     Args:
-        module: in eval mode.
-        shape: of a sample.
+        module: the net in eval mode.
+        shape: shape of one sample.
         text: one line for each step.
     """
 
@@ -113,7 +113,7 @@ class _Builder:
         return [i for i in reversed(range(len(self.values))) if len(self.of(i)) == len(self.shape)]
 
     def before(self, i: int) -> set[int]:
-        """Return the positions of a value and of all values that it is made from, without the input."""
+        """Return the positions of a value and of all values that it depends on, without the input."""
         found: set[int] = set()
         stack = [i]
         while stack:
@@ -131,7 +131,7 @@ def _activation(b: _Builder, x: int) -> int:
     name = b.one(None, "relu", "relu", "inplace relu", "relu6", "hardtanh", "leaky", "silu", "hardswish", "sigmoid")
     if name is None:
         return x
-    if name == "inplace relu" and (x == 0 or len(b.steps) != x):  # would change what others take
+    if name == "inplace relu" and (x == 0 or len(b.steps) != x):  # would change the operands of other steps
         name = "relu"
     return b.add(name, (x,), ACTIVATIONS[name]())
 
@@ -359,8 +359,8 @@ def draw_net(seed: int, depth: int) -> Net:
     """Return the net of a seed; it computes finite values on normal random inputs.
 
     Args:
-        seed: of its choices and of its weights.
-        depth: number of blocks behind the first.
+        seed: seed of its structure and its weights.
+        depth: number of blocks after the first.
     """
     generator = random.Random(seed)
     with torch.random.fork_rng():
@@ -378,7 +378,7 @@ def draw_net(seed: int, depth: int) -> Net:
             _mlp(builder)
         outputs = [len(builder.steps)]
         if not any(isinstance(builder.steps[i - 1].function, LAYERS) for i in builder.before(outputs[0])):
-            outputs.append(1)  # a net without a layer would show nothing
+            outputs.append(1)  # a net without layers would not test anything
         if generator.random() < 0.3:
             outputs.append(generator.randrange(1, len(builder.steps) + 1))
         module = randomized(Drawn(builder.steps, list(dict.fromkeys(outputs))), seed)

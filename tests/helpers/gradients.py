@@ -9,9 +9,9 @@ def agree(function, answer, tensors, *constants):
 
     Args:
         function: takes the tensors and the constants; returns a tensor.
-        answer: the reference: takes the same as arrays, and the gradient by the output; returns output and gradients by
-            name.
-        tensors: the arguments that get gradients: arrays by name.
+        answer: the reference; takes the same arguments as arrays, and the gradient of the output; returns the output
+            and the gradients by name.
+        tensors: the arguments that get gradients, arrays by name.
         constants: the other arguments.
     """
     arrays = {name: np.asarray(value, np.float64) for name, value in tensors.items()}

@@ -1,8 +1,8 @@
-"""Small chains of layers with artifacts and grids made by hand; what they must compute, in float64 from artifacts.
+"""Small chains of layers with handmade artifacts and grids, and a float64 reference computed from the artifacts.
 
-Nothing here looks into the lowering: codes are (value - offset) / scale as the grid's definition has it, a padded
-convolution pads the dequantized tensor with zeros, and the file's own codes are where each next layer starts, so that a
-difference shows where it arises.
+The reference does not use the lowering. Codes are (value - offset) / scale as in the grid's definition, a padded
+convolution pads the dequantized tensor with zeros, and each layer starts from the file's own codes, so that a
+difference shows up at the layer that causes it.
 """
 
 import copy
@@ -43,12 +43,12 @@ from tests.helpers.saturation import all_exact_here, kernels_saturate
 Doubles = npt.NDArray[np.float64]
 MODES: tuple[Mode, ...] = ("exact", "deployed")
 FORMATS = ("qdq", "integer")
-TIE = 1e-4  # of a step; a code of 8 bits has float32 errors of 3e-5
-OUTPUT_OFF = 1e-4  # of the output's spread
+TIE = 1e-4  # in steps; an 8-bit code has float32 errors of 3e-5
+OUTPUT_OFF = 1e-4  # share of the output's spread
 
 
 class Chain(nn.Module):
-    """layer -> clamp -> head."""
+    """Runs layer, clamp and head in sequence."""
 
     names = ("layer", "head")
 
@@ -62,7 +62,7 @@ class Chain(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """A chain and its input's shape without the batch."""
+    """A chain with the shape of its input without the batch axis."""
 
     layer: Callable[[], nn.Module]
     clamp: Callable[[], nn.Module]
@@ -108,7 +108,7 @@ KINDS: dict[str, Kind] = {
 
 @functools.cache
 def chain(kind: str) -> tuple[Chain, FloatProgram]:
-    """Return the chain of a kind, and its program, traced once."""
+    """Return the chain of a kind and its program, traced once."""
     made = KINDS[kind]
     with torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(kind.encode()))
@@ -120,7 +120,7 @@ def chain(kind: str) -> tuple[Chain, FloatProgram]:
 
 
 def artifact(kind: str, shape: tuple[int, ...], axis: int, bits: int, random: np.random.Generator) -> Artifact:
-    """Make a weight of a kind: no two channels alike, all codes used where there are enough weights."""
+    """Make a weight of a kind in which all channels differ and, if there are enough weights, all codes occur."""
     outputs, limits = shape[axis], IntegerRange(bits, True)
     values = np.resize(random.permutation(1 << bits), shape)
     codes = random.permuted(values.ravel()).reshape(shape).astype(np.uint8)
@@ -186,7 +186,7 @@ GRIDS = ("zero point", "signed", "beta below 0", "beta above 0", "signed with be
 
 def grid(kind: str, site: tuple[str, int], values: Doubles, bits: int) -> ActivationGrid:
     """Make a grid of a kind whose ends lie within the values, so that both clip."""
-    low, high = (1.0173 * float(np.quantile(values, q)) for q in (0.03, 0.97))  # no multiple of another grid's step
+    low, high = (1.0173 * float(np.quantile(values, q)) for q in (0.03, 0.97))  # not a multiple of another grid's step
     levels = (1 << bits) - 1
     if kind == "zero point":
         scale = max(high - min(low, 0.0), 1e-3) / levels
@@ -214,14 +214,14 @@ def steps(g: ActivationGrid, values: Doubles) -> Doubles:
 
 
 def quantized(g: ActivationGrid, values: Doubles) -> npt.NDArray[np.uint8]:
-    """Return stored codes by the definition of the grid, in float64."""
+    """Return the stored codes that the grid's definition gives in float64."""
     n, z = IntegerRange(g.bits, g.signed).n, g.zero_point
     codes = np.rint(steps(g, values)) + (-n if z is None else z)
     return np.clip(codes, 0, g.levels).astype(np.uint8)
 
 
 def is_tie(g: ActivationGrid, values: Doubles) -> npt.NDArray[np.bool_]:
-    """Return where float32 decides which way a value is rounded; few distinct inputs repeat such values."""
+    """Return where float32 errors decide how a value is rounded; with few distinct inputs such values repeat."""
     return np.asarray(np.abs(np.abs(steps(g, values) % 1) - 0.5) < TIE)
 
 
@@ -233,12 +233,12 @@ def dequantized(g: ActivationGrid, codes: npt.NDArray[np.uint8]) -> Doubles:
     return (codes.astype(np.float64) + n) * float(g.scale) + float(g.offset)
 
 
-# --- what a chain must compute
+# --- the reference
 
 
 @dataclass
 class Case:
-    """A compressed chain, and inputs that reach both ends of its grids."""
+    """A compressed chain with inputs that reach both ends of its grids."""
 
     module: Chain
     model: CompressedModel
@@ -258,7 +258,7 @@ class Case:
         return list(self.model.activations.values())
 
     def failures(self, format: str) -> list[str]:
-        """Return what does not agree with the reference, in either session; empty if all is well."""
+        """Return descriptions of all differences from the reference in either session; empty if they agree."""
         reports = self.file(format).report.layers
         found = [f"{r.weight} saturates on this CPU" for r in reports if kernels_saturate() and r.saturation]
         for mode in MODES:
@@ -267,7 +267,7 @@ class Case:
         return found
 
     def checks(self, format: str, edit: Callable[[onnx.ModelProto], None] | None = None) -> dict[str, str]:
-        """Return what the first two checks of `validate` say against an edited file; empty if they pass."""
+        """Return the details of the first two checks of `validate` that an edited file fails; empty if it passes."""
         model = self.proto(format)
         if edit is not None:
             edit(model)
@@ -285,7 +285,7 @@ class Case:
         return {f"{c.name} {c.session}": c.detail for c in found if not c.ok}
 
     def compare(self, values: Mapping[str, npt.NDArray[Any]], format: str) -> list[str]:
-        """Compare a file's codes and outputs with float64, each from the file's codes before it."""
+        """Compare a file's codes and outputs with float64, each computed from the preceding codes of the file."""
         found = []
         reports = {r.weight: r for r in self.file(format).report.layers}
         value: Doubles = self.x.astype(np.float64)
@@ -305,7 +305,7 @@ class Case:
         return found
 
     def step(self, name: str, value: Doubles, bias_error: Doubles | None = None) -> Doubles:
-        """Compute one layer, and the clamp behind it, in float64."""
+        """Compute one layer and the clamp after it in float64."""
         layer = getattr(self.module, name)
         state = {
             part: torch.from_numpy(self.model.artifacts[f"{name}.{part}"].dequantize().astype(np.float64))
@@ -320,10 +320,10 @@ class Case:
     def bias_error(
         self, name: str, g: ActivationGrid, taken: float, report: LayerReport, format: str
     ) -> Doubles | None:
-        """Return what rounding a bias to steps of s_x * s_w changes; None where the kernel takes no int32 bias.
+        """Return the error from rounding a bias to steps of s_x * s_w; None if the kernel has no int32 bias.
 
-        This is the one thing in which kernels cannot follow the artifacts. The bias holds the free offsets of the
-        layer's input and, `taken`, of the quantizer of its output.
+        This is the only error that kernels add to the artifacts. The bias includes the free offset of the layer's input
+        and, as `taken`, that of its output's quantizer.
         """
         layer, bias = getattr(self.module, name), self.model.artifacts.get(f"{name}.bias")
         folded = report.offset == "folded"
@@ -349,7 +349,7 @@ def is_conv(layer: nn.Module) -> bool:
 
 
 def codes_and_outputs(data: bytes, sites: int, x: npt.NDArray[np.float32], mode: Mode) -> dict[str, npt.NDArray[Any]]:
-    """Run a file; return its codes q0, q1, ... and its outputs."""
+    """Run a file and return its codes q0, q1, ... and its outputs."""
     model = onnx.load_from_string(data)
     model.graph.output.extend(onnx.ValueInfoProto(name=f"q{i}") for i in range(sites))
     return run(session(model.SerializeToString(), mode), {"x": x})

@@ -1,4 +1,4 @@
-"""Small networks that between them have every kind of layer, and what the tests do with them."""
+"""Small networks that together contain every kind of layer, and functions that trace them and make inputs."""
 
 import functools
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from qcompress.graph.tracing import from_module
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The module in eval mode, its BatchNorm statistics and scales as after training, some scales negative."""
+    """Return the module in eval mode with BatchNorm statistics and scales as after training, some scales negative."""
     generator = torch.Generator().manual_seed(seed)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
@@ -29,7 +29,7 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 class Residual(nn.Module):
-    """Convolutions of every sort, BatchNorm behind most, a residual add, a linear head."""
+    """Convolutions of every kind, most with BatchNorm, a residual add and a linear head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Residual(nn.Module):
 
 
 class Tied(nn.Module):
-    """Embedding tied to the output layer, attention, a recurrent layer, dict in and dict out, two inputs."""
+    """An embedding tied to the output layer, attention and a recurrent layer; takes and returns a dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,35 +70,35 @@ class Tied(nn.Module):
 
 
 def traced(module: nn.Module, **inputs: Any) -> FloatProgram:
-    """The module as a float program; arrays by input name."""
+    """Trace a module to a float program, with example arrays by input name."""
     return from_module(module, ProgramOptions(inputs={n: np.asarray(v) for n, v in inputs.items()}))
 
 
 def image(batch: int = 3, seed: int = 0, shape: tuple[int, ...] = (3, 9, 9)) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Random input images."""
+    """Return random input images."""
     return np.random.default_rng(seed).standard_normal((batch, *shape)).astype(np.float32)
 
 
 def sentences(batch: int = 3, seed: int = 0) -> Mapping[str, np.ndarray[Any, Any]]:
-    """Inputs of `Tied`."""
+    """Return inputs of `Tied`."""
     random = np.random.default_rng(seed)
     return {"ids": random.integers(0, 40, (batch, 5)), "mask": (random.random((batch, 5)) < 0.8).astype(np.float32)}
 
 
 @functools.cache
 def residual() -> FloatProgram:
-    """`Residual`, traced once; the same weights each time."""
+    """Return `Residual`, traced once, with the same weights each time."""
     return seeded(Residual, x=image())
 
 
 @functools.cache
 def tied() -> FloatProgram:
-    """`Tied`, in the same way."""
+    """Return `Tied`, traced once, with the same weights each time."""
     return seeded(Tied, **sentences())
 
 
 def seeded(make: type[nn.Module], **inputs: Any) -> FloatProgram:
-    """A class of nets traced, with the same weights each time."""
+    """Trace a net of the given class with the same weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return traced(randomized(make()), **inputs)

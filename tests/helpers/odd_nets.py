@@ -1,4 +1,4 @@
-"""Small nets with the parts of known architectures, one each: what they take, and what is odd about them."""
+"""Small nets with unusual parts of known architectures, one part each, and the shapes of their inputs."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class MobileNetBlock(nn.Module):
-    """TensorFlow's padding: more at the end than at the start."""
+    """A block with TensorFlow's padding: more at the end than at the start."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class MobileNetBlock(nn.Module):
 
 
 class OptionA(nn.Module):
-    """A shortcut of ResNet-20: every other pixel, the missing channels zeros."""
+    """ResNet-20's shortcut of type A: every other pixel, with zeros for the missing channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class OptionA(nn.Module):
 
 
 class Dense(nn.Module):
-    """Concatenations of everything before."""
+    """Layers whose input is the concatenation of all earlier values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class FixedBatch(nn.Module):
 
 
 class QuantizedOutput(nn.Module):
-    """Its outputs are what layers take, and what a layer gives into an add."""
+    """A net whose outputs include layer inputs and a layer's output that is an operand of an add."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class InputAsOutput(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Changes values that others read, by views, too."""
+    """Changes values in place that other operations read, also through views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class Upsample(nn.Module):
 
 
 class Chunks(nn.Module):
-    """The same values by chunk, split and index."""
+    """Takes the same values by chunk, split and index."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class Chunks(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """Layers and sums take values both in front of a clamp and behind it."""
+    """Uses values both before and after a clamp as operands of layers and sums."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -296,7 +296,7 @@ class PreActivation(nn.Module):
 
 
 class Unused(nn.Module):
-    """Values that nothing takes, one of them changed in place, one through a dropout."""
+    """Computes unused values, one changed in place and one through a dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,7 +310,7 @@ class Unused(nn.Module):
 
 
 class Strange(nn.Module):
-    """Bilinear upsampling, instance norm, a product of activations: float between integers."""
+    """Float operations between integer layers: bilinear upsampling, instance norm, a product of activations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -324,7 +324,7 @@ class Strange(nn.Module):
 
 
 class MaskedPool(nn.Module):
-    """Moves of every sort in front of layers: stack, expand, roll, flip, repeat, gather, where, clamp, masked fill."""
+    """Data movement before layers: stack, expand, roll, flip, repeat, gather, where, clamp, masked fill."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -374,14 +374,14 @@ ODD: dict[str, tuple[type[nn.Module], dict[str, tuple[int, ...]]]] = {
 
 
 def odd_net(name: str) -> nn.Module:
-    """In eval mode; the same each time."""
+    """Return a net in eval mode, with the same weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(sum(name.encode()))
         return randomized(ODD[name][0]())
 
 
 def odd_inputs(name: str, samples: int, seed: int = 0) -> Arrays:
-    """Random inputs: normal floats, ids below 40."""
+    """Return random inputs: normally distributed floats, and ids below 40."""
     random = np.random.default_rng(seed)
     return {
         key: random.integers(0, 40, (samples, *shape))

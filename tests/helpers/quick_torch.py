@@ -1,6 +1,6 @@
-"""What torch looks up anew for every trace, though it finds the same each time; it is most of what a small net takes.
+"""Speeds up tracing: torch repeats some look-ups for every trace, and they take most of the time of a small net.
 
-`look_up_once` is called where tests trace: what a trace holds is the same with it.
+Tests that trace call `look_up_once`; it does not change the traces.
 """
 
 import copy
@@ -19,14 +19,14 @@ def look_up_once() -> None:
 
 
 def _registry(read, opset_version):
-    """A registry of one's own, to add operators to."""
+    """Return a copy of the registry, so that adding operators does not change the cached one."""
     registry = copy.copy(read(opset_version))
     registry.functions = {name: list(found) for name, found in registry.functions.items()}
     return registry
 
 
 def _materialize(materialize, known):
-    """Look again only where an operator was registered since."""
+    """Repeat the look-up only if operators were registered since the last one."""
     found = set(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
     if found - known:
         materialize()

@@ -1,4 +1,4 @@
-"""The obvious way to do what the package does fast: one bit, one element, one loop at a time."""
+"""Slow and simple references for the package's fast functions: one bit or one element at a time."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -10,7 +10,10 @@ import numpy.typing as npt
 
 
 def pack_bit_by_bit(codes: Sequence[int], bits: int) -> bytes:
-    """Bit b of code i is bit i * bits + b of the stream; bit s of the stream is bit s % 8 of byte s // 8."""
+    """Pack codes one bit at a time.
+
+    Bit b of code i is bit i * bits + b of the stream; bit s of the stream is bit s % 8 of byte s // 8.
+    """
     stream = bytearray(-(-len(codes) * bits // 8))
     for i, code in enumerate(codes):
         for b in range(bits):
@@ -26,7 +29,7 @@ def dequantize_palette(
     rows_per_lut: int | None,
     scale: npt.NDArray[Any] | None,
 ) -> npt.NDArray[np.float32]:
-    """Each element by itself: its output channel says which table and which scale."""
+    """Dequantize each element separately; its output channel selects the table and the scale."""
     values = np.empty(codes.shape, np.float32)
     for index in np.ndindex(*codes.shape):
         channel = index[axis] if index else 0
@@ -43,7 +46,7 @@ def dequantize_uniform(
     axis: int | None,
     block_size: int | None,
 ) -> npt.NDArray[np.float32]:
-    """Each element by itself: its place along the axis says which scale and which zero point."""
+    """Dequantize each element separately; its index along the axis selects the scale and the zero point."""
     values = np.empty(codes.shape, np.float32)
     for index in np.ndindex(*codes.shape):
         place: Any = ()
@@ -57,13 +60,13 @@ def dequantize_uniform(
 
 
 def nearest(value: float, lut: Sequence[float]) -> int:
-    """The index of the nearest entry, in exact fractions; of two equally near ones the lower."""
+    """Return the index of the nearest entry, computed in exact fractions; the lower one of two equally near entries."""
     distances = [abs(Fraction(value) - Fraction(entry)) for entry in lut]
     return distances.index(min(distances))
 
 
 def best_squared_error(values: Sequence[float], k: int) -> float:
-    """The least total squared distance of sorted values to k means, by trying every split."""
+    """Return the least total squared distance of sorted values to k means, found by trying every split."""
 
     def error(run: Sequence[float]) -> float:
         mean = sum(run) / len(run)
@@ -78,7 +81,7 @@ def best_squared_error(values: Sequence[float], k: int) -> float:
 def nearest_vector(
     vector: Sequence[float], lut: Sequence[Sequence[float]], masses: Sequence[float] | None = None
 ) -> int:
-    """The index of the nearest entry, in exact fractions; of equally near ones the first."""
+    """Return the index of the nearest entry, computed in exact fractions; the first one of equally near entries."""
     weighed = [Fraction(mass) for mass in masses] if masses is not None else [Fraction(1)] * len(vector)
     distances = [
         sum(m * (Fraction(x) - Fraction(c)) ** 2 for m, x, c in zip(weighed, vector, entry, strict=True))
@@ -88,7 +91,7 @@ def nearest_vector(
 
 
 def lloyd(vectors_VD: npt.NDArray[np.float64], k: int, seed: int, steps: int = 60) -> float:
-    """The squared error of plain k-means from k random vectors."""
+    """Return the squared error of plain k-means that starts from k random vectors."""
     lut_KD = vectors_VD[np.random.default_rng(seed).choice(len(vectors_VD), k, replace=False)]
     for _ in range(steps):
         squared_VK = ((vectors_VD[:, None] - lut_KD) ** 2).sum(axis=2)
@@ -97,18 +100,18 @@ def lloyd(vectors_VD: npt.NDArray[np.float64], k: int, seed: int, steps: int = 6
     return float(((vectors_VD[:, None] - lut_KD) ** 2).sum(axis=2).min(axis=1).sum())
 
 
-# Post-hoc activation grids: from the samples themselves, in float64.
+# Post-hoc activation grids, computed from the samples in float64.
 
 
 def affine_error(values: npt.NDArray[Any], scale: float, zero_point: int, levels: int) -> float:
-    """Σ(x_hat - x)² of an affine grid of unsigned codes."""
+    """Return Σ(x_hat - x)² of an affine grid of unsigned codes."""
     x = np.asarray(values, np.float64)
     codes = np.clip(np.rint(x / scale) + zero_point, 0, levels)
     return float((((codes - zero_point) * scale - x) ** 2).sum())
 
 
 def best_affine_error(values: npt.NDArray[Any], levels: int, steps: int) -> float:
-    """The least Σ(x_hat - x)², by trying `steps` shares of the range of each side of 0 with each other."""
+    """Return the least Σ(x_hat - x)² over all pairs of `steps` shares of the range on each side of 0."""
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     shares = np.arange(1, steps + 1) / steps
     best = np.inf
@@ -120,7 +123,7 @@ def best_affine_error(values: npt.NDArray[Any], levels: int, steps: int) -> floa
 
 
 def entropy_divergences(values: npt.NDArray[Any], groups: int, bins: int) -> dict[int, float]:
-    """KL(P‖Q) by the threshold in bins, as Migacz 2017 counts it: one threshold, one group at a time."""
+    """Return KL(P‖Q) by the threshold in bins, as in Migacz 2017, one threshold and one group at a time."""
     x = np.asarray(values, np.float64)
     width = np.abs(x).max() / bins
     edges = np.arange(bins + 1) * width
@@ -152,13 +155,13 @@ def entropy_divergences(values: npt.NDArray[Any], groups: int, bins: int) -> dic
     return divergences
 
 
-# Weights on integer grids: element by element, in float64 and in exact fractions.
+# Weights on integer grids, computed element by element in float64 and in exact fractions.
 
 
 def round_uniform(
     weight: npt.NDArray[Any], largest: int, axis: int | None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Codes and scales (0-d without an axis): the largest magnitude gets the largest code, halves the even one."""
+    """Return codes and scales (0-d without an axis); the largest magnitude gets the largest code, ties go to even."""
     magnitude = np.zeros(() if axis is None else weight.shape[axis], np.float32)
     for index in np.ndindex(*weight.shape):
         channel: Any = () if axis is None else index[axis]
@@ -172,7 +175,7 @@ def round_uniform(
 
 
 def best_integer_error(values: Sequence[float], masses: Sequence[float], k: int, largest: int) -> float:
-    """The least total squared distance of values to k integers in [-largest, largest], by trying every choice."""
+    """Return the least total squared distance of values to k integers in [-largest, largest], by trying all choices."""
 
     def error(chosen: Sequence[int]) -> float:
         return sum(m * min((v - c) ** 2 for c in chosen) for v, m in zip(values, masses, strict=True))
@@ -181,13 +184,13 @@ def best_integer_error(values: Sequence[float], masses: Sequence[float], k: int,
 
 
 def gptq(weights_K, hessian_KK, levels_KL, damping):
-    """GPTQ with activation order: after each rounding the weights that are still free move to their optimum."""
+    """Run GPTQ with activation order: after each rounding, the weights that are still free move to their optimum."""
     hessian = hessian_KK + damping * np.mean(np.diag(hessian_KK)) * np.eye(len(weights_K))
     now, free, codes = weights_K.astype(np.float64).copy(), list(range(len(weights_K))), np.zeros(len(weights_K), int)
     for j in sorted(free, key=lambda k: -hessian[k, k]):
         codes[j] = np.argmin(np.abs(levels_KL[j] - now[j]))
         error = now[j] - levels_KL[j, codes[j]]
         free.remove(j)
-        if free:  # minimise over the free ones: H_ff d = H_fj error
+        if free:  # minimise over the free weights: H_ff d = H_fj error
             now[free] += np.linalg.solve(hessian[np.ix_(free, free)], hessian[free, j] * error)
     return codes

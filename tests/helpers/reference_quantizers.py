@@ -1,7 +1,7 @@
-"""Quantizers and penalties as the papers write them: one element at a time, in float64.
+"""Computes quantizers and penalties as the papers define them, one element at a time in float64.
 
-Every function takes the arguments of its namesake as arrays. Those of quantizers also take g, the gradient of a loss by
-the output; for penalties the loss is the output. They return the output and the gradients of the loss by name.
+Every function takes the arguments of its namesake as arrays. Quantizers also take g, the gradient of a loss with
+respect to the output; for penalties, the loss is the output. They return the output and the gradients by name.
 """
 
 import math

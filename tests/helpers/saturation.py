@@ -1,6 +1,6 @@
-"""Integer kernels of x86 CPUs without VNNI add two products of uint8 with int8 in 16 bits, and saturate there.
+"""Makes models exact on x86 CPUs without VNNI, whose kernels add two uint8 x int8 products in 16 bits and saturate.
 
-Tests of integer compute must hold on such CPUs too: there they use weights whose products cannot saturate.
+Tests of integer compute must pass on such CPUs too, so they use weights there whose products cannot saturate.
 """
 
 import functools
@@ -16,12 +16,12 @@ from qcompress.compressed.model import CompressedModel
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET, ir_version
 from qcompress_exporters.parity.sessions import run, session
 
-LARGEST = 64  # code of a weight: 255 * (64 + 64) fits 16 bits
+LARGEST = 64  # largest weight code: 255 * (64 + 64) fits into 16 bits
 
 
 @functools.cache
 def kernels_saturate() -> bool:
-    """Return whether onnxruntime computes 255 * 127 + 255 * 127 wrong on this CPU; measured, not read off its flags."""
+    """Return whether onnxruntime computes 255 * 127 + 255 * 127 wrong on this CPU, as measured, not from CPU flags."""
     graph = helper.make_graph(
         [helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "g",
         [helper.make_tensor_value_info("x", TensorProto.UINT8, ["n", 2])],
@@ -36,7 +36,7 @@ def kernels_saturate() -> bool:
 
 
 def exact_here(artifact: Artifact) -> Artifact:
-    """Return a weight that this CPU multiplies exactly: the given one, or half its codes at twice its scale."""
+    """Return a weight that this CPU multiplies exactly: the given one, or halved codes at twice the scale."""
     found = artifact.integers()
     if found is None or not kernels_saturate() or np.abs(found.codes.astype(int)).max(initial=0) <= LARGEST:
         return artifact
@@ -48,7 +48,7 @@ def exact_here(artifact: Artifact) -> Artifact:
 
 
 def all_exact_here(artifacts: Mapping[str, Artifact]) -> dict[str, Artifact]:
-    """Return artifacts by name, each as `exact_here` has it."""
+    """Apply `exact_here` to all artifacts."""
     return {name: exact_here(artifact) for name, artifact in artifacts.items()}
 
 

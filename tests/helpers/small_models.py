@@ -1,4 +1,4 @@
-"""One small trained-looking model and what it writes, made once per run: tracing takes seconds."""
+"""One small model with weights as after training, and its files, made once per run because tracing takes seconds."""
 
 import functools
 import io
@@ -28,7 +28,7 @@ LAYERS = ("stem", "left", "right", "head")
 
 
 class Net(nn.Module):
-    """Two convolutions of the same shape, BatchNorm, a linear head."""
+    """A stem, two convolutions of the same shape, BatchNorm and a linear head."""
 
     def __init__(self, classes: int = 5) -> None:
         super().__init__()
@@ -44,27 +44,27 @@ class Net(nn.Module):
 
 
 def net(seed: int = 0) -> nn.Module:
-    """In eval mode, the same for the same seed."""
+    """Return the net of a seed in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return randomized(Net(), seed)
 
 
 def images(samples: int = 60, seed: int = 0) -> npt.NDArray[np.float32]:
-    """Inputs of `Net`."""
+    """Return inputs of `Net`."""
     return np.random.default_rng(seed).standard_normal((samples, 3, 8, 8)).astype(np.float32)
 
 
 @functools.cache
 def exported(seed: int = 0) -> torch.export.ExportedProgram:
-    """`net(seed)` with a dynamic batch."""
+    """Export `net(seed)` with a dynamic batch size."""
     batch = ({0: torch.export.Dim("batch")},)
     return torch.export.export(net(seed), (torch.from_numpy(images(2)),), dynamic_shapes=batch)
 
 
 @functools.cache
 def pt2(seed: int = 0) -> bytes:
-    """The same as a file."""
+    """Return the exported `net(seed)` as the bytes of a .pt2 file."""
     buffer = io.BytesIO()
     torch.export.save(exported(seed), buffer)
     return buffer.getvalue()
@@ -72,7 +72,7 @@ def pt2(seed: int = 0) -> bytes:
 
 @functools.cache
 def npz() -> bytes:
-    """`x`, and as `y` what `net()` says of most of it."""
+    """Return an .npz file with images `x` and labels `y`, most of which are predictions of `net()`."""
     x = images()
     with torch.no_grad():
         y = net()(torch.from_numpy(x)).numpy().argmax(1)
@@ -84,25 +84,25 @@ def npz() -> bytes:
 
 @functools.cache
 def program(seed: int = 0) -> FloatProgram:
-    """`net(seed)` as a float program."""
+    """Return `net(seed)` as a float program."""
     return from_exported(exported(seed), ProgramOptions())
 
 
 @functools.cache
 def compressed(seed: int = 0) -> CompressedModel:
-    """4 bits and one palette; `left` and `right`, which are alike: 2 bits, four palettes of four entries."""
+    """Compress `net(seed)` to 4 bits with one palette; `left` and `right` to 2 bits with four palettes each."""
     plan = Plan(default=Settings(bits=4), name={"[lr]*t.weight": Settings(bits=2, rows_per_lut=2)})
     return compress_program(program(seed), plan, PosthocSettings(effort="fast"), source_digest="0123456789a")
 
 
 @functools.cache
 def built(seed: int = 0) -> Built:
-    """The ONNX file of `compressed(seed)`, in memory."""
+    """Return the ONNX file of `compressed(seed)`, in memory."""
     return build(compressed(seed))
 
 
 def trace_once(program: FloatProgram) -> Trace:
-    """`trace`, remembered: weights are open in it, so that only the graph counts."""
+    """Return a cached `trace`; it does not depend on the values of weights, so the graph and the shapes are the key."""
     shapes = {name: tuple(value.shape) for name, value in program.state().items()}
     key = repr((str(program.exported.graph), shapes, program.input_names, program.output_names, program.dynamic))
     if key not in _TRACES:
