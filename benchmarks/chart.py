@@ -83,7 +83,7 @@ def chart(rows: Iterable[dict[str, Any]]) -> str:
             Series(css_class, label, [row for row in rows if row["recipe"] == recipe], has_widths=css_class == "a")
             for css_class, (recipe, label) in zip("ab", OURS.items(), strict=True)
         ),
-        Series("c", f"the best other tool ({names})", peers),
+        Series("c", f"{names}, its better palettizer", peers),
     ]
     parts = [*axes(original), *(part for one in reversed(series) for part in drawn(one)), *legend(series)]
     body = "\n".join(f"  {part}" for part in parts)

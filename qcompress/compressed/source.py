@@ -6,10 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-import numpy as np
-
-from qcompress.artifacts import FloatWeight
-from qcompress.artifacts.base import FLOAT_DTYPES
 from qcompress.graph.options import ProgramOptions
 from qcompress.kinds import UNKNOWN
 from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
@@ -57,9 +53,8 @@ class CompressedSource:
         from qcompress.compressed.folder import read_artifacts
 
         for name, artifact in read_artifacts(self.path)[1].items():
-            dtype = artifact.values.dtype if isinstance(artifact, FloatWeight) else np.dtype(np.float32)
-            widened = "float32" if dtype in FLOAT_DTYPES else dtype.name  # the dtype that `dequantize` returns
-            yield SourceTensor(name, UNKNOWN, LazyArray(artifact.shape, widened, artifact.dequantize))
+            lazy = LazyArray(artifact.shape, artifact.decoded_dtype.name, artifact.dequantize)
+            yield SourceTensor(name, UNKNOWN, lazy)
 
     def program(self, options: ProgramOptions) -> "FloatProgram":
         """Return the saved float program."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qcompress.artifacts import Artifact, FloatWeight
+from qcompress.artifacts import Artifact
 from qcompress.compressed.model import CompressedModel
 from qcompress.data.dataset import Dataset, as_dataset
 from qcompress.deployment import DEFAULT, Compute, Deployment
@@ -145,7 +145,7 @@ def compress_program(
         notes=folded.notes,
         compute=compute,
     )
-    if all(isinstance(artifact, FloatWeight) for artifact in model.artifacts.values()):
+    if all(artifact.reason for artifact in model.artifacts.values()):
         settings = replace(settings, effort="fast")
     inputs = inputs_for(program, calibration, settings, execution)
     model = replace(model, notes=(*model.notes, *inputs.notes))

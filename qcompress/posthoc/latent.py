@@ -6,7 +6,7 @@ that the tuned values make. A weight is the level nearest to its latent value an
 Shape suffixes: O = output channels, K = weights of one output channel, T = tables, L = levels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol, final
 
@@ -44,17 +44,8 @@ def latent_of(artifact: Artifact, value: torch.Tensor, device: str) -> Latent | 
         value: the tensor in the float program; of those that stay in float, only vectors of parameters are tuned.
         device: where it is computed.
     """
-    if isinstance(artifact, FloatWeight):
-        is_vector = value.ndim == 1 and value.dtype == torch.float32 and isinstance(value, torch.nn.Parameter)
-        return _Vector(artifact, device) if is_vector and artifact.values.dtype == np.float32 else None
-    if isinstance(artifact, PalettizedWeight):
-        is_plain = artifact.vector_dim == 1 and artifact.lut.shape[1] > 1
-        return _Palette(artifact, device) if is_plain and artifact.shape else None
-    if isinstance(artifact, IntegerWeight):
-        is_plain = artifact.zero_point is None and artifact.codes.dtype == np.int8
-        is_plain &= artifact.block_size is None or len(artifact.shape) == 2
-        return _EvenGrid(artifact, device) if is_plain and artifact.shape else None
-    return None
+    make = _LATENTS.get(artifact.kind)
+    return None if make is None else make(artifact, value, device)
 
 
 @final
@@ -201,3 +192,27 @@ class _EvenGrid:
 def _from_rows(values_OK: torch.Tensor, shape: tuple[int, ...], axis: int) -> Any:
     """Return rows as an array of a shape, in memory of its own."""
     return np.array(granularity.from_rows(to_numpy(values_OK), shape, axis), order="C")
+
+
+def _vector(artifact: FloatWeight, value: torch.Tensor, device: str) -> Latent | None:
+    is_vector = value.ndim == 1 and value.dtype == torch.float32 and isinstance(value, torch.nn.Parameter)
+    return _Vector(artifact, device) if is_vector and artifact.values.dtype == np.float32 else None
+
+
+def _palette(artifact: PalettizedWeight, value: torch.Tensor, device: str) -> Latent | None:
+    is_plain = artifact.vector_dim == 1 and artifact.lut.shape[1] > 1
+    return _Palette(artifact, device) if is_plain and artifact.shape else None
+
+
+def _even_grid(artifact: IntegerWeight, value: torch.Tensor, device: str) -> Latent | None:
+    is_plain = artifact.zero_point is None and artifact.codes.dtype == np.int8
+    is_plain &= artifact.block_size is None or len(artifact.shape) == 2
+    return _EvenGrid(artifact, device) if is_plain and artifact.shape else None
+
+
+# What tunes each kind of artifact.
+_LATENTS: Final[Mapping[str, Callable[[Any, torch.Tensor, str], Latent | None]]] = {
+    FloatWeight.kind: _vector,
+    PalettizedWeight.kind: _palette,
+    IntegerWeight.kind: _even_grid,
+}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from qcompress.artifacts import ActivationGrid, FloatWeight
+from qcompress.artifacts import FloatWeight
 from qcompress.artifacts.base import Floats
 from qcompress.compressed.model import CompressedModel
 from qcompress.data.dataset import Dataset
@@ -97,7 +97,7 @@ def snap_offsets(
     if not free:
         return model
     keys = list(model.activations)
-    grids = {s: g.snapped() if isinstance(g, ActivationGrid) and s in free else g for s, g in model.activations.items()}
+    grids = {s: g.snapped() if s in free else g for s, g in model.activations.items()}
     inputs = input_sites(mark(model.program, keys))
     behind: dict[str, Layer] = {
         name: layer

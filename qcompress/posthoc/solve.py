@@ -93,7 +93,7 @@ def solve_weights(
     def settle(reached: Reached) -> Mapping[str, torch.Tensor]:
         name = reached.layer.weight
         first = unsolved[name]
-        if isinstance(first, FloatWeight) or name not in tensors:
+        if first.reason or name not in tensors:
             return {}
         plain = _tensor(first, reached.weight)
         if not isinstance(reached.outputs[0], torch.Tensor):  # an embedding bag returns a tuple

@@ -42,22 +42,9 @@ class OnnxFormat:
 
     def proof(self, data: bytes) -> dict[str, Any] | None:
         """Return what onnxruntime found when it loaded a new file and decoded all its tensors."""
-        try:
-            import onnxruntime
-        except ImportError:
-            return None
-        import onnx
+        from qcompress_exporters.parity.decode import decodes_as_written
 
-        from qcompress_exporters.parity.decode import decoded, mismatches
-        from qcompress_exporters.parity.sessions import session
-
-        session(data, "deployed")  # the whole file loads
-        model = onnx.load_from_string(data)
-        values = decoded(model)
-        wrong = mismatches(model, values)
-        if wrong:
-            raise AssertionError(f"onnxruntime {onnxruntime.__version__} decodes {wrong[0]} to values we did not write")
-        return {"onnxruntime": onnxruntime.__version__, "tensors": len(values), "ok": True}
+        return decodes_as_written(data)
 
     def read(self, path: Path) -> "CompressedFile | None":
         """Return an ONNX file; None if it is something else."""

@@ -221,7 +221,7 @@ def test_int8_without_data_or_widths_is_refused():
         )
     with pytest.raises(ConfigError, match="at run time"):
         compress_program(small_models.program(), plan, dynamic, calibration=calibration())
-    with pytest.raises(ConfigError, match="format must be one of qdq, integer"):
+    with pytest.raises(ConfigError, match="format must be one of onnx, qdq, integer"):
         build(compressed(), format="int")
 
 
