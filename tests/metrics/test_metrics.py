@@ -121,7 +121,7 @@ LOGITS = np.eye(3, dtype=np.float32)
         ),
         ("auc", LOGITS[:, 0], None, "^Metric auc needs labels, but the data has no labels"),
         ("mse", LOGITS, None, "^Metric mse needs labels, but the data has no labels"),
-        ("top1", LOGITS[0], np.arange(3), r"needs an output of shape \[N, classes\], 'output' is \[3\]: name a"),
+        ("top1", LOGITS[0], np.arange(3), r"needs an output of shape \[N, classes\], 'output' is \[3\]: choose a metric"),
         ("top1", LOGITS[:, :1], np.zeros(3, int), r"classes\], 'output' is \[3, 1\]"),
         ("top1", LOGITS[..., None], np.arange(3), r"'output' is \[3, 3, 1\]"),
         (
@@ -154,7 +154,7 @@ LOGITS = np.eye(3, dtype=np.float32)
             r"labels shaped like the output 'output', \[3, 3\], got int64 of shape \[3\]: for cl",
         ),
         ("cosine", LOGITS, LOGITS.astype(str), r"got <U32 of shape \[3, 3\]"),
-        ("cosine", np.float32(1), LOGITS, "needs outputs with the samples along their first axis"),
+        ("cosine", np.float32(1), LOGITS, "needs outputs with samples along their first axis"),
         ("mse", LOGITS + np.float32(np.inf), LOGITS, r"must give finite numbers, 3 of 3 scores are NaN or Inf"),
     ],
 )
@@ -164,7 +164,7 @@ def test_refused(name: str, output: Any, y: Any, message: str) -> None:
 
 
 def test_no_output() -> None:
-    with pytest.raises(DataError, match="A metric needs outputs with the samples along their first axis, got none"):
+    with pytest.raises(DataError, match="A metric needs outputs with samples along their first axis, got no output"):
         METRICS["top1"]({}, np.arange(3))
 
 
