@@ -121,7 +121,12 @@ LOGITS = np.eye(3, dtype=np.float32)
         ),
         ("auc", LOGITS[:, 0], None, "^Metric auc needs labels, but the data has no labels"),
         ("mse", LOGITS, None, "^Metric mse needs labels, but the data has no labels"),
-        ("top1", LOGITS[0], np.arange(3), r"needs an output of shape \[N, classes\], 'output' is \[3\]: choose a metric"),
+        (
+            "top1",
+            LOGITS[0],
+            np.arange(3),
+            r"needs an output of shape \[N, classes\], 'output' is \[3\]: choose a metric",
+        ),
         ("top1", LOGITS[:, :1], np.zeros(3, int), r"classes\], 'output' is \[3, 1\]"),
         ("top1", LOGITS[..., None], np.arange(3), r"'output' is \[3, 3, 1\]"),
         (
