@@ -1,0 +1,71 @@
+"""The palette that DKM ends with: each vector's nearest centroid, and centroids at the means of their vectors.
+
+Entries are stored as float32, as float16, or as int8 with one scale for all.
+
+Shape suffixes: V = vectors of all groups, G = groups, K = centroids, D = numbers in a vector.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from qcompress.graph.conversion import to_numpy
+from qcompress.palettes.int8_palette import LARGEST
+from qcompress.palettes.scalar import half_shift
+from qcompress.plan.fields import LutDtype
+
+_AT_ONCE: Final = 1 << 20  # distances that are computed together
+
+
+@torch.no_grad()
+def assigned(x_VD: Tensor, c_GKD: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Returns the nearest centroid of each vector, int64 [V], and the centroids at the means of their vectors.
+
+    Centroids without vectors are left out of a single group; of several groups, they keep their place.
+
+    Args:
+        x_VD: the vectors of all groups, one group after the other.
+        c_GKD: the centroids; its dtype is that of the means.
+        lengths: number of vectors of each group.
+
+    >>> codes, lut = assigned(torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([[[0.0], [4.0], [9.0]]]), [3])
+    >>> codes.tolist(), lut.flatten().tolist()
+    ([0, 0, 1], [0.5, 5.0])
+    """
+    codes, means = [], []
+    for x, c in zip(torch.split(x_VD, list(lengths)), c_GKD, strict=True):
+        code = torch.cat([_nearest(part, c) for part in torch.split(x, max(1, _AT_ONCE // len(c)))])
+        sums = torch.zeros(c.shape, dtype=torch.float64, device=c.device).index_add_(0, code, x.double())
+        count = code.bincount(minlength=len(c))[:, None]
+        codes.append(code)
+        means.append(torch.where(count > 0, (sums / count).to(c.dtype), c))
+        if len(lengths) == 1:
+            (used,) = torch.where(count[:, 0] > 0)
+            return torch.searchsorted(used, code), means[0][used][None]
+    return torch.cat(codes), torch.stack(means)
+
+
+def _nearest(x_VD: Tensor, c_KD: Tensor) -> Tensor:
+    x, c = x_VD.double(), c_KD.double()
+    return torch.addmm(c.square().sum(1), x, c.T, beta=1, alpha=-2).argmin(1)
+
+
+@torch.no_grad()
+def stored(lut_GKD: Tensor, lut_dtype: LutDtype) -> tuple[Tensor, Tensor | None]:
+    """Returns the entries in the type that they are stored in, and the float32 scale that multiplies them; None: 1.
+
+    >>> entries, scale = stored(torch.tensor([[[-1.0], [0.5]]]), "int8")
+    >>> entries.flatten().tolist(), round(scale.item(), 5)
+    ([-127, 64], 0.00787)
+    """
+    lut = lut_GKD.float()
+    if lut_dtype == "int8":
+        largest = lut.abs().amax()
+        scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+        return (lut / scale).round().to(torch.int8), scale
+    if lut_dtype == "float16":
+        shift = half_shift(to_numpy(lut))
+        return lut.ldexp(lut.new_tensor(-shift)).half(), lut.new_tensor(2.0**shift) if shift else None
+    return lut, None
