@@ -70,6 +70,8 @@ def section(field: PlanField) -> str:
         )
     if not field.trains:
         sentences.append("Supported by post-hoc compression only, not by `prepare`.")
+    elif field.trains == "palette":
+        sentences.append("Supported by post-hoc compression, and by `prepare` with the method `dkm`.")
     text = textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False)
     return f"### `{field.name}`\n{text}\n"
 

@@ -17,9 +17,9 @@ CORE = [
 PACKAGES = ["finetune", "quantizers", "regularizers"]
 FINETUNE = ["Inputs", "LoopConfig", "Methods", "Prepared", "StepRecord", "distillation", "prepare", "train"]
 QUANTIZERS = [
-    "AbstractQuantizer", "DoReFa", "Ewgs", "Lsq", "LsqPlus", "Method", "N2uqActivation", "N2uqWeight", "Pact",
-    "QUANTIZERS", "Ternary", "Tqt", "Way", "dorefa_weight", "ewgs", "lsq", "lsq_plus", "n2uq_activation",
-    "n2uq_weight", "pact", "ternary", "tqt", "way",
+    "AbstractQuantizer", "Dkm", "DoReFa", "Ewgs", "Lsq", "LsqPlus", "Method", "N2uqActivation", "N2uqWeight", "Pact",
+    "QUANTIZERS", "Ternary", "Tqt", "Way", "choose_form", "dkm", "dorefa_weight", "ewgs", "lsq", "lsq_plus",
+    "n2uq_activation", "n2uq_weight", "pact", "ternary", "tqt", "way",
 ]  # fmt: skip
 REGULARIZERS = [
     "BinRegularizer", "KurtosisRegularizer", "RangeRegularizer", "bin_regularization", "kl", "kurtosis", "l2", "linf",

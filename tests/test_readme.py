@@ -1,4 +1,4 @@
-"""Every code block of the README runs.
+"""Every code block of the README runs, and the Python in docs/ too.
 
 `python` blocks are executed one after the other in one namespace. Of `console` and `sh` blocks the lines that begin
 with `qcompress` (after an optional `$ `) are run; each must exit 0. All of it happens in a folder that holds what the
@@ -90,6 +90,14 @@ def test_a_block_runs(block, session, monkeypatch):
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             code = run(shlex.split(command, comments=True)[1:])
         assert code == 0, f"`{command}` exited {code}:\n{output.getvalue()}"
+
+
+@pytest.mark.parametrize("page", sorted((README.parent / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_python_in_the_documents_runs(page):
+    namespace = {"__name__": "__docs__"}
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if block.language == "python":
+            exec(compile(block.code, f"{page.name}:{block.line}", "exec"), namespace)
 
 
 def test_blocks_are_found_with_their_language_line_and_reason():

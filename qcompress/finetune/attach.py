@@ -23,9 +23,8 @@ from qcompress.graph.program import FloatProgram, state_nodes
 from qcompress.graph.sites import Placement, activation_sites
 from qcompress.graph.tensors import program_tensors
 from qcompress.graph.tracing import from_module
-from qcompress.plan.combinations import set_to
 from qcompress.plan.plan import Plan
-from qcompress.plan.resolve import ResolvedPlan, TensorPlan, resolve
+from qcompress.plan.resolve import ResolvedPlan, resolve
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import place_of
 
@@ -116,9 +115,8 @@ def _weight_quantizers(
     """Returns the initialised quantizers of the plan's weights, by qualified name."""
     made: dict[str, AbstractQuantizer] = {}
     for tensor in resolved.compressed:
-        _check_trains(tensor)
         layer, weight = layers[tensor.name], state[tensor.name]
-        made[tensor.name] = methods.weight(tensor.bits, layer, weight.shape[layer.axis])
+        made[tensor.name] = methods.weight(tensor, layer, weight.shape[layer.axis])
         made[tensor.name].initialise(weight.detach())
     return made
 
@@ -143,17 +141,6 @@ def _check_batchnorm(
                 f"{name}: the BatchNorm after a grouped transposed convolution cannot be folded into the scale of its "
                 f'weight; leave the weight in float ([name."{name}"] skip = true), or fold the BatchNorm before '
                 'training (batchnorm="fold").'
-            )
-
-
-def _check_trains(tensor: TensorPlan) -> None:
-    """Rejects fields that no quantizer for training supports."""
-    assert tensor.settings is not None
-    for field in tensor.settings.fields:
-        if not field.trains and field.asks(getattr(tensor.settings, field.name)):
-            raise ConfigError(
-                f"{tensor.name}: {set_to(field, tensor.settings, tensor.origins)} is supported by post-hoc compression "
-                "only; remove it from plans passed to prepare()."
             )
 
 

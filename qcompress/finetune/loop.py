@@ -156,6 +156,7 @@ def train(
         for inputs, target in batches:
             for group in optimizer.param_groups:
                 group["lr"] = group["highest"] * config.share_of_rate((step + 1) / (total + 1))
+            prepared.step(step / total)
             if step >= (1 - config.snap_offsets) * total:
                 prepared.snap_offsets()
             if teacher is not None:

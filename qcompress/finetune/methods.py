@@ -4,8 +4,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
+from qcompress.errors import ConfigError
 from qcompress.graph.layers import Layer
-from qcompress.quantizers import QUANTIZERS, AbstractQuantizer, supported, way
+from qcompress.plan.combinations import set_to
+from qcompress.plan.resolve import TensorPlan
+from qcompress.quantizers import QUANTIZERS, AbstractQuantizer, Way, supported, way
 
 _NAMED: Final = 3  # sites that a note names when there are many
 
@@ -50,15 +53,37 @@ class Methods:
     per_channel: bool = True
     bias_bits: int | None = None
 
-    def weight(self, bits: int, layer: Layer, channels: int) -> AbstractQuantizer:
-        """Returns the quantizer of a layer's weight."""
-        found = way(self.weights, "weight", bits)
+    def weight(self, tensor: TensorPlan, layer: Layer, channels: int) -> AbstractQuantizer:
+        """Returns the quantizer of a layer's weight.
+
+        Raises:
+            ConfigError: the method does not support a field of the plan.
+        """
+        found = way(self.weights, "weight", tensor.bits)
+        self._check_supports(found, tensor)
         axes: dict[str, Any] = {}
         if found.scales == "channel":
             axes = {"axis": layer.axis}
-        elif found.scales == "either" and self.per_channel:
+        elif found.scales == "palette" or (found.scales == "either" and self.per_channel):
             axes = {"axis": layer.axis, "channels": channels}
-        return found.make(bits=bits, **axes, **self.weight_options)
+        if found.scales == "palette":
+            integers = tensor.activation_bits is not None and tensor.vector_dim == 1
+            lut_dtype = tensor.lut_dtype or ("int8" if integers else "float32")
+            axes |= {"rows_per_lut": tensor.rows_per_lut, "vector_dim": tensor.vector_dim, "lut_dtype": lut_dtype}
+        return found.make(bits=tensor.bits, **axes, **self.weight_options)
+
+    def _check_supports(self, found: Way, tensor: TensorPlan) -> None:
+        assert tensor.settings is not None
+        for row in tensor.settings.fields:
+            trains = row.trains is True or (row.trains == "palette" and found.scales == "palette")
+            if trains or not row.asks(getattr(tensor.settings, row.name)):
+                continue
+            does = [n for n, m in QUANTIZERS.items() if m.weight is not None and m.weight.scales == row.trains]
+            where = f"post-hoc compression and the method {', '.join(does)}" if does else "post-hoc compression"
+            raise ConfigError(
+                f"{tensor.name}: {set_to(row, tensor.settings, tensor.origins)} is supported by {where} only; remove "
+                "it from plans passed to prepare()."
+            )
 
     def bias(self) -> AbstractQuantizer:
         """Returns the quantizer of a layer's bias."""

@@ -26,6 +26,7 @@ from qcompress.regularizers.places import place_of
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
+_NAMED: Final = 3  # weights that a note names
 _KEPT: Final = 1 << 16  # values per batch from which the quantizer of a site is initialised
 
 
@@ -76,6 +77,15 @@ class Prepared(nn.Module):
         self._run(self._batch(batch), self._quantized, watch=True)
         return self._graph.first_not_finite
 
+    def step(self, done: float) -> None:
+        """Advances the schedules of quantizers that have one; call it before each step of training.
+
+        Args:
+            done: share of all steps that are done, in [0, 1].
+        """
+        for name, quantizer in self._weight_quantizers().items():
+            quantizer.advance(self._places[name].weight().detach(), done)
+
     def snap_offsets(self) -> None:
         """Keeps the offsets of activations from now on at multiples of their scales, which zero points can store.
 
@@ -85,24 +95,30 @@ class Prepared(nn.Module):
         for quantizer in self._activations:
             quantizer.snap_offset()
 
+    def drops(self) -> dict[str, float]:
+        """Returns by how much each weight will change in `finalize`, relative to its size, by qualified name.
+
+        It is 0 for methods whose training computes with the weights that are stored.
+        """
+        found = self._planned_quantizers().items()
+        return {name: quantizer.drop(self._places[name].weight().detach()) for name, quantizer in found}
+
     def finalize(self) -> CompressedModel:
         """Returns the compressed model with the codes of the last step.
 
-        Weights are stored bit for bit as the forward uses them; γ/σ of a folded BatchNorm is multiplied into their
-        scales.
+        Weights are stored bit for bit as the forward in eval mode uses them; γ/σ of a folded BatchNorm is multiplied
+        into their scales.
 
         Raises:
             ConfigError: a trained tensor is not finite.
         """
-        tensors = {name: place.used() for name, place in self._places.items()}
-        quantizers, planned = self._weight_quantizers(), {t.name for t in self.parts.resolved.compressed}
-        weights = {
-            name: quantizer.weight_artifact(self._places[name].weight().detach())
-            for name, quantizer in quantizers.items()
-            if name in planned
-        }
+        quantizers = self._planned_quantizers()
+        floats = {name: self._places[name].weight().detach() for name in quantizers}
+        tensors = floats | {name: place.used() for name, place in self._places.items() if name not in quantizers}
+        weights = {name: quantizer.weight_artifact(floats[name]) for name, quantizer in quantizers.items()}
         grids = [q.activation_grid(s.key) for q, s in zip(self._activations, self.parts.sites, strict=True)]
-        return compressed(self.parts, tensors, weights, grids, self.notes)
+        remarks = [f"{name}: {said}." for name, q in quantizers.items() if (said := q.remark(floats[name])) is not None]
+        return compressed(self.parts, tensors, weights, grids, (*self.notes, *_drop_notes(self.drops()), *remarks))
 
     def unwrap(self) -> nn.Module:
         """Removes the quantizers and returns the plain model with its current float weights."""
@@ -174,9 +190,21 @@ class Prepared(nn.Module):
 
     def _run(self, inputs: list[Tensor], at_site: AtSite, *, watch: bool = False) -> Any:
         tensors = {name: getattr(self, _constant(name)) for name in self._graph.tensors if name not in self._places}
-        tensors |= {name: place.used() for name, place in self._places.items()}
+        tensors |= self._used()
         outputs = self._graph.outputs(tensors, inputs, at_site, self._norms, training=self.training, watch=watch)
         return pytree.tree_unflatten(outputs, self.parts.program.exported.call_spec.out_spec)
+
+    def _used(self) -> dict[str, Tensor]:
+        """Returns the model's tensors as the forward uses them; weights whose quantizers have one class in one go."""
+        quantizers = self._weight_quantizers()
+        by_class: dict[type[AbstractQuantizer], list[str]] = {}
+        for name, quantizer in quantizers.items():
+            by_class.setdefault(type(quantizer), []).append(name)
+        found = {name: place.used() for name, place in self._places.items() if name not in quantizers}
+        for kind, names in by_class.items():
+            weights = [self._places[name].weight() for name in names]
+            found.update(zip(names, kind.together([quantizers[name] for name in names], weights), strict=True))
+        return found
 
     def _flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Returns the tensors among forward's arguments in the program's order."""
@@ -196,8 +224,27 @@ class Prepared(nn.Module):
             return self._flat((), batch) if set(batch) <= set(self.parts.arguments) else self._flat((batch,), {})
         return self._flat((batch,) if isinstance(batch, Tensor) else batch, {})
 
+    def _planned_quantizers(self) -> dict[str, AbstractQuantizer]:
+        """Returns the quantizers of the plan's weights: all but those of biases."""
+        planned = {t.name for t in self.parts.resolved.compressed}
+        return {name: quantizer for name, quantizer in self._weight_quantizers().items() if name in planned}
+
     def _weight_quantizers(self) -> dict[str, AbstractQuantizer]:
         return {name: found for name, place in self._places.items() if (found := place.quantizer()) is not None}
+
+
+def _drop_notes(drops: Mapping[str, float]) -> list[str]:
+    """Returns a note on weights that are stored with other values than training used last; the largest drops first.
+
+    >>> _drop_notes({"a": 0.0, "b": 0.002, "c": 0.034})
+    ['Stored weights differ from those of the last training step: c by 3.4 %, b by 0.2 % of its size.']
+    """
+    worst = sorted((name for name in drops if drops[name] > 0), key=lambda name: -drops[name])
+    if not worst:
+        return []
+    listed = ", ".join(f"{name} by {drops[name]:.1%}".replace("%", " %") for name in worst[:_NAMED])
+    others = f"; {len(worst) - _NAMED} others by less" if len(worst) > _NAMED else ""
+    return [f"Stored weights differ from those of the last training step: {listed} of its size{others}."]
 
 
 def _constant(name: str) -> str:

@@ -34,7 +34,7 @@ class PlanField:
         schemes: the schemes that it applies to.
         kinds: the kinds of weights that it applies to; empty for all. Such a field, set in [default], is ignored for
             other weights; it is an error only where it applies to no weight.
-        trains: whether `prepare` supports it.
+        trains: whether `prepare` supports it; "palette": with methods that train palettes.
     """
 
     name: str
@@ -47,7 +47,7 @@ class PlanField:
     harmless: Any = None
     schemes: tuple[str, ...] = get_args(Scheme)
     kinds: tuple[str, ...] = ()
-    trains: bool = True
+    trains: bool | Literal["palette"] = True
 
     @property
     def option(self) -> str:
@@ -114,7 +114,7 @@ ROWS_PER_LUT: Final = PlanField(
     reads_as={"auto": None},
     harmless="auto",
     schemes=("palette", "auto"),
-    trains=False,
+    trains="palette",
 )
 VECTOR_DIM: Final = PlanField(
     name="vector_dim",
@@ -125,7 +125,7 @@ VECTOR_DIM: Final = PlanField(
     reads_as={None: 1},
     harmless=1,
     schemes=("palette",),
-    trains=False,
+    trains="palette",
 )
 LUT_DTYPE: Final = PlanField(
     name="lut_dtype",
@@ -135,7 +135,7 @@ LUT_DTYPE: Final = PlanField(
     unset="float32, or int8 where the layer computes in int8",
     harmless="float32",
     schemes=("palette", "auto"),
-    trains=False,
+    trains="palette",
 )
 BLOCK_SIZE: Final = PlanField(
     name="block_size",

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, final
 from qcompress.artifacts.packing import check_bits
 from qcompress.errors import ConfigError, did_you_mean
 from qcompress.quantizers.base import AbstractQuantizer, Role, check_role
+from qcompress.quantizers.dkm import Dkm, choose_form, dkm
 from qcompress.quantizers.dorefa import DoReFa, dorefa_weight
 from qcompress.quantizers.ewgs import Ewgs, ewgs
 from qcompress.quantizers.lsq import Lsq, lsq
@@ -20,6 +21,7 @@ from qcompress.quantizers.tqt import Tqt, tqt
 __all__ = [
     "QUANTIZERS",
     "AbstractQuantizer",
+    "Dkm",
     "DoReFa",
     "Ewgs",
     "Lsq",
@@ -31,6 +33,8 @@ __all__ = [
     "Ternary",
     "Tqt",
     "Way",
+    "choose_form",
+    "dkm",
     "dorefa_weight",
     "ewgs",
     "lsq",
@@ -53,7 +57,8 @@ class Way:
         make: makes the quantizer; takes `bits` and the other arguments of its class by name.
         bits: the supported widths.
         scales: for weights: whether the scale is one per tensor, one per output channel (`make` takes `axis`), or
-            either (`axis` and `channels`).
+            either (`axis` and `channels`); "palette": there are palettes in place of scales (`make` takes `axis`,
+            `channels`, `rows_per_lut`, `vector_dim` and `lut_dtype`).
         without_negative: for activations: arguments of `make` where no value is negative.
         with_negative: for activations: arguments of `make` where some values are negative; None: it has no codes for
             them.
@@ -62,7 +67,7 @@ class Way:
 
     make: Callable[..., AbstractQuantizer]
     bits: range
-    scales: Literal["tensor", "channel", "either"] = "tensor"
+    scales: Literal["tensor", "channel", "either", "palette"] = "tensor"
     without_negative: Mapping[str, Any] = field(default_factory=dict)
     with_negative: Mapping[str, Any] | None = None
     fallback: str | None = None
@@ -130,6 +135,7 @@ QUANTIZERS: Final[Mapping[str, Method]] = {
         activation=Way(make=partial(Tqt, role="activation"), bits=_ALL, with_negative={"signed": True}),
         bias="tqt",
     ),
+    "dkm": Method(weight=Way(make=Dkm, bits=_ALL, scales="palette")),
     "ternary": Method(weight=Way(make=Ternary, bits=range(2, 3))),
     "n2uq": Method(
         weight=Way(make=N2uqWeight, bits=_ALL, scales="channel"),

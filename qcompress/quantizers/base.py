@@ -3,7 +3,7 @@
 import abc
 import math
 from collections.abc import Sequence
-from typing import Final, Literal, get_args
+from typing import Final, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,40 @@ class AbstractQuantizer(nn.Module, abc.ABC):
         Args:
             values: the weight, or a few batches of the activation.
         """
+
+    @classmethod
+    def together(cls, quantizers: Sequence[Self], weights: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the quantized weights of several quantizers of this class, computed together where that is faster.
+
+        Args:
+            quantizers: one for each weight.
+            weights: the weights.
+        """
+        return [quantizer(weight) for quantizer, weight in zip(quantizers, weights, strict=True)]
+
+    def advance(self, weight: Tensor, done: float) -> None:
+        """Prepares the next step of training; does nothing unless the quantizer has a schedule.
+
+        Args:
+            weight: the weight, on the parameters' device.
+            done: share of all steps that are done, in [0, 1].
+        """
+
+    def drop(self, weight: Tensor) -> float:
+        """Returns by how much the stored weight differs from the one of the last step, relative to its size.
+
+        Args:
+            weight: the weight, on the parameters' device.
+        """
+        return 0.0
+
+    def remark(self, weight: Tensor) -> str | None:
+        """Returns what the user should know about the stored weight; None: nothing.
+
+        Args:
+            weight: the weight, on the parameters' device.
+        """
+        return None
 
     def weight_artifact(self, weight: Tensor) -> Artifact:
         """Returns the stored form of a weight: `dequantize()` equals `forward(weight)` in float32, bit for bit.
@@ -102,7 +136,7 @@ def uniform_range(who: str, bits: int, signed: bool) -> IntegerRange:
     limits = IntegerRange(bits, signed)
     if limits.p == 0:
         raise ConfigError(
-            f"{who}: a signed grid of 1 bit has no positive code; use 2 to 8 bits, or dorefa or n2uq for weights."
+            f"{who}: a signed grid of 1 bit has no positive code; use 2 to 8 bits, or dorefa, dkm or n2uq for weights."
         )
     return limits
 

@@ -352,7 +352,7 @@ def test_nan_is_not_stored():
         ({"methods": Methods(weights="lqs")}, r"^Unknown method 'lqs'; known: .* Did you mean lsq"),
         ({"methods": Methods(weights="pact")}, r"^pact does not quantize weights;"),
         ({"methods": Methods(activations="dorefa")}, r"^dorefa does not quantize activations;"),
-        ({"plan": plan(1)}, r"^lsq quantizes weights at 2 to 8 bits, got 1; dorefa and n2uq work there\.$"),
+        ({"plan": plan(1)}, r"^lsq quantizes weights at 2 to 8 bits, got 1; dorefa, dkm and n2uq work there\.$"),
         ({"batchnorm": "none"}, r"^batchnorm must be one of train, freeze, fold, got 'none'\.$"),
     ],
 )
@@ -364,12 +364,21 @@ def test_conflicting_arguments_are_rejected(x, changed, message):
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
 
 
-@pytest.mark.parametrize("field", ["rows_per_lut = 4", "vector_dim = 2", 'lut_dtype = "float16"'])
-def test_a_plan_for_palettes_is_rejected(x, field):
+@pytest.mark.parametrize(
+    ("field", "where"),
+    [
+        ("rows_per_lut = 4", "post-hoc compression and the method dkm"),
+        ("vector_dim = 2", "post-hoc compression and the method dkm"),
+        ('lut_dtype = "float16"', "post-hoc compression and the method dkm"),
+        ('scheme = "uniform"\nblock_size = 2', "post-hoc compression"),
+    ],
+)
+def test_a_plan_for_palettes_is_rejected(x, field, where):
     chosen = parse_plan(f"version = 1\n[default]\nbits = 4\n{field}", "plan.toml")
+    *_, last = field.splitlines()
     message = (
-        rf"^conv1\.weight: {field} \(plan\.toml:4 \[default\]\) is supported by post-hoc "
-        r"compression only; remove it from plans passed to prepare\(\)\.$"
+        rf"^(conv1|fc)\.weight: {last} \(plan\.toml:\d \[default\]\) is supported by {where} only; remove it from "
+        r"plans passed to prepare\(\)\.$"
     )
     with pytest.raises(ConfigError, match=message):
         prepare(Residual(), chosen, example_inputs=(x,))

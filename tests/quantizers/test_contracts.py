@@ -21,7 +21,9 @@ ACTIVATIONS = [(name, m.activation) for name, m in QUANTIZERS.items() if m.activ
 def granularities(found, channels, axis=0):
     """Returns the arguments that a method can take for its scales."""
     one, each = {}, {"axis": axis, "channels": channels}
-    return {"tensor": [one], "channel": [{"axis": axis}], "either": [one, each]}[found.scales]
+    some = [one, {**each, "rows_per_lut": 3, "lut_dtype": "int8"}, {"axis": axis, "vector_dim": 4}]
+    some += [{**one, "lut_dtype": "float16"}]
+    return {"tensor": [one], "channel": [{"axis": axis}], "either": [one, each], "palette": some}[found.scales]
 
 
 def weight_cases():
@@ -29,7 +31,8 @@ def weight_cases():
         for bits in {2, 4, 8} & set(found.bits) | {found.bits[0], found.bits[-1]}:
             for kind, shape in SHAPES.items():
                 for settings in granularities(found, shape[0]):
-                    yield pytest.param(found.make(bits=bits, **settings), shape, id=f"{name}-{bits}-{kind}-{settings}")
+                    quantizer = found.make(bits=bits, **settings).eval()  # what it stores, if training differs
+                    yield pytest.param(quantizer, shape, id=f"{name}-{bits}-{kind}-{settings}")
 
 
 def activation_cases():
@@ -101,7 +104,7 @@ def test_a_weight_artifact_is_the_forward(quantizer, shape, special):
 def test_transposed_convolutions_have_their_channels_on_axis_1(name, found):
     weight = weight_of((3, 4, 2, 2))
     for settings in granularities(found, 4, axis=1):
-        quantizer = found.make(bits=2, **settings)
+        quantizer = found.make(bits=2, **settings).eval()
         quantizer.initialise(weight)
         artifact = quantizer.weight_artifact(weight)
         same_bits(artifact.dequantize(), quantizer(weight).detach().numpy())
@@ -138,7 +141,7 @@ def test_an_offset_on_the_grid_is_computed_with_as_a_zero_point(configuration, b
     same_bits(grid.dequantize(grid.quantize(x)), quantizer(torch.from_numpy(x)).detach().numpy())
 
 
-@pytest.mark.parametrize(("name", "found"), [w for w in WEIGHTS if w[0] not in ("dorefa", "n2uq", "ternary")])
+@pytest.mark.parametrize(("name", "found"), [w for w in WEIGHTS if w[0] not in ("dorefa", "dkm", "n2uq", "ternary")])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_values_on_a_uniform_grid_do_not_change(name, found, bits):
     quantizer = found.make(bits=bits)
@@ -218,7 +221,7 @@ def test_weights_survive_state_dict_deepcopy_and_parametrization(quantizer, shap
     assert torch.equal(copy.deepcopy(trained)(weight), wanted)
     holder = nn.Module()
     holder.weight = nn.Parameter(weight.clone())
-    parametrize.register_parametrization(holder, "weight", trained)
+    parametrize.register_parametrization(holder.eval(), "weight", trained)
     assert torch.equal(holder.weight, wanted)
     holder.weight.sum().backward()
     assert holder.parametrizations.weight.original.grad.shape == weight.shape
@@ -289,24 +292,27 @@ def test_the_mse_start_is_better_than_min_max_where_there_are_outliers(configura
 @pytest.mark.parametrize(
     ("method", "role", "bits", "message"),
     [
-        ("lsq", "weight", 1, "lsq quantizes weights at 2 to 8 bits, got 1; dorefa and n2uq work there."),
-        ("tqt", "weight", 1, "tqt quantizes weights at 2 to 8 bits, got 1; dorefa and n2uq work there."),
+        ("lsq", "weight", 1, "lsq quantizes weights at 2 to 8 bits, got 1; dorefa, dkm and n2uq work there."),
+        ("tqt", "weight", 1, "tqt quantizes weights at 2 to 8 bits, got 1; dorefa, dkm and n2uq work there."),
         (
             "ternary", "weight", 4,
-            "ternary quantizes weights at 2 bits, got 4; lsq, lsq_plus, dorefa, ewgs, tqt and n2uq work there.",
+            "ternary quantizes weights at 2 bits, got 4; lsq, lsq_plus, dorefa, ewgs, tqt, dkm and n2uq work there.",
         ),
         (
             "n2uq", "activation", 8,
             "n2uq quantizes activations at 2 to 4 bits, got 8; lsq, lsq_plus, pact, ewgs and tqt work there.",
         ),
-        ("pact", "weight", 4, "pact does not quantize weights; lsq, lsq_plus, dorefa, ewgs, tqt, ternary and n2uq do."),
+        (
+            "pact", "weight", 4,
+            "pact does not quantize weights; lsq, lsq_plus, dorefa, ewgs, tqt, dkm, ternary and n2uq do.",
+        ),
         (
             "dorefa", "activation", 4,
             "dorefa does not quantize activations; lsq, lsq_plus, pact, ewgs, tqt and n2uq do.",
         ),
         (
             "lsqplus", "weight", 4,
-            "Unknown method 'lsqplus'; known: lsq, lsq_plus, pact, dorefa, ewgs, tqt, ternary, n2uq. "
+            "Unknown method 'lsqplus'; known: lsq, lsq_plus, pact, dorefa, ewgs, tqt, dkm, ternary, n2uq. "
             "Did you mean lsq_plus or lsq?",
         ),
         ("lsq", "bias", 4, "way.role must be 'weight' or 'activation', got 'bias'."),
@@ -371,7 +377,7 @@ def test_an_activation_quantizer_has_no_weight_artifact(name, found):
 
 
 q = qc.quantizers
-ONE_BIT = "a signed grid of 1 bit has no positive code; use 2 to 8 bits, or dorefa or n2uq for weights."
+ONE_BIT = "a signed grid of 1 bit has no positive code; use 2 to 8 bits, or dorefa, dkm or n2uq for weights."
 
 
 @pytest.mark.parametrize(

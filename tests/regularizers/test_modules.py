@@ -225,7 +225,7 @@ def test_state_is_saved_and_copied(make):
         (
             lambda: r.BinRegularizer(net(), bits=1),
             "BinRegularizer: a signed grid of 1 bit has no positive code; "
-            "use 2 to 8 bits, or dorefa or n2uq for weights.",
+            "use 2 to 8 bits, or dorefa, dkm or n2uq for weights.",
         ),
         (lambda: r.linf(torch.ones(2), dim=0), "vector_dim must be at least 1, got 0."),
     ],
