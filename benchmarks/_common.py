@@ -1,11 +1,16 @@
-"""Limits for figures, and silencing of other tools' output; shared by the benchmarks."""
+"""Limits for figures, silencing of other tools' output, fresh processes and their memory; shared by the benchmarks."""
 
 import contextlib
 import io
 import logging
+import resource
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -36,3 +41,25 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
     logging.disable(logging.NOTSET)
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Return a function's result from a process that has done nothing before."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *args).result()
+
+
+def resident() -> int:
+    """Return the resident memory of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_resident() -> int:
+    """Return the largest resident memory of this process in bytes since `restart_peak`, or since it began."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
+
+
+def restart_peak() -> None:
+    """Forget the largest resident memory so far."""
+    Path("/proc/self/clear_refs").write_text("5")

@@ -23,16 +23,14 @@ import os
 import resource
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _common import Bar, quiet
+from _common import Bar, in_fresh_process, quiet
 from _nets import DIGITS, NETS, trained_digits
 from _peers import INSTALL, PEERS, Palettized, Subject, folded_module
 
@@ -220,8 +218,7 @@ def measure(tasks: Iterable[Task]) -> Iterator[Row]:
     """Yield the rows of one net, the float file first."""
     metric, wanted = load_metric("top1"), None
     for task in tasks:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            made = process.submit(make, task).result()
+        made: Made = in_fresh_process(make, task)
         wanted = wanted or made.outputs
         found = compare(metric, wanted, made.outputs, made.labels)
         low, high = found.interval or (float("nan"), float("nan"))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _common import resident
 
 STEPS = ("compress", "export", "torch.onnx.export")
 MOST_CPU_S = 120.0  # CPU seconds of compression
@@ -91,11 +92,6 @@ def measure(step: str, bits: int) -> dict[str, Any]:
             qcompress_exporters.export(small, path)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"cpu_s": time.process_time() - start, "peak": peak - before, "fp32": fp32}
-
-
-def resident() -> int:
-    """Return the resident memory of this process in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 if __name__ == "__main__":
