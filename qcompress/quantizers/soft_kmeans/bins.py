@@ -15,7 +15,7 @@ from torch import Tensor
 from qcompress.quantizers.soft_kmeans.neighbours import NARROWEST, SATURATED, Neighbours
 from qcompress.quantizers.soft_kmeans.table import Table, pieces
 
-_STEP: Final = 0.08  # largest width of a bin, over the distance in which the attention changes
+_STEP: Final = 0.06  # largest width of a bin, over the distance in which the attention changes
 _MOST_BINS: Final = 1 << 16  # a float32 position still tells 1/128 of a bin apart
 _CELLS_PER_CENTROID: Final = 128
 _CELLS: Final = (512, 1 << 14)  # fewest and most
@@ -61,8 +61,12 @@ def table(
     bins_GC = _graded(bins_GC)
     if bins_GC.sum(1).max() > _MOST_BINS or (width_G / bins_GC.amax(1) < _finest(low_G, high_G)).any():
         return None
+    # Ends of cells are rounded to float32; slopes that fit them let weights beyond the first cell be extrapolated.
+    widths_GC = torch.cat([lows_GC.double().diff(dim=1), width_G[:, None]], 1)
+    if not (widths_GC > 0).all():
+        return None
     first_GC = bins_GC.cumsum(1) - bins_GC
-    slope_GC = (bins_GC / width_G[:, None]).float()
+    slope_GC = (bins_GC / widths_GC).float()
     return Table(
         pieces=tuple(pieces(lengths, device)),
         scale=(1 / width_G).float().to(device),
