@@ -86,8 +86,12 @@ def chart(rows: Iterable[dict[str, Any]]) -> str:
         Series("c", f"{names}, its better palettizer", peers),
     ]
     parts = [*axes(original), *(part for one in reversed(series) for part in drawn(one)), *legend(series)]
+    return svg("ResNet-20, CIFAR-10: accuracy over file size, no training, default settings", parts)
+
+
+def svg(title: str, parts: Iterable[str]) -> str:
+    """Return an image with a title, from its elements."""
     body = "\n".join(f"  {part}" for part in parts)
-    title = "ResNet-20, CIFAR-10: accuracy over file size, no training, default settings"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">\n'
         f"  <style>{STYLE}\n  </style>\n"

@@ -79,7 +79,7 @@ class Found:
 
     @property
     def text(self) -> str:
-        """Return the figure, or why there is none."""
+        """Return the figure, or the reason why it was not measured."""
         if self.expected is not None:
             return f"not run (expected {self.expected / 1e9:.1f} GB)"
         return f"{1e3 * self.seconds:.1f} ms" if self.memory is None else f"{self.memory / 1e6:.1f} MB"

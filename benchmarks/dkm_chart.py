@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from _dkm_tools import AUTO, COREML, HARD, LSQ, OURS, TORCH
-from chart import BOTTOM, HEIGHT, LEFT, RIGHT, ROOT, STYLE, TOP, WIDTH
+from chart import BOTTOM, HEIGHT, LEFT, RIGHT, ROOT, TOP, WIDTH, svg
 
 LEAST_COUNT, MOST_COUNT = 8e4, 2.5e7
 LEAST_NS, MOST_NS = 10.0, 1e5
@@ -75,14 +75,7 @@ def lines(found: Sequence[dict[str, Any]]) -> list[Line]:
 def chart(shown: Sequence[Line]) -> str:
     """Return the chart as SVG."""
     parts = [*axes(), *(part for line in reversed(shown) for part in drawn(line)), *legend()]
-    body = "\n".join(f"  {part}" for part in parts)
-    title = "A DKM step: time per weight over their number, on one CPU core"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">\n'
-        f"  <style>{STYLE}\n  </style>\n"
-        f'  <text class="title" x="{LEFT - 48}" y="30">{title}</text>\n'
-        f"{body}\n</svg>\n"
-    )
+    return svg("A DKM step: time per weight over their number, on one CPU core", parts)
 
 
 def axes() -> list[str]:

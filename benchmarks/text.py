@@ -253,7 +253,7 @@ def show(results: list[Result], labels: npt.NDArray[Any]) -> None:
 
 
 def difference(row: Row | Posthoc, right: dict[str, npt.NDArray[np.float64]]) -> str:
-    """Return a row's accuracy minus that of the best baseline with its bits, in points; empty if there is none.
+    """Return a row's accuracy minus that of the best baseline with its bits, in points; empty without a baseline.
 
     Args:
         row: the row.

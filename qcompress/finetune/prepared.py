@@ -83,8 +83,8 @@ class Prepared(nn.Module):
         Args:
             done: share of all steps that are done, in [0, 1].
         """
-        for name, quantizer in self._weight_quantizers().items():
-            quantizer.advance(self._places[name].weight().detach(), done)
+        for quantizer in self._weight_quantizers().values():
+            quantizer.advance(done)
 
     def snap_offsets(self) -> None:
         """Keeps the offsets of activations from now on at multiples of their scales, which zero points can store.
@@ -117,7 +117,9 @@ class Prepared(nn.Module):
         tensors = floats | {name: place.used() for name, place in self._places.items() if name not in quantizers}
         weights = {name: quantizer.weight_artifact(floats[name]) for name, quantizer in quantizers.items()}
         grids = [q.activation_grid(s.key) for q, s in zip(self._activations, self.parts.sites, strict=True)]
-        remarks = [f"{name}: {said}." for name, q in quantizers.items() if (said := q.remark(floats[name])) is not None]
+        remarks = [
+            f"{name}: {said}." for name, q in quantizers.items() if (said := q.remark(weights[name])) is not None
+        ]
         return compressed(self.parts, tensors, weights, grids, (*self.notes, *_drop_notes(self.drops()), *remarks))
 
     def unwrap(self) -> nn.Module:

@@ -100,10 +100,11 @@ def palettize_vectors(
         order = points.near_together()
         points = points.at(order)
         lut_KD = points.fit(1 << bits, np.random.default_rng(seed))
-    stored_KD, scale = _stored(np.ldexp(lut_KD, exponent), lut_dtype)
+    entries_KD, scale = stored_entries(np.ldexp(lut_KD, exponent), lut_dtype)
+    stored_KD = np.unique(entries_KD, axis=0) if len(entries_KD) else entries_KD
     if len(points):
-        entries_KD = np.ldexp(stored_KD.astype(np.float64) * (1.0 if scale is None else float(scale)), -exponent)
-        codes[order] = points.assigned(entries_KD)[0]
+        decoded_KD = np.ldexp(stored_KD.astype(np.float64) * (1.0 if scale is None else float(scale)), -exponent)
+        codes[order] = points.assigned(decoded_KD)[0]
     is_used = np.bincount(codes, minlength=len(stored_KD)) > 0
     return PalettizedWeight(
         codes=(np.cumsum(is_used) - 1)[codes].astype(np.uint8),
@@ -125,16 +126,24 @@ def _masses(mass: npt.NDArray[Any] | None, shape: tuple[int, ...], vector_dim: i
     return mass_DV
 
 
-def _stored(lut_KD: Floats, lut_dtype: LutDtype) -> tuple[npt.NDArray[Any], Floats | None]:
-    """Return sorted, distinct entries of a type, and the scale that multiplies them; None: 1."""
-    scale, steps_KD = None, lut_KD
+def stored_entries(lut: Floats, lut_dtype: LutDtype) -> tuple[npt.NDArray[Any], Floats | None]:
+    """Return palette entries in the type that they are stored in, and the scale that multiplies them; None: 1.
+
+    Args:
+        lut: float32, any shape, finite.
+        lut_dtype: float32, float16 or int8.
+
+    >>> entries, scale = stored_entries(np.array([[-1.0, 0.5]], np.float32), "int8")
+    >>> entries.tolist(), round(float(scale), 5)
+    ([[-127, 64]], 0.00787)
+    """
+    scale, steps = None, lut
     if lut_dtype == "int8":
-        scale = symmetric_scale(lut_KD, LARGEST, None)
-        steps_KD = np.rint(lut_KD / scale)
-    elif lut_dtype == "float16" and (shift := half_shift(lut_KD)):
-        scale, steps_KD = np.array(2.0**shift, np.float32), np.ldexp(lut_KD, -shift)
-    kept_KD = steps_KD.astype(lut_dtype)
-    return np.unique(kept_KD, axis=0) if len(kept_KD) else kept_KD, scale
+        scale = symmetric_scale(lut, LARGEST, None)
+        steps = np.rint(lut / scale)
+    elif lut_dtype == "float16" and (shift := half_shift(lut)):
+        scale, steps = np.array(2.0**shift, np.float32), np.ldexp(lut, -shift)
+    return steps.astype(lut_dtype), scale
 
 
 def _columns(values: npt.NDArray[Any], vector_dim: int) -> Floats:

@@ -51,11 +51,10 @@ class AbstractQuantizer(nn.Module, abc.ABC):
         """
         return [quantizer(weight) for quantizer, weight in zip(quantizers, weights, strict=True)]
 
-    def advance(self, weight: Tensor, done: float) -> None:
+    def advance(self, done: float) -> None:
         """Prepares the next step of training; does nothing unless the quantizer has a schedule.
 
         Args:
-            weight: the weight, on the parameters' device.
             done: share of all steps that are done, in [0, 1].
         """
 
@@ -67,11 +66,11 @@ class AbstractQuantizer(nn.Module, abc.ABC):
         """
         return 0.0
 
-    def remark(self, weight: Tensor) -> str | None:
+    def remark(self, artifact: Artifact) -> str | None:
         """Returns what the user should know about the stored weight; None: nothing.
 
         Args:
-            weight: the weight, on the parameters' device.
+            artifact: result of `weight_artifact`.
         """
         return None
 

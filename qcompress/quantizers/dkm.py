@@ -103,7 +103,7 @@ class Dkm(AbstractQuantizer):
             raise ConfigError(f"Dkm.lut_dtype must be one of {', '.join(get_args(LutDtype))}, got {lut_dtype!r}.")
         if metric not in get_args(Metric):
             raise ConfigError(f"Dkm.metric must be one of {', '.join(get_args(Metric))}, got {metric!r}.")
-        if not all(0 < value < math.inf for value in tau) or len(tau) != 2:
+        if not isinstance(tau, Sequence) or len(tau) != 2 or not all(0 < value < math.inf for value in tau):
             raise ConfigError(f"Dkm.tau must be two positive numbers, the first and the last value, got {tau!r}.")
         if iterations < 1 or every < 1:
             raise ConfigError(f"Dkm.iterations and Dkm.every must be at least 1, got {iterations!r} and {every!r}.")
@@ -135,10 +135,10 @@ class Dkm(AbstractQuantizer):
     def together(cls, quantizers: Sequence["Dkm"], weights: Sequence[Tensor]) -> list[Tensor]:
         """Returns the quantized weights; those in tabulated form with as many centroids are computed in one go."""
         found: dict[int, Tensor] = {}
-        batches: dict[tuple[int, int], list[int]] = {}
+        batches: dict[tuple[int, int, torch.dtype], list[int]] = {}
         for i, (quantizer, weight) in enumerate(zip(quantizers, weights, strict=True)):
             if quantizer.training and quantizer._is_tabulated(weight):
-                batches.setdefault((quantizer.bits, quantizer.iterations), []).append(i)
+                batches.setdefault((quantizer.bits, quantizer.iterations, weight.dtype), []).append(i)
             else:
                 found[i] = quantizer(weight)
         for members in batches.values():
@@ -162,8 +162,7 @@ class Dkm(AbstractQuantizer):
         self._steps, self._done, self._chosen_at = 0, 0.0, 0.0
         self._set_tau(self._groups(weight).split(weight))
 
-    @torch.no_grad()
-    def advance(self, weight: Tensor, done: float) -> None:
+    def advance(self, done: float) -> None:
         """Lets τ fall; after some steps, makes the next one choose the form again."""
         self._done = done
         if self._steps >= self.every or self._scheduled(done) < _FALLEN * self._scheduled(self._chosen_at):
@@ -179,10 +178,10 @@ class Dkm(AbstractQuantizer):
         soft_VD, _ = soft(x_VD, self.centroids, self.tau, groups.lengths, 1, self.metric, form)
         return float((soft_VD - self._stored_vectors(weight)).norm() / soft_VD.norm().clamp_min(_TINY))
 
-    def remark(self, weight: Tensor) -> str | None:
+    def remark(self, artifact: Artifact) -> str | None:
         """Returns that the palettes take more bytes than the codes, if they do."""
-        _, codes, lut, _ = self._parts(weight)
-        codes_nbytes, lut_nbytes = packed_nbytes(len(codes), self.bits), lut.numel() * lut.element_size()
+        codes_nbytes = packed_nbytes(-(-math.prod(artifact.shape) // self.vector_dim), self.bits)
+        lut_nbytes = artifact.nbytes - codes_nbytes
         if lut_nbytes <= codes_nbytes:
             return None
         return (
@@ -282,9 +281,9 @@ def _choose_again(quantizer: Dkm, _: object) -> None:
 
 def _soft_together(quantizers: Sequence[Dkm], weights: Sequence[Tensor]) -> list[Tensor]:
     """Returns the soft weights of quantizers in tabulated form with the same K and T, and moves their centroids."""
-    groups = [quantizer._groups(weight) for quantizer, weight in zip(quantizers, weights, strict=True)]
     if len(quantizers) == 1:
         return [quantizers[0](weights[0])]
+    groups = [quantizer._groups(weight) for quantizer, weight in zip(quantizers, weights, strict=True)]
     first, tables = quantizers[0], [quantizer._form for quantizer in quantizers if isinstance(quantizer._form, Table)]
     if first._joint is None or [*map(id, first._joint[0])] != [*map(id, tables)]:
         first._joint = tables, joined(tables, [group.lengths for group in groups])

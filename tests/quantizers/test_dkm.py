@@ -186,6 +186,8 @@ def test_shapes_of_centroids():
         ({"metric": "cosine"}, "dkm: metric must be one of squared, euclidean, got 'cosine'."),
         ({"iterations": 0}, "dkm: iterations must be at least 1, got 0."),
         ({"tau": 0.0}, "dkm: tau must be positive, got 0.0."),
+        ({"tau": torch.ones(3)}, "dkm: tau must be one number, or one for each of 1 groups; got 3."),
+        ({"w": torch.ones(4, 5).int()}, "dkm: w and centroids must hold floats, got torch.int32 and torch.float32."),
         ({"form": "sparse"}, "dkm: form must be one of auto, dense, chunked, tabulated, got 'sparse'."),
         (
             {"form": "tabulated", "metric": "euclidean"},
@@ -211,6 +213,7 @@ def test_invalid_arguments_are_rejected(given, message):
         ({"vector_dim": 2, "rows_per_lut": 4}, "Dkm: vectors have one palette for the whole weight"),
         ({"metric": "cosine"}, "Dkm.metric must be one of squared, euclidean, got 'cosine'."),
         ({"tau": (1.0, 0.0)}, "Dkm.tau must be two positive numbers, the first and the last value, got (1.0, 0.0)."),
+        ({"tau": 0.1}, "Dkm.tau must be two positive numbers, the first and the last value, got 0.1."),
         ({"iterations": 0}, "Dkm.iterations and Dkm.every must be at least 1, got 0 and 16."),
     ],
 )
@@ -236,7 +239,7 @@ def test_an_absolute_tau_is_taken_as_it_is():
     w = weights("gaussian", 1000)
     quantizer.initialise(w)
     assert float(quantizer.tau) == pytest.approx(1e-4)
-    quantizer.advance(w, 0.5)
+    quantizer.advance(0.5)
     quantizer(w)
     assert float(quantizer.tau) == pytest.approx(1e-5)
 
@@ -246,7 +249,7 @@ def test_soft_weights_become_hard_as_training_goes_on():
     quantizer.initialise(w)
     drops = []
     for done in (0.0, 0.5, 1.0):
-        quantizer.advance(w, done)
+        quantizer.advance(done)
         quantizer(w)
         drops.append(quantizer.drop(w))
     assert drops[0] > 2 * drops[1] > 4 * drops[2] > 0
@@ -344,6 +347,14 @@ def test_training_goes_on_from_a_state_dict():
         np.testing.assert_array_equal(artifact.dequantize(), tuned.finalize().artifacts[name].dequantize())
 
 
+def test_a_form_for_another_tensor_is_rejected():
+    form = choose_form(weights("gaussian", 20_000), torch.tensor([-0.04, 0.04]), 1e-4)
+    with pytest.raises(
+        ConfigError, match=r"^dkm: the form was chosen for 20,000 weights, but w has 5; call choose_form"
+    ):
+        dkm(torch.ones(5), torch.tensor([-0.04, 0.04]), 1e-4, form=form)
+
+
 def test_a_small_tensor_is_computed_exactly():
     assert choose_form(torch.randn(50), torch.tensor([-1.0, 1.0]), 0.1) == Exact("dense")
     assert isinstance(qc.quantizers.QUANTIZERS["dkm"].weight.make(bits=1), Dkm)
@@ -364,8 +375,12 @@ def test_a_state_that_is_loaded_makes_the_next_step_choose_the_form_again():
 def test_a_palette_that_outweighs_its_codes_is_remarked():
     quantizer, w = Dkm(bits=8, vector_dim=8), weights("gaussian", 4096)
     quantizer.initialise(w)
-    assert quantizer.remark(w).startswith("its palette takes 8,192 bytes and its codes 512; fewer bits")
-    assert Dkm(bits=1).remark(w) is None
+    assert quantizer.remark(quantizer.weight_artifact(w)).startswith(
+        "its palette takes 8,192 bytes and its codes 512; fewer bits"
+    )
+    scalar = Dkm(bits=1)
+    scalar.initialise(w)
+    assert scalar.remark(scalar.weight_artifact(w)) is None
     half = Dkm(bits=8, vector_dim=8, lut_dtype="float16")
     half.initialise(w)
     assert half.weight_artifact(w).lut.nbytes == 4096

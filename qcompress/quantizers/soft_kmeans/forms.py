@@ -82,7 +82,7 @@ def exact_form(x_VD: Tensor, c_GKD: Tensor, tau_G: Tensor, metric: Metric) -> Ex
 def table_for(
     x_VD: Tensor, c_GKD: Tensor, tau_G: Tensor, lengths: Sequence[int], iterations: int, drift: float = 0.0
 ) -> Table | None:
-    """Returns a table that fits the centroids of all iterations; None: there is none. It waits for the device.
+    """Returns a table that fits the centroids of all iterations; None: no table does. It waits for the device.
 
     Args:
         x_VD: the vectors.
@@ -98,8 +98,8 @@ def table_for(
     most_edges = max(len(w_N) // 2, min(4 * len(w_N), _CHEAP // c_GK.shape[1] * len(c_GK)))
     if cells(c_GK.shape[1]) * len(c_GK) > most_edges:
         return None
-    parts = torch.split(w_N, list(lengths))
-    ranges = torch.stack([part.amin() for part in parts]), torch.stack([part.amax() for part in parts])
+    ends = [part.aminmax() for part in torch.split(w_N, list(lengths))]
+    ranges = torch.stack([end.min for end in ends]), torch.stack([end.max for end in ends])
     sets = [c_GK]
     for _ in range(iterations):
         found = table(sets, tau_G, ranges, lengths, drift)

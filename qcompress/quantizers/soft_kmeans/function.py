@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from qcompress.errors import ConfigError
+from qcompress.palettes import vector
 from qcompress.quantizers.soft_kmeans.dense import Metric
 from qcompress.quantizers.soft_kmeans.forms import Exact, Form, exact_form, soft, table_for
 from qcompress.quantizers.soft_kmeans.groups import Groups
+from qcompress.quantizers.soft_kmeans.table import Table, is_queued
 
 FormName = Literal["auto", "dense", "chunked", "tabulated"]
 
-DIMS: Final = (1, 2, 4, 8)
+DIMS: Final = (1, *vector.DIMS)
 DRIFT: Final = 1 / 64  # how far midpoints may move until a form is chosen again, see `table`
 
 
@@ -60,6 +62,10 @@ def dkm(
     ([0.5, 0.5, 5.0], [0.5, 5.0])
     """
     groups, x_VD, c_GKD, tau_G = _viewed(w, centroids, tau, iterations, metric, rows_per_lut)
+    if isinstance(form, Table) and form.count != len(x_VD):
+        raise ConfigError(
+            f"dkm: the form was chosen for {form.count:,} weights, but w has {len(x_VD):,}; call choose_form for it."
+        )
     if isinstance(form, str):
         form = _form(form, groups, x_VD, c_GKD, tau_G, iterations, metric)
     out_VD, moved_GKD = soft(x_VD, c_GKD, tau_G, groups.lengths, iterations, metric, form)
@@ -111,6 +117,8 @@ def _viewed(
         raise ConfigError(f"dkm: metric must be one of {', '.join(get_args(Metric))}, got {metric!r}.")
     if iterations < 1:
         raise ConfigError(f"dkm: iterations must be at least 1, got {iterations!r}.")
+    if not w.is_floating_point() or not centroids.is_floating_point():
+        raise ConfigError(f"dkm: w and centroids must hold floats, got {w.dtype} and {centroids.dtype}.")
     if not w.numel() or not centroids.numel() or not 1 <= centroids.ndim <= 3:
         raise ConfigError(
             "dkm: w must not be empty, and centroids must be [K], [K, D], [G, K] or [G, K, D]; got shapes "
@@ -132,10 +140,12 @@ def _viewed(
             f"dkm: w of shape {list(w.shape)} has {len(groups.lengths)} groups of {rows_per_lut} output channels, but "
             f"there are centroids for {len(c_GKD)}."
         )
-    tau_G = torch.as_tensor(tau, dtype=torch.float64, device=w.device).expand(len(c_GKD))
-    if w.device.type == "cpu" and not (tau_G > 0).all():
+    tau_G = torch.as_tensor(tau, dtype=torch.float64, device=w.device)
+    if tau_G.shape not in ((), (1,), (len(c_GKD),)):
+        raise ConfigError(f"dkm: tau must be one number, or one for each of {len(c_GKD)} groups; got {len(tau_G)}.")
+    if not is_queued(w.device) and not (tau_G > 0).all():
         raise ConfigError(f"dkm: tau must be positive, got {tau!r}.")
-    return groups, groups.split(w), c_GKD, tau_G
+    return groups, groups.split(w), c_GKD, tau_G.expand(len(c_GKD))
 
 
 def _form(
@@ -160,5 +170,7 @@ def _form(
             'dkm: form="tabulated" needs scalar centroids, metric="squared", weights other than float64, and a tau for '
             'which 65536 bins are enough; use form="auto".'
         )
+    if found is not None:
+        return found
     exact = exact_form(x_VD, c_GKD, tau_G, metric)
-    return found or (Exact("chunked", exact.dtype) if name == "chunked" else exact)
+    return Exact("chunked", exact.dtype) if name == "chunked" else exact

@@ -1,7 +1,5 @@
 """The palette that DKM ends with: each vector's nearest centroid, and centroids at the means of their vectors.
 
-Entries are stored as float32, as float16, or as int8 with one scale for all.
-
 Shape suffixes: V = vectors of all groups, G = groups, K = centroids, D = numbers in a vector.
 """
 
@@ -12,8 +10,7 @@ import torch
 from torch import Tensor
 
 from qcompress.graph.conversion import to_numpy
-from qcompress.palettes.int8_palette import LARGEST
-from qcompress.palettes.scalar import half_shift
+from qcompress.palettes.vector import stored_entries
 from qcompress.plan.fields import LutDtype
 
 _AT_ONCE: Final = 1 << 20  # distances that are computed together
@@ -49,23 +46,15 @@ def assigned(x_VD: Tensor, c_GKD: Tensor, lengths: Sequence[int]) -> tuple[Tenso
 
 def _nearest(x_VD: Tensor, c_KD: Tensor) -> Tensor:
     x, c = x_VD.double(), c_KD.double()
+    if c.shape[1] == 1:
+        sorted_K, order_K = c[:, 0].sort()
+        return order_K[torch.bucketize(x[:, 0], (sorted_K[1:] + sorted_K[:-1]) / 2)]
     return torch.addmm(c.square().sum(1), x, c.T, beta=1, alpha=-2).argmin(1)
 
 
 @torch.no_grad()
 def stored(lut_GKD: Tensor, lut_dtype: LutDtype) -> tuple[Tensor, Tensor | None]:
-    """Returns the entries in the type that they are stored in, and the float32 scale that multiplies them; None: 1.
-
-    >>> entries, scale = stored(torch.tensor([[[-1.0], [0.5]]]), "int8")
-    >>> entries.flatten().tolist(), round(scale.item(), 5)
-    ([-127, 64], 0.00787)
-    """
-    lut = lut_GKD.float()
-    if lut_dtype == "int8":
-        largest = lut.abs().amax()
-        scale = torch.where(largest > 0, largest / LARGEST, 1.0)
-        return (lut / scale).round().to(torch.int8), scale
-    if lut_dtype == "float16":
-        shift = half_shift(to_numpy(lut))
-        return lut.ldexp(lut.new_tensor(-shift)).half(), lut.new_tensor(2.0**shift) if shift else None
-    return lut, None
+    """Returns `palettes.vector.stored_entries` of a tensor, on its device."""
+    entries, scale = stored_entries(to_numpy(lut_GKD.float()), lut_dtype)
+    found = torch.from_numpy(entries).to(lut_GKD.device)
+    return found, None if scale is None else torch.from_numpy(scale).to(lut_GKD.device)

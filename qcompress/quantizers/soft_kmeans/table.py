@@ -65,6 +65,12 @@ class Table:
     edges: Tensor
     neighbours: tuple[Neighbours, ...]
 
+    @property
+    def count(self) -> int:
+        """The number of weights."""
+        count: int = self.pieces[-1].where.stop
+        return count
+
     def fits(self, c_GK: Tensor) -> bool:
         """Returns whether the bins fit some centroids. It waits for the device."""
         c_GK = c_GK.double().cpu().sort(dim=1).values

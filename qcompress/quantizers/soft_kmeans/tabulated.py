@@ -32,8 +32,7 @@ from qcompress.quantizers.soft_kmeans.dense import EMPTY
 from qcompress.quantizers.soft_kmeans.table import Table, is_queued
 
 _AT_ONCE: Final = 1 << 17  # elements of an attention that are computed together
-
-_LOWEST_LOGIT: Final = -300.0
+_LOWEST_LOGIT: Final = -300.0  # exp of it is far from 0 in float64, and far below EMPTY
 
 
 def tabulated(w_N: Tensor, c_GK: Tensor, tau_G: Tensor, iterations: int, table: Table) -> tuple[Tensor, Tensor]:
