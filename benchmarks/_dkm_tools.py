@@ -123,7 +123,7 @@ def settled(case: Case) -> tuple[Tensor, float]:
     weight = case.weight()
     quantizer = Dkm(bits=round(math.log2(case.centroids)), channels=len(weight), vector_dim=case.dim)
     quantizer.initialise(weight)
-    quantizer.advance(weight, PLACES[case.place])
+    quantizer.advance(PLACES[case.place])
     quantizer.train()(weight)
     return quantizer.centroids[0].squeeze(1).clone(), float(quantizer.tau)
 

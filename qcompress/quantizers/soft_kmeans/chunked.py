@@ -68,7 +68,7 @@ def needed_dtype(variance: float, tau: float, metric: Metric) -> torch.dtype:
     >>> needed_dtype(variance=1.0, tau=0.1, metric="squared"), needed_dtype(variance=1.0, tau=1e-3, metric="squared")
     (torch.float32, torch.float64)
     """
-    return torch.float32 if metric == "squared" and variance <= 16 * tau else torch.float64
+    return torch.float32 if metric == "squared" and variance <= 20 * tau else torch.float64
 
 
 class _Chunked(torch.autograd.Function):

@@ -18,7 +18,7 @@ from qcompress.quantizers.soft_kmeans.table import Table, is_queued
 FormName = Literal["auto", "dense", "chunked", "tabulated"]
 
 DIMS: Final = (1, *vector.DIMS)
-DRIFT: Final = 1 / 64  # how far midpoints may move until a form is chosen again, see `table`
+DRIFT: Final = 2.0  # how far midpoints may move until a form is chosen again, see `table`
 
 
 def dkm(
@@ -94,8 +94,8 @@ def choose_form(
         iterations: T.
         metric: the distance.
         rows_per_lut: output channels in a group.
-        drift: how far midpoints between neighbouring centroids may move until the form is chosen again, as a share of
-            their distance.
+        drift: how far midpoints between neighbouring centroids may move until the form is chosen again, in units of τ
+            over the distance of the two.
 
     Raises:
         ConfigError: an argument is invalid.

@@ -1,11 +1,12 @@
 """Sorts weights into the bins of a table: where each is, masses at the edges of bins, and functions of the weights.
 
-A table has cells of one width, each of which is cut into bins. A weight's bin is found by some arithmetic and three
-look-ups. Functions of a weight are tabulated at the edges of bins and interpolated linearly. Histograms share a weight
-between the two edges of its bin, so that counts and means are exact. Weights beyond the first and last edge are
-extrapolated.
+A table has cells of one width. Each is cut into bins, or first into parts whose bins differ in width. A weight's bin
+is found by some arithmetic and two look-ups, or three. Functions of a weight are tabulated at the edges of bins and
+interpolated linearly. Histograms share a weight between the two edges of its bin, so that counts and means are exact.
+Weights beyond the first and last edge are extrapolated.
 
-Shape suffixes: N = weights of all groups, n = weights of one piece, G = groups, C = cells, M = edges.
+Shape suffixes: N = weights of all groups, n = weights of one piece, G = groups, C = cells, P = parts of cells,
+M = edges.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from qcompress.quantizers.soft_kmeans.neighbours import Neighbours
 
+_BELOW_1: Final = 1 - 2**-13  # share of a cell's width that does not round up to the next cell
 _PIECE: Final = 1 << 16  # weights that a CPU processes together, so that they stay in its cache
 
 
@@ -52,7 +54,9 @@ class Table:
         scale: float32 [G].
         offset: float32 [G]; a weight's cell is the integer part of w·scale + offset.
         low: float32 [G, C]: the low end of each cell.
-        start: complex64 [G, C]: the first bin of each cell, and bins per unit of weight.
+        parts: complex64 [G, C]: the first part of each cell, and the number of its parts; None: each is one part.
+        start: complex64 [G, P]: the position that each part would give to the low end of its cell, and bins per unit
+            of weight.
         edges: float64 [G, M]: edges of bins; short rows go on in steps of their last bin.
         neighbours: those among the centroids that the bins fit, on the CPU.
     """
@@ -61,6 +65,7 @@ class Table:
     scale: Tensor
     offset: Tensor
     low: Tensor
+    parts: Tensor | None
     start: Tensor
     edges: Tensor
     neighbours: tuple[Neighbours, ...]
@@ -136,10 +141,16 @@ class Table:
 
     def _locate(self, piece: Piece, w_n: Tensor, position_n: Tensor) -> None:
         """Writes the positions of weights."""
-        place_n = torch.mul(w_n, piece.pick(self.scale)).add_(piece.pick(self.offset)).to(torch.int32)
+        scale = piece.pick(self.scale)
+        place_n = torch.mul(w_n, scale).add_(piece.pick(self.offset)).to(torch.int32)
         place_n = piece.place(place_n.clamp_(0, self.low.shape[1] - 1), self.low.shape[1])
         low_n = piece.tables(self.low).index_select(0, place_n)
-        _along(piece, place_n, torch.sub(w_n, low_n, out=low_n), self.start, out=position_n)
+        beyond_n = torch.sub(w_n, low_n, out=low_n)
+        if self.parts is not None:
+            first_n, count_n = _pairs(piece, place_n, self.parts)
+            part_n = torch.mul(beyond_n, scale).clamp_(0, _BELOW_1).mul_(count_n).floor_().add_(first_n)
+            place_n = piece.place(part_n.to(torch.int32), self.start.shape[1])
+        _along(piece, place_n, beyond_n, self.start, out=position_n)
 
     def _place(self, piece: Piece, position_n: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the place of each weight's bin in tables of edges, int32 [n], and its share of the upper edge."""
@@ -170,9 +181,14 @@ def _lines(values: Tensor) -> Tensor:
 
 def _along(piece: Piece, place_n: Tensor, steps_n: Tensor, lines: Tensor, out: Tensor | None = None) -> Tensor:
     """Returns points on lines (complex: where each begins, and its rise), some steps after their beginning."""
-    line_n = torch.view_as_real(piece.tables(lines).index_select(0, place_n))
-    begin_n, rise_n = line_n.unbind(1)
+    begin_n, rise_n = _pairs(piece, place_n, lines)
     return torch.addcmul(begin_n, rise_n, steps_n, out=out)
+
+
+def _pairs(piece: Piece, place_n: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the real and the imaginary parts of complex values at some places."""
+    real_n, imaginary_n = torch.view_as_real(piece.tables(values).index_select(0, place_n)).unbind(1)
+    return real_n, imaginary_n
 
 
 def is_queued(device: torch.device) -> bool:
