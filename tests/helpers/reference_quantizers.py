@@ -126,7 +126,7 @@ def n2uq_activation(x, start, intervals, input_scale, output_scale, g) -> Answer
     return out, {name: np.asarray(value) for name, value in grads.items()}
 
 
-def n2uq_weight(w, bits, g) -> Answer:
+def n2uq_weight(w, bits, mask, g) -> Answer:
     levels, gamma = 2**bits - 1, (2**bits - 1) / 2 ** (bits - 1)
     out, gw = np.empty_like(w), np.zeros_like(w)
     for o in range(len(w)):
@@ -135,7 +135,7 @@ def n2uq_weight(w, bits, g) -> Answer:
             unit = w[o][r] / scale if scale else 0.0
             code = round((min(max(unit, -1), 1) + 1) * levels / 2)
             out[o][r] = (code * 2 / levels - 1) * scale
-            gw[o][r] = g[o][r] if abs(unit) < 1 else 0
+            gw[o][r] = (g[o][r] if abs(unit) < 1 else 0) if mask else g[o][r] / (scale or 1)
     return out, {"w": gw}
 
 

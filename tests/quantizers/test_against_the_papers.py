@@ -101,7 +101,8 @@ WEIGHT = pytest.mark.parametrize("w", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_dorefa_and_n2uq_weights(w, bits):
     agree(qc.quantizers.dorefa_weight, reference.dorefa_weight, {"w": w}, bits)
-    agree(qc.quantizers.n2uq_weight, reference.n2uq_weight, {"w": w}, bits)
+    for mask in (True, False):
+        agree(qc.quantizers.n2uq_weight, reference.n2uq_weight, {"w": w}, bits, mask)
 
 
 @WEIGHT
