@@ -99,6 +99,12 @@ def ternary(w, g) -> Answer:
     return out.reshape(w.shape), {"w": g.copy()}
 
 
+def bmpq(w, bits, g) -> Answer:
+    """Computes (3) and (4) of BMPQ."""
+    scale = max(abs(v) for v in w.ravel()) / (2 ** (bits - 1) - 1) or 1.0
+    return np.array([round(v / scale) * scale for v in w.ravel()]).reshape(w.shape), {"w": g.copy()}
+
+
 def n2uq_activation(x, start, intervals, input_scale, output_scale, g) -> Answer:
     """Computes (11) to (13) of N2UQ."""
     count, s, b1, b2 = len(intervals), float(start), float(input_scale), float(output_scale)

@@ -110,6 +110,12 @@ def test_ternary(w):
     agree(qc.quantizers.ternary, reference.ternary, {"w": w})
 
 
+@WEIGHT
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_bmpq(w, bits):
+    agree(qc.quantizers.bmpq, reference.bmpq, {"w": w}, bits)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(
     ("start", "input_scale", "output_scale"), [(0.0, 1.0, 1.0), (-0.25, 0.5, 2.0), (0.5, 2.0, 0.75)]
