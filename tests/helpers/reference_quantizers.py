@@ -198,7 +198,7 @@ def soft_min_max(w, alpha, dim) -> Answer:
 
 
 def bin_regularization(w, scale, bits, detach_targets) -> Answer:
-    """Computes (5) and (6) of bin regularization, one bin of one scale after the other."""
+    """Computes (5) and (6) of bin regularization, one bin of one scale after the other; the mean over scales."""
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     total, gw, gs = 0.0, np.zeros_like(w), np.zeros_like(scale)
     bins: dict[Any, list[Any]] = {}
@@ -215,7 +215,7 @@ def bin_regularization(w, scale, bits, detach_targets) -> Answer:
             gw[i] += 2 * (v - mean) / len(values) if len(values) > 1 else 0
         if not detach_targets:
             gs[s] -= 2 * (mean - target) * code
-    return np.asarray(total), {"w": gw, "scale": gs}
+    return np.asarray(total / scale.size), {"w": gw / scale.size, "scale": gs / scale.size}
 
 
 def kurtosis(w, target) -> Answer:

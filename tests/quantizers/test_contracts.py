@@ -260,6 +260,16 @@ def test_g_counts_the_weights_of_a_scale_and_the_features_of_a_sample():
         assert quantizer.offset.grad.item() == pytest.approx(32 / (wanted * 3) ** 0.5)
 
 
+def test_the_decay_of_pact_is_l2():
+    quantizer = qc.quantizers.Pact(bits=4)
+    quantizer.initialise([torch.tensor([0.0, 3.0])])
+    alpha = quantizer.alpha().item()
+    quantizer.penalty().backward()
+    assert quantizer.penalty().item() == pytest.approx(1e-4 * alpha**2)
+    assert quantizer.alpha.raw.grad.item() == pytest.approx(2e-4 * alpha)
+    assert qc.quantizers.Pact(bits=4, decay=0).penalty() is None
+
+
 def test_initial_scales_are_the_papers():
     w = torch.tensor([[-1.0, 0.5], [0.25, 3.0]])
     mean, sigma = w.mean(), w.std(correction=0)
@@ -419,6 +429,7 @@ ONE_BIT = "a signed grid of 1 bit has no positive code; use 2 to 8 bits, or dore
         ),
         (lambda: q.Ewgs(bits=4, role="weight", delta=-1), "Ewgs.delta must be finite and at least 0, got -1."),
         (lambda: q.Ternary(bits=3), "Ternary.bits must be 2, got 3."),
+        (lambda: q.Pact(bits=3, decay=-1), "Pact.decay must be finite and at least 0, got -1."),
         (lambda: q.N2uqActivation(bits=5), "N2uqActivation.bits must be in [2, 4], got 5."),
         (
             lambda: q.N2uqActivation(bits=2, init="min_max"),

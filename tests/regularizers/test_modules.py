@@ -152,6 +152,20 @@ def test_br_over_plain_and_quantized_models():
     assert len([*r.BinRegularizer(model, bits=2).parameters()]) == 3
 
 
+def test_br_is_as_large_with_a_scale_per_channel_as_with_one():
+    row = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    found = []
+    for channels in (None, 64):
+        model = nn.Linear(50, channels or 1)
+        quantizer = qc.quantizers.Lsq(bits=2, role="weight", axis=channels and 0, channels=channels)
+        with torch.no_grad():
+            model.weight.copy_(row.expand_as(model.weight))
+        quantizer.initialise(model.weight)
+        parametrize.register_parametrization(model, "weight", quantizer)
+        found.append(r.BinRegularizer(model).penalty())
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("detach_targets", [True, False])
 def test_br_moves_scales_only_where_asked(detach_targets):
     model = nn.Linear(10, 5)
