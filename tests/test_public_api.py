@@ -22,8 +22,8 @@ QUANTIZERS = [
     "lsq_plus", "n2uq_activation", "n2uq_weight", "pact", "ternary", "tqt", "way",
 ]  # fmt: skip
 REGULARIZERS = [
-    "BinRegularizer", "KurtosisRegularizer", "RangeRegularizer", "bin_regularization", "kl", "kurtosis", "l2", "linf",
-    "margin", "soft_min_max",
+    "BinRegularizer", "DistanceRegularizer", "KurtosisRegularizer", "RangeRegularizer", "bin_regularization", "kl",
+    "kurtosis", "l2", "linf", "margin", "soft_min_max",
 ]  # fmt: skip
 EXPORTERS = ["ExportReport", "ParityReport", "build", "export", "validate"]
 

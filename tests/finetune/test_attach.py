@@ -1,6 +1,7 @@
 """A model in training computes the same as its export, and can be unwrapped unchanged."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from qcompress.finetune.prepared import Prepared
 from qcompress.graph.marks import MarkedRunner, mark, rounding
 from qcompress.plan.plan import Plan, parse_plan
 from qcompress.quantizers import Lsq, LsqPlus, N2uqActivation
-from qcompress.regularizers import BinRegularizer, KurtosisRegularizer
+from qcompress.regularizers import BinRegularizer, DistanceRegularizer, KurtosisRegularizer
 
 MIN_MAX = Methods(weight_options={"init": "min_max"}, activation_options={"init": "min_max"})
 
@@ -240,9 +241,11 @@ def test_statistics_are_estimated_again(x):
 
 
 def test_regularizers_add_up(x):
-    tuned = prepare(Residual(), plan(2), example_inputs=(x,), regularizers=[BinRegularizer, KurtosisRegularizer])
+    kinds = [BinRegularizer, KurtosisRegularizer, DistanceRegularizer, partial(DistanceRegularizer, kind="kl")]
+    tuned = prepare(Residual(), plan(2), example_inputs=(x,), regularizers=kinds)
     parts = [regularizer.penalty() for regularizer in tuned.regularizers]
-    assert torch.equal(tuned.penalty(), parts[0] + parts[1])
+    torch.testing.assert_close(tuned.penalty(), sum(parts))
+    assert all(part > 0 for part in parts)
     assert prepare(Residual(), plan(2), example_inputs=(x,)).penalty() == 0
 
 

@@ -1,6 +1,7 @@
 """Regularizers over whole models, in the user's own training loop."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -193,6 +194,46 @@ def test_br_gathers_weights_at_their_grid_points():
     assert regularizer.penalty().item() < 0.5 * first
 
 
+@pytest.mark.parametrize("kind", ["l2", "kl"])
+@pytest.mark.parametrize("method", [name for name, found in qc.quantizers.QUANTIZERS.items() if found.weight])
+def test_a_distance_is_the_sum_over_quantized_weights_of_that_to_the_stored_ones(kind, method):
+    model, wanted = net(), 0.0
+    for i in (0, 6):
+        quantizer = qc.quantizers.way(method, "weight", 2).make(bits=2)
+        quantizer.initialise(model[i].weight)
+        stored = torch.from_numpy(quantizer.weight_artifact(model[i].weight.detach()).dequantize())
+        wanted += getattr(r, kind)(model[i].weight.detach(), stored)
+        parametrize.register_parametrization(model[i], "weight", quantizer)
+    regularizer = r.DistanceRegularizer(model.train(), kind=kind, weight=3.0)
+    before = copy.deepcopy(model.state_dict())
+    found = regularizer.penalty()
+    torch.testing.assert_close(found, 3 * wanted)
+    found.backward()
+    learned = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert learned == {"0.parametrizations.weight.original", "6.parametrizations.weight.original"}
+    assert all(module.training for module in model.modules())
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, before[name]), name
+
+
+def test_a_distance_gathers_weights_at_their_grid_points():
+    model = net()
+    quantizer = qc.quantizers.Lsq(bits=2, role="weight")
+    quantizer.initialise(model[6].weight)
+    parametrize.register_parametrization(model[6], "weight", quantizer)
+    for kind in ("l2", "kl"):
+        trained = copy.deepcopy(model)
+        regularizer = r.DistanceRegularizer(trained, kind=kind, weight=1000.0)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        first = regularizer.penalty().item()
+        for _ in range(50):
+            optimizer.zero_grad()
+            regularizer.penalty().backward()
+            optimizer.step()
+        assert regularizer.penalty().item() < 0.01 * first
+
+
 def test_kurtosis_is_a_mean_over_layers():
     model = net()
     wanted = torch.stack([r.kurtosis(place.weight(), 3.0) for place in weights(model)]).mean()
@@ -227,6 +268,18 @@ def test_state_is_saved_and_copied(make):
         (
             lambda: r.KurtosisRegularizer(net(), weight=-1),
             "KurtosisRegularizer.weight must be finite and at least 0, got -1.",
+        ),
+        (
+            lambda: r.DistanceRegularizer(net(), kind="l1"),
+            "DistanceRegularizer.kind must be one of l2, kl, got 'l1'.",
+        ),
+        (
+            lambda: r.DistanceRegularizer(net(), weight=math.inf),
+            "DistanceRegularizer.weight must be finite and at least 0, got inf.",
+        ),
+        (
+            lambda: r.DistanceRegularizer(net()),
+            "DistanceRegularizer found no quantized weight; attach quantizers first (qc.prepare).",
         ),
         (
             lambda: r.RangeRegularizer(nn.ReLU()),
