@@ -180,8 +180,11 @@ def margin(w, m, dim) -> Answer:
     return np.asarray(total), {"w": gw.reshape(w.shape), "m": np.asarray(gm)}
 
 
-def soft_min_max(w, alpha, dim) -> Answer:
-    a, total, gw, ga = float(alpha), 0.0, np.zeros(w.size), 0.0
+def soft_min_max(w, alpha, dim, relative) -> Answer:
+    mean = sum(float(v) for v in w.ravel()) / w.size
+    sigma = math.sqrt(sum((float(v) - mean) ** 2 for v in w.ravel()) / w.size) if relative else 1.0
+    sigma = sigma or 1.0
+    a, total, gw, ga = float(alpha) / sigma, 0.0, np.zeros(w.size), 0.0
     for elements in _dimensions(w, dim):
         values = [v for _, v in elements]
         for sign, extreme in ((1, max(values)), (-1, min(values))):
@@ -189,11 +192,11 @@ def soft_min_max(w, alpha, dim) -> Answer:
             mean = sum(p * v for p, v in zip(powers, values, strict=True)) / sum(powers)
             square = sum(p * v * v for p, v in zip(powers, values, strict=True)) / sum(powers)
             total += sign * mean
-            ga += square - mean**2  # sign²
+            ga += (square - mean**2) / sigma  # sign²
             for (k, v), p in zip(elements, powers, strict=True):
                 gw[k] += sign * p / sum(powers) * (1 + sign * a * (v - mean))
-        total += math.exp(-a)
-        ga -= math.exp(-a)
+        total += math.exp(-float(alpha))
+        ga -= math.exp(-float(alpha))
     return np.asarray(total), {"w": gw.reshape(w.shape), "alpha": np.asarray(ga)}
 
 

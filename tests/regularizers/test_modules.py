@@ -77,6 +77,13 @@ def test_a_range_penalty_is_the_sum_of_its_layers(kind, dim):
     assert {id(p) for p in regularizer.parameters()}.isdisjoint(id(p) for p in model.parameters())
 
 
+def test_soft_min_max_of_a_model_may_be_relative():
+    model = net()
+    found = r.RangeRegularizer(model, kind="soft_min_max", dim=2, weight=0.5, relative=True).penalty()
+    wanted = sum(r.soft_min_max(p.weight(), torch.tensor(0.1), 2, relative=True) for p in weights(model))
+    torch.testing.assert_close(found, 0.5 * wanted)
+
+
 def ranges(model):
     return [place.weight().detach().abs().amax().item() for place in weights(model)]
 
@@ -263,6 +270,10 @@ def test_state_is_saved_and_copied(make):
         (
             lambda: r.RangeRegularizer(net(), weight=-1),
             "RangeRegularizer.weight must be finite and at least 0, got -1.",
+        ),
+        (
+            lambda: r.RangeRegularizer(net(), kind="margin", relative=True),
+            "RangeRegularizer.relative applies to kind soft_min_max only, got 'margin'; remove it.",
         ),
         (lambda: r.BinRegularizer(net(), weight=-1), "BinRegularizer.weight must be finite and at least 0, got -1."),
         (
