@@ -50,6 +50,7 @@ ROWS = (
     Row("DoReFa W2", 2, None, named("dorefa")),
     Row("DKM W2", 2, None, named("dkm")),
     Row("ternary W2", 2, None, named("ternary")),
+    Row("BMPQ W4", 4, None, named("bmpq")),
     Row("N2UQ W2", 2, None, named("n2uq")),
     Row("LSQ W4A4", 4, 4, named(**LEAST_ERROR)),
     Row("LSQ+ W4A4", 4, 4, named("lsq_plus", "lsq_plus")),

@@ -96,8 +96,7 @@ class Pact(AbstractQuantizer):
 
     def penalty(self) -> Tensor | None:
         """Returns decay · alpha² / 2, 0-d; None without decay."""
-        alpha: Tensor = self.alpha()
-        return alpha.square() * (self.decay / 2) if self.decay else None
+        return self.alpha().square() * (self.decay / 2) if self.decay else None
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Sets alpha from batches of the activation."""
