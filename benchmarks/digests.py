@@ -122,11 +122,7 @@ TRAINED: dict[str, tuple[dict[str, int], dict[str, Any], float]] = {
     "lsq_plus_w4a4": ({"bits": 4, "activation_bits": 4}, {"weights": "lsq_plus", "activations": "lsq_plus"}, 1.0),
     "lsq_plus_w2a2": ({"bits": 2, "activation_bits": 2}, {"weights": "lsq_plus", "activations": "lsq_plus"}, 1.0),
     "lsq_plus_w2": ({"bits": 2}, {"weights": "lsq_plus"}, 1.0),
-    "n2uq_w2a2": (
-        {"bits": 2, "activation_bits": 2},
-        {"weights": "n2uq", "activations": "n2uq", "activation_options": {"init": "lsq"}},
-        0.1,
-    ),
+    "n2uq_w2a2": ({"bits": 2, "activation_bits": 2}, {"weights": "n2uq", "activations": "n2uq"}, 0.1),
     "n2uq_w2": ({"bits": 2}, {"weights": "n2uq"}, 1.0),
 }
 

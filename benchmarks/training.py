@@ -50,6 +50,7 @@ ROWS = (
     Row("DoReFa W2", 2, None, named("dorefa")),
     Row("DKM W2", 2, None, named("dkm")),
     Row("ternary W2", 2, None, named("ternary")),
+    Row("BMPQ W4", 4, None, named("bmpq")),
     Row("N2UQ W2", 2, None, named("n2uq")),
     Row("LSQ W4A4", 4, 4, named(**LEAST_ERROR)),
     Row("LSQ+ W4A4", 4, 4, named("lsq_plus", "lsq_plus")),
@@ -59,7 +60,8 @@ ROWS = (
     Row("EWGS W2A2", 2, 2, named("ewgs", "ewgs", **LEAST_ERROR)),
     Row("TQT W2A2", 2, 2, named("tqt", "tqt", **LEAST_ERROR)),
     Row("DoReFa + PACT W2A2", 2, 2, named("dorefa", "pact")),
-    Row("N2UQ W2A2", 2, 2, named("n2uq", "n2uq", activation_options={"init": "lsq"}), quantizer_rate=0.1),
+    Row("N2UQ W2A2", 2, 2, named("n2uq", "n2uq"), quantizer_rate=0.1),
+    Row("N2UQ W2A2, 8-bit ends", 2, 2, named("n2uq", "n2uq"), quantizer_rate=0.1, wide_ends=True),
 )
 QUICK = ("LSQ W2", "LSQ+ W4A4", "LSQ W2A2", "N2UQ W2A2")
 

@@ -17,13 +17,13 @@ CORE = [
 PACKAGES = ["finetune", "quantizers", "regularizers"]
 FINETUNE = ["Inputs", "LoopConfig", "Methods", "Prepared", "StepRecord", "distillation", "prepare", "train"]
 QUANTIZERS = [
-    "AbstractQuantizer", "Dkm", "DoReFa", "Ewgs", "Lsq", "LsqPlus", "Method", "N2uqActivation", "N2uqWeight", "Pact",
-    "QUANTIZERS", "Ternary", "Tqt", "Way", "choose_form", "dkm", "dorefa_weight", "ewgs", "lsq", "lsq_plus",
-    "n2uq_activation", "n2uq_weight", "pact", "ternary", "tqt", "way",
+    "AbstractQuantizer", "Bmpq", "Dkm", "DoReFa", "Ewgs", "Lsq", "LsqPlus", "Method", "N2uqActivation", "N2uqWeight",
+    "Pact", "QUANTIZERS", "Ternary", "Tqt", "Way", "bmpq", "choose_form", "dkm", "dorefa_weight", "ewgs", "lsq",
+    "lsq_plus", "n2uq_activation", "n2uq_weight", "pact", "ternary", "tqt", "way",
 ]  # fmt: skip
 REGULARIZERS = [
-    "BinRegularizer", "KurtosisRegularizer", "RangeRegularizer", "bin_regularization", "kl", "kurtosis", "l2", "linf",
-    "margin", "soft_min_max",
+    "BinRegularizer", "DistanceRegularizer", "KurtosisRegularizer", "RangeRegularizer", "bin_regularization", "kl",
+    "kurtosis", "l2", "linf", "margin", "soft_min_max",
 ]  # fmt: skip
 EXPORTERS = ["ExportReport", "ParityReport", "build", "export", "validate"]
 
@@ -57,7 +57,7 @@ def test_a_name_is_still_itself_after_its_neighbours_were_imported():
     assert callable(qcompress.analyze)
     assert callable(qcompress.compress)
     assert callable(qcompress_exporters.export)
-    for name in ("lsq", "lsq_plus", "pact", "ewgs", "tqt", "ternary"):
+    for name in ("lsq", "lsq_plus", "pact", "ewgs", "tqt", "ternary", "bmpq"):
         importlib.import_module(f"qcompress.quantizers.{name}")
         assert callable(getattr(qcompress.quantizers, name))
     importlib.import_module("qcompress.regularizers.kurtosis")

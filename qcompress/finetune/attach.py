@@ -89,6 +89,7 @@ def prepare(
         quantizers |= _bias_quantizers(biases, state, methods)
     widths = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
     sites = activation_sites(folded, widths, placement, deployment.fused)
+    methods.check_sites([site.name for site in sites])
     parts = Parts(program, folded, resolved, sites, batchnorm, arguments, deployment)
     prepared = Prepared(model, parts)
     prepared.initialise(methods, [example_inputs, *calibration])

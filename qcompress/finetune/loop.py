@@ -45,8 +45,8 @@ class LoopConfig:
         weight_decay: for tensors with two or more axes.
         schedule: how learning rates fall to 0: "cosine" or "linear".
         warm_up: share of all steps in which learning rates rise, in [0, 1].
-        stage: when regularizers are active, as in "bin regularization": "S1" always, "S2" in the last two thirds of the
-            epochs, "S3" in every other epoch.
+        stage: when regularizers are active, as in "bin regularization": "S1" always; "S2" after the first third of the
+            epochs, rounded down; "S3" in every other epoch, in which the weights' scales do not change.
         snap_offsets: share of the steps, at the end, in which offsets stay at values that zero points can store.
 
     Raises:
@@ -60,7 +60,7 @@ class LoopConfig:
     weight_decay: float = 0.0
     schedule: Schedule = "cosine"
     warm_up: float = 0.0
-    stage: Stage = "S1"
+    stage: Stage = "S2"
     snap_offsets: float = 0.5
 
     def __post_init__(self) -> None:
@@ -81,7 +81,11 @@ class LoopConfig:
         >>> [[LoopConfig(epochs=6, stage=stage).regularizes(e) for e in range(6)].count(True) for stage in ("S2", "S3")]
         [4, 3]
         """
-        return {"S1": True, "S2": epoch >= self.epochs / 3, "S3": epoch % 2 == 1}[self.stage]
+        return {"S1": True, "S2": epoch >= self.epochs // 3, "S3": epoch % 2 == 1}[self.stage]
+
+    def holds_scales(self, epoch: int) -> bool:
+        """Returns whether the scales of weights stay as they are in an epoch, counted from 0."""
+        return self.stage == "S3" and self.regularizes(epoch)
 
     def share_of_rate(self, done: float) -> float:
         """Returns the learning rate as a fraction of the highest one, after a share of all steps.
@@ -98,7 +102,7 @@ class LoopConfig:
 @final
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step, counted from 0 over all epochs, and its loss with and without the regularizers' terms."""
+    """One step, counted from 0 over all epochs, and its loss with and without `Prepared.penalty`."""
 
     epoch: int
     step: int
@@ -163,7 +167,7 @@ def train(
                 with torch.no_grad():
                     target = call(teacher, inputs)
             task_loss = loss(call(prepared, inputs), target)
-            whole = task_loss + prepared.penalty() if config.regularizes(epoch) else task_loss
+            whole = task_loss + prepared.penalty(regularizers=config.regularizes(epoch))
             optimizer.zero_grad(set_to_none=True)
             whole.backward()  # type: ignore[no-untyped-call]
             if wrong := _wrong(prepared, whole, inputs):
@@ -174,6 +178,8 @@ def train(
                 )
             if step % _KEPT_EVERY == 0:
                 good = copy.deepcopy(prepared.state_dict())
+            if config.holds_scales(epoch):
+                prepared.hold_scales()
             optimizer.step()
             yield StepRecord(epoch, step, float(whole.detach()), float(task_loss.detach()))
             step += 1

@@ -1,10 +1,11 @@
 """The choice of quantizers for a model in training."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Final, final
 
-from qcompress.errors import ConfigError
+from qcompress.errors import ConfigError, did_you_mean
 from qcompress.graph.layers import Layer
 from qcompress.plan.combinations import set_to
 from qcompress.plan.resolve import TensorPlan
@@ -41,6 +42,9 @@ class Methods:
             notes of the model list them.
         weight_options: further arguments of the weights' quantizer, such as {"init": "min_max"}.
         activation_options: the same for activations; the fallback does not take them.
+        site_options: further `activation_options` for some sites, by pattern of the site's name, such as
+            {"layer1.*": {"configuration": 4}}; a later pattern outdoes an earlier one. A site is named after the value
+            in the graph, or after the weight whose layer takes it: `Prepared.quantizers` lists the names.
         per_channel: whether each output channel has its own scale, if the method supports both.
         bias_bits: width of the biases of quantized layers, on a grid with one learned scale; None: biases stay in
             float. Layers followed by a BatchNorm usually have a bias only after it is folded.
@@ -50,6 +54,7 @@ class Methods:
     activations: str = "lsq_plus"
     weight_options: Mapping[str, Any] = field(default_factory=dict)
     activation_options: Mapping[str, Any] = field(default_factory=dict)
+    site_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     per_channel: bool = True
     bias_bits: int | None = None
 
@@ -92,11 +97,31 @@ class Methods:
 
     def activation(self, site: ObservedSite) -> AbstractQuantizer:
         """Returns the quantizer of a site."""
-        found, options = supported(self.activations, "activation"), self.activation_options
+        found = supported(self.activations, "activation")
+        options = {**self.activation_options, **self._options_at(site.name)}
         if found.fallback is not None and found.obstacle(site.bits, site.has_negative) is not None:
             found, options = way(found.fallback, "activation", site.bits), {}
         by_sign = found.with_negative if site.has_negative else found.without_negative
         return found.make(bits=site.bits, **{**(by_sign or {}), **options})
+
+    def check_sites(self, names: Sequence[str]) -> None:
+        """Checks that each pattern of `site_options` matches a site.
+
+        Args:
+            names: the names of all sites.
+
+        Raises:
+            ConfigError: a pattern matches no site.
+        """
+        for pattern in self.site_options:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = did_you_mean(pattern, names) or (f" Legal names are {_listed([*names])}." if names else "")
+                raise ConfigError(f"Methods.site_options: {pattern!r} matches no activation that is quantized.{near}")
+
+    def _options_at(self, name: str) -> dict[str, Any]:
+        """Returns the site options of a site."""
+        matching = (options for pattern, options in self.site_options.items() if fnmatchcase(name, pattern))
+        return {key: value for options in matching for key, value in options.items()}
 
     def notes(self, sites: Iterable[ObservedSite]) -> tuple[str, ...]:
         """Returns what the user should know: sites that the fallback quantizes, options that have no effect.
@@ -105,19 +130,25 @@ class Methods:
         ('lsq_plus quantizes the activations at x, because pact has no codes for negative values.',)
         """
         found, observed = supported(self.activations, "activation"), list(sites)
-        options = f"activation_options ({', '.join(self.activation_options)})" if self.activation_options else ""
-        if options and not observed:
-            return (f"{options} had no effect: no activation is quantized.",)
+        if self.activation_options and not observed:
+            given = ", ".join(self.activation_options)
+            return (f"activation_options ({given}) had no effect: no activation is quantized.",)
         replaced: dict[str, list[str]] = {}
         for site in observed:
             if (obstacle := found.obstacle(site.bits, site.has_negative)) is not None:
                 replaced.setdefault(obstacle, []).append(site.name)
-        unused = f"; {options} had no effect there" if options else ""
         return tuple(
             f"{found.fallback} quantizes the activations at {_listed(names)}, because {self.activations} {obstacle}"
-            f"{unused}."
+            f"{self._unused_at(names)}."
             for obstacle, names in replaced.items()
         )
+
+    def _unused_at(self, names: Iterable[str]) -> str:
+        """Returns the part of a note that names the options of sites that a fallback quantizes."""
+        here = {key: value for name in names for key, value in self._options_at(name).items()}
+        given = {"activation_options": self.activation_options, "site_options": here}
+        named = [f"{word} ({', '.join(options)})" for word, options in given.items() if options]
+        return f"; {' and '.join(named)} had no effect there" if named else ""
 
 
 def _listed(names: list[str]) -> str:

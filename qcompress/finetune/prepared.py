@@ -57,9 +57,16 @@ class Prepared(nn.Module):
         """Returns the model's outputs for the arguments of its forward."""
         return self._run(self._flat(args, kwargs), self._quantized)
 
-    def penalty(self) -> Tensor:
-        """Returns the sum of all regularizers' terms, 0-d; 0 without regularizers."""
-        terms: list[Tensor] = [getattr(regularizer, "penalty")() for regularizer in self.regularizers]  # noqa: B009
+    def penalty(self, *, regularizers: bool = True) -> Tensor:
+        """Returns the sum of the terms that belong to the loss beside the task's, 0-d; 0 if there are none.
+
+        Args:
+            regularizers: whether the regularizers' terms count, which stages of training leave out in some epochs. The
+                quantizers' own terms, such as the decay of PACT, always count.
+        """
+        terms = [term for quantizer in self.quantizers().values() if (term := quantizer.penalty()) is not None]
+        if regularizers:
+            terms += [getattr(regularizer, "penalty")() for regularizer in self.regularizers]  # noqa: B009
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def quantizers(self) -> dict[str, AbstractQuantizer]:
@@ -85,6 +92,16 @@ class Prepared(nn.Module):
         """
         for quantizer in self._weight_quantizers().values():
             quantizer.advance(done)
+
+    def hold_scales(self) -> None:
+        """Drops the gradients of the weights' learned scales: the optimizer's next step leaves these as they are.
+
+        Call it between `backward` and the step of the optimizer.
+        """
+        for name, quantizer in self._planned_quantizers().items():
+            if quantizer.step_size(self._places[name].weight()) is not None:
+                for parameter in quantizer.parameters():
+                    parameter.grad = None
 
     def snap_offsets(self) -> None:
         """Keeps the offsets of activations from now on at multiples of their scales, which zero points can store.

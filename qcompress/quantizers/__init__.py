@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, final
 from qcompress.artifacts.packing import check_bits
 from qcompress.errors import ConfigError, did_you_mean
 from qcompress.quantizers.base import AbstractQuantizer, Role, check_role
+from qcompress.quantizers.bmpq import Bmpq, bmpq
 from qcompress.quantizers.dkm import Dkm, choose_form, dkm
 from qcompress.quantizers.dorefa import DoReFa, dorefa_weight
 from qcompress.quantizers.ewgs import Ewgs, ewgs
@@ -21,6 +22,7 @@ from qcompress.quantizers.tqt import Tqt, tqt
 __all__ = [
     "QUANTIZERS",
     "AbstractQuantizer",
+    "Bmpq",
     "Dkm",
     "DoReFa",
     "Ewgs",
@@ -33,6 +35,7 @@ __all__ = [
     "Ternary",
     "Tqt",
     "Way",
+    "bmpq",
     "choose_form",
     "dkm",
     "dorefa_weight",
@@ -137,6 +140,7 @@ QUANTIZERS: Final[Mapping[str, Method]] = {
     ),
     "dkm": Method(weight=Way(make=Dkm, bits=_ALL, scales="palette")),
     "ternary": Method(weight=Way(make=Ternary, bits=range(2, 3))),
+    "bmpq": Method(weight=Way(make=Bmpq, bits=_SIGNED)),
     "n2uq": Method(
         weight=Way(make=N2uqWeight, bits=_ALL, scales="channel"),
         activation=Way(make=N2uqActivation, bits=range(2, 5), fallback="lsq_plus"),

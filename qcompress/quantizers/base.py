@@ -58,6 +58,10 @@ class AbstractQuantizer(nn.Module, abc.ABC):
             done: share of all steps that are done, in [0, 1].
         """
 
+    def penalty(self) -> Tensor | None:
+        """Returns a term that this quantizer adds to the task loss, 0-d; None: it adds nothing."""
+        return None
+
     def drop(self, weight: Tensor) -> float:
         """Returns by how much the stored weight differs from the one of the last step, relative to its size.
 

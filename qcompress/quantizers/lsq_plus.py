@@ -1,7 +1,7 @@
 """LSQ+: LSQ with a learned offset beside the learned scale.
 
 Source: Bhalgat et al., CVPR workshops 2020: codes and values (2), gradient of the scale (3), of the offset (4), the
-four configurations of Table 1, their start in 3.2.1, (7) and (8).
+four configurations of Table 1, their start in 3.2.1, (7) and (8), the offset that is not learned in Table 6.
 Code: written from the paper; no code copied.
 Deviations: LSQ's g = 1/sqrt(N·p), which the paper does not mention, is applied to scale and offset. The scale cannot
 fall below a thousandth of its start; the gradient reaches it there, too. `initial.py` lists the start's deviations.
@@ -55,6 +55,8 @@ class LsqPlus(UniformQuantizer):
         configuration: 1 unsigned, 2 signed, 3 signed with an offset, 4 unsigned with an offset; None: 2 for a weight,
             4 for an activation.
         init: the start of the scale: "lsq", "min_max" or "lsq_plus".
+        learn_offset: whether the offset, if the configuration has one, is trained; False: it stays at its start. A
+            snapped offset follows the scale in either case.
         options: `bits`, `role`, `axis`, `channels` and `features`, as in `UniformSpec`.
 
     Raises:
@@ -67,7 +69,12 @@ class LsqPlus(UniformQuantizer):
     """
 
     def __init__(
-        self, *, configuration: int | None = None, init: Init = "lsq_plus", **options: Unpack[UniformOptions]
+        self,
+        *,
+        configuration: int | None = None,
+        init: Init = "lsq_plus",
+        learn_offset: bool = True,
+        **options: Unpack[UniformOptions],
     ) -> None:
         is_weight = options.get("role") == "weight"
         chosen = (2 if is_weight else 4) if configuration is None else configuration
@@ -76,7 +83,7 @@ class LsqPlus(UniformQuantizer):
             raise ConfigError(f"LsqPlus.configuration must be {wanted}, got {configuration!r}.")
         signed, has_offset = _CONFIGURATIONS[chosen]
         super().__init__(UniformSpec(who="LsqPlus", signed=signed, has_offset=has_offset, init=init, **options))
-        self.offset = nn.Parameter(torch.zeros(())) if has_offset else None
+        self.offset = nn.Parameter(torch.zeros(()), requires_grad=learn_offset) if has_offset else None
         self._is_snapped = False
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,7 +5,10 @@ Source: Liu et al., CVPR 2022: forward (12), generalised straight-through estima
 Code: written from the paper; no code copied.
 Deviations: x is compared with threshold / β1, which is stored, instead of β1·x with the threshold. γ is
 (2^b - 1) / 2^(b-1); the printed formula lost an exponent. β1 and β2 cannot fall below a thousandth of their start.
-Training starts from LSQ+'s or LSQ's uniform grid; the paper's start, for inputs in [0, 2], is init "n2uq".
+Training starts from equal intervals at the scale of least squared error (init "lsq_plus"); the paper's start, for
+inputs in [0, 2], is init "n2uq". The gradient of a weight is the paper's, 1 where |W'| < 1, else 0 (`mask=True`). The
+authors' published code (github.com/liuzechun/Nonuniform-to-Uniform-Quantization) differs: it has no mask and divides
+by the scale γ·mean|W|, which changes nothing under Adam and multiplies the rate under SGD; `mask=False` is that.
 
 Shape suffixes: L = segments, 2^bits - 1 of them, E = their edges, one more.
 """
@@ -58,23 +61,26 @@ def n2uq_activation(x: Tensor, start: Tensor, intervals: Tensor, input_scale: Te
     return out
 
 
-def n2uq_weight(w: Tensor, bits: int) -> Tensor:
+def n2uq_weight(w: Tensor, bits: int, mask: bool = True) -> Tensor:
     """Fake-quantizes a weight, normalised so that all codes are used evenly.
 
     Args:
         w: float32 or float64; its first axis counts output channels; not modified.
         bits: width of a code, 1 to 8.
+        mask: which gradient w gets: the paper's (True) or that of the authors' code (False).
 
     Returns:
         Odd integers in [-(2^bits - 1), 2^bits - 1] times γ·mean|w| / (2^bits - 1) of the output channel, in the shape
-        of w. The gradient is 1 where |w| < γ·mean|w|, else 0.
+        of w. The gradient with a mask is 1 where |w| < γ·mean|w|, else 0; without a mask it is 1 / (γ·mean|w|), or 1 in
+        a channel of zeros.
 
     >>> n2uq_weight(torch.tensor([[-1.0, -0.25, 0.25, 0.5]]), 2).tolist()
     [[-0.75, -0.25, 0.25, 0.25]]
     """
+    unit, step = _unit_and_step(w.detach() if mask else w, bits)
     with torch.no_grad():
-        odd, step, mask = _odd_step_mask(w, bits)
-    return straight_through(w, odd * step, mask)
+        value = odd_codes(unit, bits) * step
+    return straight_through(w, value, unit.abs() < 1) if mask else straight_through(unit, value)
 
 
 def thresholds(start: Tensor, intervals: Tensor, input_scale: Tensor) -> Tensor:
@@ -129,11 +135,13 @@ def _level(beta2: Tensor, intervals: Tensor) -> Tensor:
     return beta2 * (2 / len(intervals))
 
 
-def _odd_step_mask(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    size = w.abs().mean([*range(1, w.ndim)], keepdim=True) if w.ndim > 1 else w.abs()
+def _unit_and_step(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Returns W', and the step of each output channel, which gets no gradient."""
+    size = w.detach().abs()
+    if w.ndim > 1:
+        size = size.mean([*range(1, w.ndim)], keepdim=True)
     scale = size * (((1 << bits) - 1) / (1 << (bits - 1)))
-    unit = w / torch.where(scale > 0, scale, 1.0)
-    return odd_codes(unit, bits), scale / ((1 << bits) - 1), unit.abs() < 1
+    return w / torch.where(scale > 0, scale, 1.0), scale / ((1 << bits) - 1)
 
 
 @final
@@ -206,6 +214,7 @@ class N2uqWeight(AbstractQuantizer):
     Args:
         bits: width of a code, 1 to 8.
         axis: the weight's axis that counts output channels.
+        mask: as in `n2uq_weight`.
 
     Raises:
         ConfigError: bits is out of range.
@@ -214,14 +223,14 @@ class N2uqWeight(AbstractQuantizer):
     [[-2.0, 2.0]]
     """
 
-    def __init__(self, *, bits: int, axis: int = 0) -> None:
+    def __init__(self, *, bits: int, axis: int = 0, mask: bool = True) -> None:
         super().__init__()
         check_bits(bits)
-        self.bits, self.axis = bits, axis
+        self.bits, self.axis, self.mask = bits, axis, mask
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the fake-quantized weight."""
-        return n2uq_weight(x.movedim(self.axis, 0), self.bits).movedim(0, self.axis)
+        return n2uq_weight(x.movedim(self.axis, 0), self.bits, self.mask).movedim(0, self.axis)
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Does nothing: there are no parameters to set."""
@@ -229,5 +238,6 @@ class N2uqWeight(AbstractQuantizer):
     def weight_artifact(self, weight: Tensor) -> Artifact:
         """Returns a palette of odd integers, and a scale for each output channel."""
         with torch.no_grad():
-            odd, step, _ = _odd_step_mask(weight.float().movedim(self.axis, 0), self.bits)
+            unit, step = _unit_and_step(weight.float().movedim(self.axis, 0), self.bits)
+            odd = odd_codes(unit, self.bits)
         return palettized(odd.movedim(0, self.axis), step.reshape(-1), self.bits, self.axis % weight.ndim)

@@ -1,9 +1,12 @@
 """BR: a penalty that gathers the weights of each bin at its grid point.
 
-Source: Han et al., ICCV 2021 ("bin regularization"), section 3.2, (5) and (6); λ = 0.5.
+Source: Han et al., ICCV 2021 ("bin regularization"), section 3.2, (5) and (6); λ = 0.5. Table 6 for the stages, which
+are in `finetune.LoopConfig`.
 Code: written from the paper; no code copied.
-Deviations: computed as Σ (v - v_hat)² / (weights in the bin), which equals (mean(v) - v_hat)² + var(v) of each bin.
-Channels with their own scales have their own bins. The choice of the bin carries no gradient.
+Deviations: computed as Σ (v - v_hat)² / (weights in the bin), which equals (mean(v) - v_hat)² + var(v) of each bin with
+the population variance; the paper's "0 for one element" suggests the unbiased variance. Channels with their own scales
+have their own bins; the sum over these is divided by the number of scales, so that λ means the same for one scale and
+for many. The choice of the bin carries no gradient.
 """
 
 import math
@@ -22,13 +25,14 @@ from qcompress.regularizers.places import weights
 
 
 def bin_regularization(w: Tensor, scale: Tensor, bits: int, detach_targets: bool = True) -> Tensor:
-    """Returns (mean - grid point)² + variance of each bin, summed over bins, (5).
+    """Returns (mean - grid point)² + population variance of each bin, summed over bins, (5).
 
     Args:
         w: any shape.
-        scale: > 0, 0-d or broadcastable against w; a bin holds the weights with the same signed LSQ code.
+        scale: > 0, 0-d or broadcastable against w; a bin holds the weights with the same signed LSQ code. With several
+            scales the result is the mean over them.
         bits: width of a code, 1 to 8.
-        detach_targets: whether to keep the gradient from the scale.
+        detach_targets: True: weights move to the grid points, the scale gets no gradient; False: both move.
 
     Returns:
         0-d; exactly 0 if every weight lies on its grid point.
@@ -43,7 +47,7 @@ def bin_regularization(w: Tensor, scale: Tensor, bits: int, detach_targets: bool
         bin_of = (codes.long() - limits.n) + (group << bits)
         count = torch.bincount(bin_of.reshape(-1), minlength=scale.numel() << bits)[bin_of]
     target = codes * (scale.detach() if detach_targets else scale)
-    return ((w - target).square() / count).sum()
+    return ((w - target).square() / count).sum() / scale.numel()
 
 
 @final
@@ -57,7 +61,7 @@ class BinRegularizer(nn.Module):
         model: a model, quantized or not; tied weights count once.
         bits: width of the grids of weights without a quantizer; None: those weights are not regularized.
         weight: λ, the factor of the term in the loss.
-        detach_targets: whether to keep the gradient from the scales.
+        detach_targets: as in `bin_regularization`.
 
     Raises:
         ConfigError: an argument is invalid, or the model has no weight to regularize.

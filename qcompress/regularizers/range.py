@@ -4,7 +4,14 @@ Source: Kundu et al., "R²: range regularization", section 2: L∞ (1), margin (
 Code: written from the paper; no code copied.
 Deviations: in (2) the excess is summed over elements. `RangeRegularizer` divides the gradient of M by the N weights of
 the layer, and keeps M between 0 and just below max|W|. Otherwise M would get N times the gradient of a weight, one step
-would move it beyond all weights, and the term would stop acting.
+would move it beyond all weights, and the term would stop acting. `relative=True` of soft-min-max divides the exponents
+of (3) by the standard deviation σ of the weight.
+
+Soft-min-max as printed hardly acts on trained weights. Its α stops growing where the variances under the two softmaxes
+add up to e^-α: at α = 6.3 for 5,000 normally distributed weights with σ = 0.03. There |α·w| is below 1, the softmaxes
+average over nearly all weights, the soft range is 5 % of the range, and the pull on the largest weight is below that of
+weight decay. With `relative=True` α rests at 3.7 in the same example, the soft range is 82 % of the range, and the pull
+is 1,600 times as strong. Where σ is 0.3 or more, both forms are weak.
 
 With dim above 1 a weight is split into vectors of dim weights (`granularity.vectors`), and the term is summed over the
 dimensions, which share one M or α.
@@ -65,13 +72,15 @@ def margin(w: Tensor, m: Tensor, dim: int = 1) -> Tensor:
     return dim * size + (vectors(w, dim).abs() - size).relu().sum()
 
 
-def soft_min_max(w: Tensor, alpha: Tensor, dim: int = 1) -> Tensor:
+def soft_min_max(w: Tensor, alpha: Tensor, dim: int = 1, relative: bool = False) -> Tensor:
     """Returns s_max - s_min + e^-α, (3); s_max and s_min are means of w weighted by e^αw and e^-αw.
 
     Args:
         w: any shape, not empty.
         alpha: 0-d.
         dim: number of weights in a vector.
+        relative: whether the exponents are ±αw/σ, where σ is the standard deviation of all weights and gets no
+            gradient; False: they are ±αw as printed, which hardly acts on trained weights.
 
     Returns:
         0-d.
@@ -80,10 +89,15 @@ def soft_min_max(w: Tensor, alpha: Tensor, dim: int = 1) -> Tensor:
     3.0
     """
     w_DV = vectors(w, dim).T
-    scaled_DV = alpha * w_DV
+    scaled_DV = alpha / _sigma(w) * w_DV if relative else alpha * w_DV
     highest = (scaled_DV.softmax(1) * w_DV).sum()
     lowest = ((-scaled_DV).softmax(1) * w_DV).sum()
     return highest - lowest + dim * (-alpha).exp()
+
+
+def _sigma(w: Tensor) -> Tensor:
+    sigma = w.detach().std(correction=0)
+    return torch.where(sigma > 0, sigma, 1.0)
 
 
 @final
@@ -95,9 +109,10 @@ class RangeRegularizer(nn.Module):
         kind: "linf", "margin" or "soft_min_max".
         dim: number of weights in a vector.
         weight: factor of the term in the loss.
+        relative: as in `soft_min_max`, for that kind only; True is recommended there.
 
     Raises:
-        ConfigError: an argument is invalid, or the model has no weights.
+        ConfigError: an argument is invalid, two of them conflict, or the model has no weights.
 
     >>> model = nn.Linear(2, 2)
     >>> regularizer = RangeRegularizer(model, kind="margin")
@@ -106,7 +121,9 @@ class RangeRegularizer(nn.Module):
     >>> optimizer.step()
     """
 
-    def __init__(self, model: nn.Module, kind: Kind = "margin", dim: int = 1, weight: float = 0.01) -> None:
+    def __init__(
+        self, model: nn.Module, kind: Kind = "margin", dim: int = 1, weight: float = 0.01, relative: bool = False
+    ) -> None:
         super().__init__()
         if kind not in _TERMS:
             raise ConfigError(f"RangeRegularizer.kind must be one of {', '.join(_TERMS)}, got {kind!r}.")
@@ -114,9 +131,12 @@ class RangeRegularizer(nn.Module):
             raise ConfigError(f"RangeRegularizer.dim must be at least 1, got {dim!r}.")
         if not 0 <= weight < math.inf:
             raise ConfigError(f"RangeRegularizer.weight must be finite and at least 0, got {weight!r}.")
-        self.kind, self.dim, self.weight = kind, dim, weight
+        if relative and kind != "soft_min_max":
+            raise ConfigError(f"RangeRegularizer.relative applies to kind soft_min_max only, got {kind!r}; remove it.")
+        self.kind, self.dim, self.weight, self.relative = kind, dim, weight, relative
         self._places = weights(model)
-        start, self._term = _TERMS[kind]
+        start, term = _TERMS[kind]
+        self._term = _relative_soft_min_max if relative else term
         made = [start(place.weight().detach()) for place in self._places] if start is not None else []
         self.learned = nn.ParameterList([nn.Parameter(value) for value in made])
 
@@ -142,6 +162,11 @@ def _margin(w: Tensor, m: Tensor | None, dim: int) -> Tensor:
 def _soft_min_max(w: Tensor, alpha: Tensor | None, dim: int) -> Tensor:
     assert alpha is not None
     return soft_min_max(w, alpha, dim)
+
+
+def _relative_soft_min_max(w: Tensor, alpha: Tensor | None, dim: int) -> Tensor:
+    assert alpha is not None
+    return soft_min_max(w, alpha, dim, relative=True)
 
 
 def _two_sigma(w: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A model in training computes the same as its export, and can be unwrapped unchanged."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from qcompress.finetune.prepared import Prepared
 from qcompress.graph.marks import MarkedRunner, mark, rounding
 from qcompress.plan.plan import Plan, parse_plan
 from qcompress.quantizers import Lsq, LsqPlus, N2uqActivation
-from qcompress.regularizers import BinRegularizer, KurtosisRegularizer
+from qcompress.regularizers import BinRegularizer, DistanceRegularizer, KurtosisRegularizer
 
 MIN_MAX = Methods(weight_options={"init": "min_max"}, activation_options={"init": "min_max"})
 
@@ -216,6 +217,35 @@ def test_a_method_without_negative_codes_leaves_such_sites_to_lsq_plus_and_says_
     assert tuned.notes == tuned.finalize().notes == (note,)
 
 
+def test_sites_have_options_of_their_own(x):
+    options = {"*": {"configuration": 4}, "conv2.weight": {"configuration": 1}, "mean": {"learn_offset": False}}
+    methods = Methods(site_options=options)
+    tuned = prepare(Residual(), plan(2, 4), example_inputs=(x,), methods=methods, placement="paper")
+    offsets = {s.name: q.offset for s, q in zip(tuned.parts.sites, tuned.activations, strict=True)}
+    assert offsets["x"].requires_grad
+    assert offsets["conv2.weight"] is None
+    assert not offsets["mean"].requires_grad
+    methods = Methods(site_options={"conv2.wieght": {}})
+    with pytest.raises(ConfigError, match=r"^Methods\.site_options: 'conv2\.wieght' matches .* mean conv2\.weight\?$"):
+        prepare(Residual(), plan(2, 4), example_inputs=(x,), methods=methods, placement="paper")
+
+
+def test_a_fixed_offset_stays_and_is_exported(x):
+    methods = Methods(activation_options={"configuration": 3, "learn_offset": False})
+    tuned = prepare(Residual(), plan(4, 4), example_inputs=(x,), methods=methods)
+    before = {s.key: q.offset.item() for s, q in zip(tuned.parts.sites, tuned.activations, strict=True)}
+    scales = [q.scale.value.raw.detach().clone() for q in tuned.activations]
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=0.05, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        tuned(x).square().sum().backward()
+        optimizer.step()
+    assert all(old != q.scale.value.raw for old, q in zip(scales, tuned.activations, strict=True))
+    assert {s.key: q.offset.item() for s, q in zip(tuned.parts.sites, tuned.activations, strict=True)} == before
+    grids = tuned.finalize().activations
+    assert {key: float(grids[key].offset) for key in before} == pytest.approx(before)
+
+
 def test_options_without_effect_are_noted(x):
     methods = Methods(activations="pact", activation_options={"init": "min_max"})
     tuned = prepare(Residual(), plan(4), example_inputs=(x,), methods=methods)
@@ -240,9 +270,11 @@ def test_statistics_are_estimated_again(x):
 
 
 def test_regularizers_add_up(x):
-    tuned = prepare(Residual(), plan(2), example_inputs=(x,), regularizers=[BinRegularizer, KurtosisRegularizer])
+    kinds = [BinRegularizer, KurtosisRegularizer, DistanceRegularizer, partial(DistanceRegularizer, kind="kl")]
+    tuned = prepare(Residual(), plan(2), example_inputs=(x,), regularizers=kinds)
     parts = [regularizer.penalty() for regularizer in tuned.regularizers]
-    assert torch.equal(tuned.penalty(), parts[0] + parts[1])
+    torch.testing.assert_close(tuned.penalty(), sum(parts))
+    assert all(part > 0 for part in parts)
     assert prepare(Residual(), plan(2), example_inputs=(x,)).penalty() == 0
 
 

@@ -1,6 +1,7 @@
 """The training loop: it trains, yields records, and stops with an error when training diverges."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 from qcompress.errors import ConfigError, DivergenceError
 from qcompress.finetune.attach import prepare
 from qcompress.finetune.loop import LoopConfig, call, distillation, train
+from qcompress.finetune.methods import Methods
 from qcompress.plan.plan import Plan
+from qcompress.quantizers import Pact
 from qcompress.regularizers import BinRegularizer
 
 
@@ -78,6 +81,54 @@ def test_regularizers_act_in_their_stage(batches, stage, acts):
     tuned = prepared(batches, activation_bits=None, regularizers=[BinRegularizer])
     records = list(train(tuned, batches, LoopConfig(epochs=3, stage=stage)))
     assert [int(r.loss > r.task_loss) for r in records[::4]] == acts
+
+
+def test_regularizers_wait_for_the_first_third_unless_the_config_says_otherwise():
+    acts = {epochs: [LoopConfig(epochs=epochs).regularizes(e) for e in range(epochs)] for epochs in (1, 2, 3, 8)}
+    assert acts == {1: [True], 2: [True] * 2, 3: [False, True, True], 8: [False] * 2 + [True] * 6}
+
+
+@pytest.mark.parametrize(("stage", "held"), [("S1", []), ("S2", []), ("S3", [1, 3])])
+def test_scales_of_weights_stay_in_the_epochs_of_s3_with_regularizers(batches, stage, held):
+    tuned = prepared(batches, regularizers=[partial(BinRegularizer, detach_targets=False)])
+    scale, *others = (q.scale.value.raw for q in (tuned.quantizers()["0.weight"], *tuned.activations))
+    values, stayed = (scale, *others, tuned.model[0].parametrizations.weight.original), []
+    before = [value.detach().clone() for value in values]
+    for record in train(tuned, batches, LoopConfig(epochs=4, stage=stage)):
+        same, *moved = (torch.equal(old, new) for old, new in zip(before, values, strict=True))
+        assert not any(moved)
+        stayed.append((record.epoch, same))
+        before = [value.detach().clone() for value in values]
+    assert sorted(set(stayed)) == [(epoch, epoch in held) for epoch in range(4)]
+
+
+def test_scales_are_held_for_one_step(batches):
+    tuned = prepared(batches, activation_bits=None)
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=0.1, weight_decay=0.1)
+    scales = tuned.quantizer_parameters()
+    for hold in (False, True, False):
+        before = [p.detach().clone() for p in scales]
+        optimizer.zero_grad()
+        tuned(batches[0][0]).square().sum().backward()
+        if hold:
+            tuned.hold_scales()
+        optimizer.step()
+        assert all(torch.equal(a, b) == hold for a, b in zip(before, scales, strict=True))
+
+
+def test_the_decay_of_pact_acts_in_every_epoch(batches):
+    methods = Methods(activations="pact", activation_options={"decay": 0.5})
+    tuned = prepared(batches, methods=methods, regularizers=[BinRegularizer])
+    alphas = [q.alpha() for q in tuned.quantizers().values() if isinstance(q, Pact)]
+    wanted = sum(0.25 * alpha.item() ** 2 for alpha in alphas)
+    assert alphas
+    assert tuned.penalty(regularizers=False).item() == pytest.approx(wanted)
+    (regularizer,) = tuned.regularizers
+    assert tuned.penalty().item() == pytest.approx(wanted + regularizer.penalty().item())
+    first = next(train(tuned, batches, LoopConfig(epochs=3)))
+    assert first.loss - first.task_loss == pytest.approx(wanted, rel=1e-4)
+    free = prepared(batches, methods=Methods(activations="pact", activation_options={"decay": 0.0}))
+    assert free.penalty().item() == 0
 
 
 def test_rates_rise_and_fall():

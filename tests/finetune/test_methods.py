@@ -1,7 +1,10 @@
 """The choice of quantizers, and the notes about it."""
 
+import re
+
 import pytest
 
+from qcompress.errors import ConfigError
 from qcompress.finetune.methods import Methods, ObservedSite
 from qcompress.quantizers import LsqPlus, N2uqActivation, Pact, Tqt
 
@@ -42,6 +45,50 @@ def test_notes_give_sites_reason_and_options():
     )
     assert methods.notes([]) == ("activation_options (init) had no effect: no activation is quantized.",)
     assert Methods(activations="n2uq").notes([]) == ()
+
+
+def test_site_options_go_by_name_and_the_last_pattern_wins():
+    methods = Methods(
+        activations="lsq_plus",
+        activation_options={"init": "min_max"},
+        site_options={"*": {"configuration": 2}, "block.*": {"configuration": 3}, "block.fc*": {"learn_offset": False}},
+    )
+    sites = {
+        name: ObservedSite(name, 4, has_negative=True) for name in ("conv.weight", "block.conv", "block.fc.weight")
+    }
+    quantizers = {name: methods.activation(site) for name, site in sites.items()}
+    assert [q.spec.init for q in quantizers.values()] == ["min_max"] * 3
+    assert [(q.spec.has_negative, q.spec.has_offset) for q in quantizers.values()] == [
+        (True, False),
+        (True, True),
+        (True, True),
+    ]
+    assert quantizers["block.conv"].offset.requires_grad
+    assert not quantizers["block.fc.weight"].offset.requires_grad
+
+
+def test_notes_name_the_options_of_the_sites_that_a_fallback_quantizes():
+    methods = Methods(activations="pact", activation_options={"init": "lsq"}, site_options={"silu": {"decay": 0.1}})
+    assert methods.notes([NEGATIVE, PLAIN]) == (
+        "lsq_plus quantizes the activations at silu, because pact has no codes for negative values; "
+        "activation_options (init) and site_options (decay) had no effect there.",
+    )
+    assert methods.notes([SUM]) == ()
+    assert methods.activation(NEGATIVE).spec.init == "lsq_plus"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names", "message"),
+    [
+        ("rellu", ["relu", "add"], "'rellu' matches no activation that is quantized. Did you mean relu?"),
+        ("layer9.*", ["x", "y"], "'layer9.*' matches no activation that is quantized. Legal names are x, y."),
+        ("x", [], "'x' matches no activation that is quantized."),
+    ],
+)
+def test_a_pattern_of_site_options_matches_a_site(pattern, names, message):
+    methods = Methods(site_options={**{name: {} for name in names}, pattern: {"init": "lsq"}})
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'Methods.site_options: {message}')}$"):
+        methods.check_sites(names)
 
 
 def test_many_sites_are_counted():

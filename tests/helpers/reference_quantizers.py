@@ -99,6 +99,12 @@ def ternary(w, g) -> Answer:
     return out.reshape(w.shape), {"w": g.copy()}
 
 
+def bmpq(w, bits, g) -> Answer:
+    """Computes (3) and (4) of BMPQ."""
+    scale = max(abs(v) for v in w.ravel()) / (2 ** (bits - 1) - 1) or 1.0
+    return np.array([round(v / scale) * scale for v in w.ravel()]).reshape(w.shape), {"w": g.copy()}
+
+
 def n2uq_activation(x, start, intervals, input_scale, output_scale, g) -> Answer:
     """Computes (11) to (13) of N2UQ."""
     count, s, b1, b2 = len(intervals), float(start), float(input_scale), float(output_scale)
@@ -126,7 +132,7 @@ def n2uq_activation(x, start, intervals, input_scale, output_scale, g) -> Answer
     return out, {name: np.asarray(value) for name, value in grads.items()}
 
 
-def n2uq_weight(w, bits, g) -> Answer:
+def n2uq_weight(w, bits, mask, g) -> Answer:
     levels, gamma = 2**bits - 1, (2**bits - 1) / 2 ** (bits - 1)
     out, gw = np.empty_like(w), np.zeros_like(w)
     for o in range(len(w)):
@@ -135,7 +141,7 @@ def n2uq_weight(w, bits, g) -> Answer:
             unit = w[o][r] / scale if scale else 0.0
             code = round((min(max(unit, -1), 1) + 1) * levels / 2)
             out[o][r] = (code * 2 / levels - 1) * scale
-            gw[o][r] = g[o][r] if abs(unit) < 1 else 0
+            gw[o][r] = (g[o][r] if abs(unit) < 1 else 0) if mask else g[o][r] / (scale or 1)
     return out, {"w": gw}
 
 
@@ -174,8 +180,11 @@ def margin(w, m, dim) -> Answer:
     return np.asarray(total), {"w": gw.reshape(w.shape), "m": np.asarray(gm)}
 
 
-def soft_min_max(w, alpha, dim) -> Answer:
-    a, total, gw, ga = float(alpha), 0.0, np.zeros(w.size), 0.0
+def soft_min_max(w, alpha, dim, relative) -> Answer:
+    mean = sum(float(v) for v in w.ravel()) / w.size
+    sigma = math.sqrt(sum((float(v) - mean) ** 2 for v in w.ravel()) / w.size) if relative else 1.0
+    sigma = sigma or 1.0
+    a, total, gw, ga = float(alpha) / sigma, 0.0, np.zeros(w.size), 0.0
     for elements in _dimensions(w, dim):
         values = [v for _, v in elements]
         for sign, extreme in ((1, max(values)), (-1, min(values))):
@@ -183,16 +192,16 @@ def soft_min_max(w, alpha, dim) -> Answer:
             mean = sum(p * v for p, v in zip(powers, values, strict=True)) / sum(powers)
             square = sum(p * v * v for p, v in zip(powers, values, strict=True)) / sum(powers)
             total += sign * mean
-            ga += square - mean**2  # sign²
+            ga += (square - mean**2) / sigma  # sign²
             for (k, v), p in zip(elements, powers, strict=True):
                 gw[k] += sign * p / sum(powers) * (1 + sign * a * (v - mean))
-        total += math.exp(-a)
-        ga -= math.exp(-a)
+        total += math.exp(-float(alpha))
+        ga -= math.exp(-float(alpha))
     return np.asarray(total), {"w": gw.reshape(w.shape), "alpha": np.asarray(ga)}
 
 
 def bin_regularization(w, scale, bits, detach_targets) -> Answer:
-    """Computes (5) and (6) of bin regularization, one bin of one scale after the other."""
+    """Computes (5) and (6) of bin regularization, one bin of one scale after the other; the mean over scales."""
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     total, gw, gs = 0.0, np.zeros_like(w), np.zeros_like(scale)
     bins: dict[Any, list[Any]] = {}
@@ -209,7 +218,7 @@ def bin_regularization(w, scale, bits, detach_targets) -> Answer:
             gw[i] += 2 * (v - mean) / len(values) if len(values) > 1 else 0
         if not detach_targets:
             gs[s] -= 2 * (mean - target) * code
-    return np.asarray(total), {"w": gw, "scale": gs}
+    return np.asarray(total / scale.size), {"w": gw / scale.size, "scale": gs / scale.size}
 
 
 def kurtosis(w, target) -> Answer:

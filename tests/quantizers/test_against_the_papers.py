@@ -101,12 +101,19 @@ WEIGHT = pytest.mark.parametrize("w", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_dorefa_and_n2uq_weights(w, bits):
     agree(qc.quantizers.dorefa_weight, reference.dorefa_weight, {"w": w}, bits)
-    agree(qc.quantizers.n2uq_weight, reference.n2uq_weight, {"w": w}, bits)
+    for mask in (True, False):
+        agree(qc.quantizers.n2uq_weight, reference.n2uq_weight, {"w": w}, bits, mask)
 
 
 @WEIGHT
 def test_ternary(w):
     agree(qc.quantizers.ternary, reference.ternary, {"w": w})
+
+
+@WEIGHT
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_bmpq(w, bits):
+    agree(qc.quantizers.bmpq, reference.bmpq, {"w": w}, bits)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

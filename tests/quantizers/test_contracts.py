@@ -260,6 +260,16 @@ def test_g_counts_the_weights_of_a_scale_and_the_features_of_a_sample():
         assert quantizer.offset.grad.item() == pytest.approx(32 / (wanted * 3) ** 0.5)
 
 
+def test_the_decay_of_pact_is_l2():
+    quantizer = qc.quantizers.Pact(bits=4)
+    quantizer.initialise([torch.tensor([0.0, 3.0])])
+    alpha = quantizer.alpha().item()
+    quantizer.penalty().backward()
+    assert quantizer.penalty().item() == pytest.approx(1e-4 * alpha**2)
+    assert quantizer.alpha.raw.grad.item() == pytest.approx(2e-4 * alpha)
+    assert qc.quantizers.Pact(bits=4, decay=0).penalty() is None
+
+
 def test_initial_scales_are_the_papers():
     w = torch.tensor([[-1.0, 0.5], [0.25, 3.0]])
     mean, sigma = w.mean(), w.std(correction=0)
@@ -294,9 +304,11 @@ def test_the_mse_start_is_better_than_min_max_where_there_are_outliers(configura
     [
         ("lsq", "weight", 1, "lsq quantizes weights at 2 to 8 bits, got 1; dorefa, dkm and n2uq work there."),
         ("tqt", "weight", 1, "tqt quantizes weights at 2 to 8 bits, got 1; dorefa, dkm and n2uq work there."),
+        ("bmpq", "weight", 1, "bmpq quantizes weights at 2 to 8 bits, got 1; dorefa, dkm and n2uq work there."),
         (
             "ternary", "weight", 4,
-            "ternary quantizes weights at 2 bits, got 4; lsq, lsq_plus, dorefa, ewgs, tqt, dkm and n2uq work there.",
+            "ternary quantizes weights at 2 bits, got 4; "
+            "lsq, lsq_plus, dorefa, ewgs, tqt, dkm, bmpq and n2uq work there.",
         ),
         (
             "n2uq", "activation", 8,
@@ -304,7 +316,7 @@ def test_the_mse_start_is_better_than_min_max_where_there_are_outliers(configura
         ),
         (
             "pact", "weight", 4,
-            "pact does not quantize weights; lsq, lsq_plus, dorefa, ewgs, tqt, dkm, ternary and n2uq do.",
+            "pact does not quantize weights; lsq, lsq_plus, dorefa, ewgs, tqt, dkm, ternary, bmpq and n2uq do.",
         ),
         (
             "dorefa", "activation", 4,
@@ -312,7 +324,7 @@ def test_the_mse_start_is_better_than_min_max_where_there_are_outliers(configura
         ),
         (
             "lsqplus", "weight", 4,
-            "Unknown method 'lsqplus'; known: lsq, lsq_plus, pact, dorefa, ewgs, tqt, dkm, ternary, n2uq. "
+            "Unknown method 'lsqplus'; known: lsq, lsq_plus, pact, dorefa, ewgs, tqt, dkm, ternary, bmpq, n2uq. "
             "Did you mean lsq_plus or lsq?",
         ),
         ("lsq", "bias", 4, "way.role must be 'weight' or 'activation', got 'bias'."),
@@ -386,6 +398,8 @@ ONE_BIT = "a signed grid of 1 bit has no positive code; use 2 to 8 bits, or dore
         (lambda: q.Lsq(bits=1, role="weight"), f"Lsq: {ONE_BIT}"),
         (lambda: q.Ewgs(bits=1, role="activation", signed=True), f"Ewgs: {ONE_BIT}"),
         (lambda: q.Tqt(bits=1, role="weight"), f"Tqt: {ONE_BIT}"),
+        (lambda: q.Bmpq(bits=1), f"Bmpq: {ONE_BIT}"),
+        (lambda: q.bmpq(torch.ones(2), 1), f"bmpq: {ONE_BIT}"),
         (lambda: q.LsqPlus(bits=1, role="activation", configuration=3), f"LsqPlus: {ONE_BIT}"),
         (
             lambda: q.LsqPlus(bits=4, role="activation", configuration=5),
@@ -415,6 +429,7 @@ ONE_BIT = "a signed grid of 1 bit has no positive code; use 2 to 8 bits, or dore
         ),
         (lambda: q.Ewgs(bits=4, role="weight", delta=-1), "Ewgs.delta must be finite and at least 0, got -1."),
         (lambda: q.Ternary(bits=3), "Ternary.bits must be 2, got 3."),
+        (lambda: q.Pact(bits=3, decay=-1), "Pact.decay must be finite and at least 0, got -1."),
         (lambda: q.N2uqActivation(bits=5), "N2uqActivation.bits must be in [2, 4], got 5."),
         (
             lambda: q.N2uqActivation(bits=2, init="min_max"),

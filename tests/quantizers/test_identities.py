@@ -51,6 +51,35 @@ def test_n2uq_starts_from_a_uniform_grid(bits, init):
     torch.testing.assert_close(thresholds(x), uniform(x))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_by_default_n2uq_starts_at_the_scale_of_least_squared_error(bits):
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0)).relu() * 3
+    quantizer = q.N2uqActivation(bits=bits)
+    quantizer.initialise([x])
+    error = (quantizer(x) - x).square().mean()
+    scales = torch.linspace(0.01, 1, 300) * x.max() / (2**bits - 1)
+    least = min((q.lsq(x, scale, 0, 2**bits - 1) - x).square().mean() for scale in scales)
+    assert error < 1.005 * least
+    papers = q.N2uqActivation(bits=bits, init="n2uq")
+    papers.initialise([x])
+    assert error < 0.5 * (papers(x) - x).square().mean()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_without_its_mask_an_n2uq_weight_gets_the_gradient_over_its_scale(axis):
+    weight = (torch.randn(6, 6, 3, generator=torch.Generator().manual_seed(0)) * 0.05).requires_grad_()
+    g = torch.arange(108.0).reshape(6, 6, 3)
+    values, found = [], []
+    for mask in (True, False):
+        values.append(q.N2uqWeight(bits=2, axis=axis, mask=mask)(weight))
+        found.append(torch.autograd.grad(values[-1], weight, g)[0])
+    assert torch.equal(*values)
+    others = [i for i in range(3) if i != axis]
+    scale = weight.detach().abs().mean(others, keepdim=True) * 3 / 2
+    torch.testing.assert_close(found[0], torch.where(weight.abs() < scale, g, 0.0))
+    torch.testing.assert_close(found[1], g / scale)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 8])
 def test_lsq_plus_in_configuration_1_is_lsq(bits):
     x, scale = torch.randn(50, requires_grad=True), torch.tensor(0.3, requires_grad=True)

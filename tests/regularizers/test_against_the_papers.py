@@ -48,8 +48,29 @@ def test_margin(w, dim, m):
 @WEIGHT
 @DIM
 @pytest.mark.parametrize("alpha", [0.1, -0.3, 0.0, 20.0])
-def test_soft_min_max(w, dim, alpha):
-    agree(r.soft_min_max, times_g(reference.soft_min_max), {"w": w, "alpha": np.array(alpha)}, dim)
+@pytest.mark.parametrize("relative", [True, False])
+def test_soft_min_max(w, dim, alpha, relative):
+    agree(r.soft_min_max, times_g(reference.soft_min_max), {"w": w, "alpha": np.array(alpha)}, dim, relative)
+
+
+@pytest.mark.parametrize("sigma", [0.003, 0.01, 0.03])
+def test_soft_min_max_acts_where_it_is_relative_and_hardly_as_printed(sigma):
+    """At the α where each form comes to rest, its soft range and its pull on the largest weight."""
+    w = torch.randn(5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * sigma
+    share, pull = {}, {}
+    for relative in (True, False):
+        low, high = 0.0, 50.0
+        while high - low > 1e-6:  # the gradient of α rises with α
+            alpha = torch.tensor((low + high) / 2, dtype=torch.float64, requires_grad=True)
+            (slope,) = torch.autograd.grad(r.soft_min_max(w, alpha, relative=relative), alpha)
+            low, high = (low, alpha.item()) if slope > 0 else (alpha.item(), high)
+        leaf = w.clone().requires_grad_()
+        penalty = r.soft_min_max(leaf, alpha.detach(), relative=relative)
+        share[relative] = (penalty.item() - np.exp(-alpha.item())) / (w.max() - w.min()).item()
+        (gradient,) = torch.autograd.grad(penalty, leaf)
+        pull[relative] = gradient[w.argmax()].item()
+    assert share[False] < 0.06 < 0.8 < share[True]
+    assert pull[True] > 1000 * pull[False]
 
 
 @WEIGHT

@@ -1,6 +1,7 @@
 """Regularizers over whole models, in the user's own training loop."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -74,6 +75,13 @@ def test_a_range_penalty_is_the_sum_of_its_layers(kind, dim):
     torch.testing.assert_close(found, 0.5 * wanted)
     assert len([*regularizer.parameters()]) == (0 if kind == "linf" else 4)
     assert {id(p) for p in regularizer.parameters()}.isdisjoint(id(p) for p in model.parameters())
+
+
+def test_soft_min_max_of_a_model_may_be_relative():
+    model = net()
+    found = r.RangeRegularizer(model, kind="soft_min_max", dim=2, weight=0.5, relative=True).penalty()
+    wanted = sum(r.soft_min_max(p.weight(), torch.tensor(0.1), 2, relative=True) for p in weights(model))
+    torch.testing.assert_close(found, 0.5 * wanted)
 
 
 def ranges(model):
@@ -152,6 +160,20 @@ def test_br_over_plain_and_quantized_models():
     assert len([*r.BinRegularizer(model, bits=2).parameters()]) == 3
 
 
+def test_br_is_as_large_with_a_scale_per_channel_as_with_one():
+    row = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    found = []
+    for channels in (None, 64):
+        model = nn.Linear(50, channels or 1)
+        quantizer = qc.quantizers.Lsq(bits=2, role="weight", axis=channels and 0, channels=channels)
+        with torch.no_grad():
+            model.weight.copy_(row.expand_as(model.weight))
+        quantizer.initialise(model.weight)
+        parametrize.register_parametrization(model, "weight", quantizer)
+        found.append(r.BinRegularizer(model).penalty())
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("detach_targets", [True, False])
 def test_br_moves_scales_only_where_asked(detach_targets):
     model = nn.Linear(10, 5)
@@ -177,6 +199,46 @@ def test_br_gathers_weights_at_their_grid_points():
         regularizer.penalty().backward()
         optimizer.step()
     assert regularizer.penalty().item() < 0.5 * first
+
+
+@pytest.mark.parametrize("kind", ["l2", "kl"])
+@pytest.mark.parametrize("method", [name for name, found in qc.quantizers.QUANTIZERS.items() if found.weight])
+def test_a_distance_is_the_sum_over_quantized_weights_of_that_to_the_stored_ones(kind, method):
+    model, wanted = net(), 0.0
+    for i in (0, 6):
+        quantizer = qc.quantizers.way(method, "weight", 2).make(bits=2)
+        quantizer.initialise(model[i].weight)
+        stored = torch.from_numpy(quantizer.weight_artifact(model[i].weight.detach()).dequantize())
+        wanted += getattr(r, kind)(model[i].weight.detach(), stored)
+        parametrize.register_parametrization(model[i], "weight", quantizer)
+    regularizer = r.DistanceRegularizer(model.train(), kind=kind, weight=3.0)
+    before = copy.deepcopy(model.state_dict())
+    found = regularizer.penalty()
+    torch.testing.assert_close(found, 3 * wanted)
+    found.backward()
+    learned = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert learned == {"0.parametrizations.weight.original", "6.parametrizations.weight.original"}
+    assert all(module.training for module in model.modules())
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, before[name]), name
+
+
+def test_a_distance_gathers_weights_at_their_grid_points():
+    model = net()
+    quantizer = qc.quantizers.Lsq(bits=2, role="weight")
+    quantizer.initialise(model[6].weight)
+    parametrize.register_parametrization(model[6], "weight", quantizer)
+    for kind in ("l2", "kl"):
+        trained = copy.deepcopy(model)
+        regularizer = r.DistanceRegularizer(trained, kind=kind, weight=1000.0)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        first = regularizer.penalty().item()
+        for _ in range(50):
+            optimizer.zero_grad()
+            regularizer.penalty().backward()
+            optimizer.step()
+        assert regularizer.penalty().item() < 0.01 * first
 
 
 def test_kurtosis_is_a_mean_over_layers():
@@ -209,10 +271,26 @@ def test_state_is_saved_and_copied(make):
             lambda: r.RangeRegularizer(net(), weight=-1),
             "RangeRegularizer.weight must be finite and at least 0, got -1.",
         ),
+        (
+            lambda: r.RangeRegularizer(net(), kind="margin", relative=True),
+            "RangeRegularizer.relative applies to kind soft_min_max only, got 'margin'; remove it.",
+        ),
         (lambda: r.BinRegularizer(net(), weight=-1), "BinRegularizer.weight must be finite and at least 0, got -1."),
         (
             lambda: r.KurtosisRegularizer(net(), weight=-1),
             "KurtosisRegularizer.weight must be finite and at least 0, got -1.",
+        ),
+        (
+            lambda: r.DistanceRegularizer(net(), kind="l1"),
+            "DistanceRegularizer.kind must be one of l2, kl, got 'l1'.",
+        ),
+        (
+            lambda: r.DistanceRegularizer(net(), weight=math.inf),
+            "DistanceRegularizer.weight must be finite and at least 0, got inf.",
+        ),
+        (
+            lambda: r.DistanceRegularizer(net()),
+            "DistanceRegularizer found no quantized weight; attach quantizers first (qc.prepare).",
         ),
         (
             lambda: r.RangeRegularizer(nn.ReLU()),
