@@ -161,7 +161,7 @@ class ZipArchive:
         content = np.asarray(self.data(name))
         checksum = 0
         for start in range(0, len(content), _BLOCK):
-            checksum = zlib.crc32(content[start : start + _BLOCK], checksum)
+            checksum = zlib.crc32(content[start : start + _BLOCK].data, checksum)
         if checksum != info.CRC:
             raise self._error(
                 f"{self.label} is damaged: the bytes of its member {name!r} do not match their checksum. Copy or save "

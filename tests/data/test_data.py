@@ -303,7 +303,9 @@ def put(name: str, content: bytes) -> Callable[[], None]:
 
 
 OBJECTS = np.array([{"a": 1}, None], object)
-FORMS = re.escape("Pass FILE.npz, FILE.npz:x_key,y_key, FILE.npy, a folder of .npy files, or module:factory.")
+FORMS = re.escape(
+    "Pass FILE.npz, FILE.npz:x_key,y_key, FILE.npy, a folder of .npy files or of images, or module:factory."
+)
 NO_FILE = f"there is no such file. {FORMS}"
 
 
@@ -368,7 +370,7 @@ NO_FILE = f"there is no such file. {FORMS}"
         (
             lambda: Path("d").mkdir(),
             "d",
-            r"must hold \.npy files, but it has no such file among its 0 entries\.$",
+            r"must hold \.npy files, or images in one sub-folder per class, but .* no such file among its 0 entries\.$",
         ),
         (lambda: os.mkfifo("pipe"), "pipe", "it must be a regular file, but it is a pipe, a device or a socket"),
     ],
@@ -538,7 +540,10 @@ def test_too_many_members(monkeypatch: pytest.MonkeyPatch) -> None:
         ("return []", "at least one sample is needed, but the sequence is empty"),
         ("return 5", r"a torch Dataset or a sequence of samples, each \(x, y\) or x alone, got int\.$"),
         ("return {'x': 1}", "must return a torch Dataset or a sequence of samples, .*, got dict"),
-        ("return [(1, 2, 3)]", "sample 0: a sample must be a pair .* got a tuple of 3: use a dict for several inputs"),
+        (
+            "return [(1, 2, 3)]",
+            "sample 0: a sample must be a pair .* got a tuple of 3: use a dict, or .* for several inputs",
+        ),
         ("return [(np.zeros(2), 0), (np.zeros(3), 0)]", r"x is float64 \[2\] in sample 0, float64 \[3\] in sample 1"),
         ("return [(np.zeros(2), 0), np.zeros(2)]", "sample 0 has x, y, sample 1 has x"),
         ("return [({'y': 1}, 0)]", "the label 'y' is both in the pair and in its dict"),
