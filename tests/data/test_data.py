@@ -5,9 +5,8 @@ import io
 import os
 import pickle
 import re
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +21,10 @@ from qcompress import zip_archive
 from qcompress.data import npy as _npy
 from qcompress.data.dataset import Dataset, as_dataset, load_data
 from qcompress.errors import ConfigError, DataError
+from tests.helpers.user_module import code
 
 X = np.arange(24, dtype=np.float32).reshape(6, 4)
 Y = np.arange(6)
-
-
-@pytest.fixture(autouse=True)
-def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test works in a folder of its own; modules of that folder are forgotten after it."""
-    monkeypatch.chdir(tmp_path)
-    path, modules = list(sys.path), set(sys.modules)
-    yield
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def code(text: str, name: str = "mine") -> str:
-    Path(f"{name}.py").write_text(f"import numpy as np\n{text}\n")
-    return name
 
 
 def npy_bytes(header: str, payload: bytes = b"", magic: bytes = b"\x93NUMPY\x01\x00") -> bytes:
