@@ -45,7 +45,7 @@ class DataReader:
         Args:
             indices: which ones, in which order.
             seeds: one per sample, for user code that draws from the global generators of Python, numpy or torch, which
-                are put back after it; None: it draws as it likes.
+                are put back after it; the first one is the transform's. None: user code draws as it likes.
 
         Raises:
             DataError: they cannot be read, or the transform fails.
@@ -57,6 +57,12 @@ class DataReader:
             with kept_states():
                 seed_globals(int(seeds[0]))
                 return Batch(self._transformed(raw), labels)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether samples have labels; a dataset is asked for one."""
+        with self.named_errors():
+            return next(self.samples.labels(), None) is not None
 
     def example(self) -> Arrays:
         """Return the first two samples, transformed, for tracing; a single sample is repeated."""

@@ -1,5 +1,6 @@
 """Folders of images, good and hostile."""
 
+import os
 import struct
 import subprocess
 import sys
@@ -188,6 +189,14 @@ def test_values_above_8_bits_are_not_clipped() -> None:
     save("some/1.png", np.full((4, 4), 1000, np.uint16))
     with pytest.raises(DataError, match=r"the image 1\.png must have 8 bits per channel, got mode I;16: convert it\.$"):
         load_data("some")
+
+
+def test_pipes_and_links_to_nowhere_are_no_images() -> None:
+    save("some/1.png")
+    os.mkfifo("some/2.png")
+    os.symlink("nowhere.png", "some/3.png")
+    data = load_data("some")
+    assert (data.samples, data.notes) == (1, ("skipped 2 entries of the folder that are not images",))
 
 
 def test_a_class_without_images_is_refused(photos: str) -> None:

@@ -142,6 +142,21 @@ def test_the_generators_of_the_training_are_left_alone(source: DataReader) -> No
         assert states() == before
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_on_a_gpu_no_batch_waits_for_the_device(workers: int) -> None:
+    some = batches(augment="flip,crop:2", device="cuda", workers=workers)
+    expected = list(batches().epoch(1))
+    list(some.epoch(0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        read = list(some.epoch(1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(x["x"].is_cuda and x["x"].shape == e["x"].shape for (x, _), (e, _) in zip(read, expected, strict=True))
+    assert all(torch.equal(y.cpu(), e) for (_, y), (_, e) in zip(read, expected, strict=True))
+
+
 def test_without_shuffling_all_samples_come_in_their_order() -> None:
     some = batches(shuffle=False, drop_last=False)
     read = list(some.epoch(7))
@@ -202,6 +217,7 @@ def test_every_source_of_the_same_samples_gives_the_same_batches() -> None:
     )
     expected = list(batches(classes=5).epoch(0))
     for spec in ("plain.npz", "packed.npz:train_x,train_y", "mine:pairs", "mine:dicts", "mine:drawn"):
+        assert open_data(spec).has_labels
         some = batches(open_data(spec), classes=5)
         some.check()
         assert_same(list(some.epoch(0)), expected)
@@ -211,6 +227,7 @@ def test_every_source_of_the_same_samples_gives_the_same_batches() -> None:
         np.save(f"parts/{number}.npy", part)
     code("def alone(): return list(np.load('x.npy'))", "unlabelled")
     for spec in ("x.npy", "parts", "plain.npz:x", "unlabelled:alone"):
+        assert not open_data(spec).has_labels
         some = batches(open_data(spec))
         some.check()
         assert_same(list(some.epoch(0)), [(x, None) for x, _ in expected])
