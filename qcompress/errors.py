@@ -45,7 +45,7 @@ class DependencyError(QCompressError, ImportError):
     """A required package is not installed."""
 
 
-_EXTRA_OF: Final = {"onnxruntime": "validate"}
+_EXTRA_OF: Final = {"onnxruntime": "validate", "pillow": "images"}
 
 
 def missing(package: str, what: str) -> DependencyError:

@@ -29,6 +29,8 @@ MAX_RATIO: Final = 200
 # The largest member that is parsed (JSON, pickle) rather than mapped.
 MAX_PARSED: Final = 1 << 28
 
+_BLOCK: Final = 1 << 24  # bytes that are read together
+
 _HEADER: Final = struct.Struct("<4s5H3L2H")  # of a member: magic, …, length of its name, length of its extra fields
 _OUTSIDE: Final = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|\Z)", re.DOTALL)
 # What zipfile and zlib raise when they read a damaged archive.
@@ -150,6 +152,22 @@ class ZipArchive:
         if isinstance(self._file, bytes):
             return np.frombuffer(self._file, np.uint8, info.file_size, start)
         return np.memmap(self._file, np.uint8, "r", start, (info.file_size,))
+
+    def mapped(self, name: str) -> Bytes | None:
+        """The bytes of a member, mapped from the file and compared with their checksum; None if they are compressed."""
+        info = self._info(name)
+        if info.compress_type != zipfile.ZIP_STORED:
+            return None
+        content = np.asarray(self.data(name))
+        checksum = 0
+        for start in range(0, len(content), _BLOCK):
+            checksum = zlib.crc32(content[start : start + _BLOCK].data, checksum)
+        if checksum != info.CRC:
+            raise self._error(
+                f"{self.label} is damaged: the bytes of its member {name!r} do not match their checksum. Copy or save "
+                "the file again."
+            )
+        return content
 
     def _opened(self) -> IO[bytes]:
         return io.BytesIO(self._file) if isinstance(self._file, bytes) else self._file.open("rb")

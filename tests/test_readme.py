@@ -93,7 +93,8 @@ def test_a_block_runs(block, session, monkeypatch):
 
 
 @pytest.mark.parametrize("page", sorted((README.parent / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_python_in_the_documents_runs(page):
+def test_python_in_the_documents_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__docs__"}
     for block in blocks(page.read_text(encoding="utf-8")):
         if block.language == "python":

@@ -1,42 +1,25 @@
-"""Data for a model: inputs and, optionally, labels, in batches, through the user's transform.
+"""Data for a model: inputs and, optionally, labels, in batches in their order, through the user's transform.
 
 Nothing in a data file is executed, and no pickle is read; a `module:factory` or a transform is the user's own code.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompress.artifacts.digest import short_digest
-from qcompress.data.arrays import Arrays, as_array, check_finite, check_layout, check_lengths, hash_bytes
-from qcompress.data.samples import find_function, join_batches
-from qcompress.data.spec import read_spec
+from qcompress.data.arrays import Arrays, as_array, hash_bytes
+from qcompress.data.reader import DataReader, open_data
+from qcompress.data.samples import join_batches
+from qcompress.data.stored import Labels, StoredSamples
+from qcompress.data.transform import Batch, Transform, transformed
 from qcompress.errors import ConfigError, DataError
-from qcompress.user_code import one_line
 
-# Raw array, or arrays by input name where there are several -> the model's input, or inputs by name.
-Transform = Callable[[Any], Any]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Some consecutive samples, transformed into the model's inputs.
-
-    Args:
-        inputs: arrays by input name; the caller may change them.
-        labels: labels of the samples, or None.
-    """
-
-    inputs: Arrays
-    labels: npt.NDArray[Any] | None
-
-    def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
+_TOGETHER: Final = 64  # samples that are transformed together
 
 
 @final
@@ -69,14 +52,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.inputs:
-            raise DataError("at least one input array is needed, but there are none.")
-        arrays = dict(self.inputs) if self.labels is None else {**self.inputs, "y": self.labels}
-        for name, values in arrays.items():
-            check_layout(name, values.dtype, values.shape)
-        check_lengths({name: len(values) for name, values in arrays.items()})
-        for name, values in arrays.items():
-            check_finite(name, values)
+        StoredSamples(self.inputs, self.labels).check()
         object.__setattr__(self, "inputs", {name: _read_only(values) for name, values in self.inputs.items()})
         object.__setattr__(self, "labels", None if self.labels is None else _read_only(self.labels))
 
@@ -119,6 +95,17 @@ class Dataset:
         labels = None if self.labels is None else self.labels[:n]
         return replace(self, inputs={name: values[:n] for name, values in self.inputs.items()}, labels=labels)
 
+    def reader(self) -> DataReader:
+        """The same samples, read by their indices."""
+        return DataReader(
+            samples=StoredSamples(self.inputs, self.labels),
+            name=self.name,
+            source=self.name,
+            transform=self.transform,
+            transform_name=self.transform_name,
+            notes=self.notes,
+        )
+
     def example(self) -> Arrays:
         """The first two samples, transformed, for tracing; a single sample is repeated.
 
@@ -133,10 +120,8 @@ class Dataset:
     def _batch(self, start: int, stop: int) -> Batch:
         raw = {name: np.array(values[start:stop], order="C") for name, values in self.inputs.items()}
         labels = None if self.labels is None else np.array(self.labels[start:stop], order="C")
-        if self.transform is None:
-            return Batch(raw, labels)
         try:
-            return Batch(_transformed(self.transform, raw, stop - start), labels)
+            return Batch(transformed(self.transform, raw), labels)
         except DataError as e:
             raise DataError(f"--transform {self.transform_name}, samples {start} to {stop - 1}: {e}") from e.__cause__
 
@@ -168,7 +153,7 @@ def as_dataset(data: object) -> Dataset:
 
 
 def load_data(spec: str, *, transform: str | Transform | None = None, what: str = "--data") -> Dataset:
-    """Read a data file, or call the user's factory.
+    """Read all samples of a data file, a folder or the user's factory.
 
     Args:
         spec: one of
@@ -177,55 +162,40 @@ def load_data(spec: str, *, transform: str | Transform | None = None, what: str 
             - `FILE.npz:test_x,test_y`: x and labels by their keys; `FILE.npz:test_x`: x alone;
             - `FILE.npz:ids=a,mask=b,y=c`: inputs by name;
             - `FILE.npy`: x; a folder of `.npy` files: batches of x, joined in the order of their names;
+            - a folder of images: uint8 [N, H, W, 3]. Sub-folders are classes, numbered in the order of their names;
+              without a transform, the model gets float32 [N, 3, H, W] from 0 to 1;
             - `module:factory` or `path/file.py:factory`: is called without arguments and returns a torch Dataset or a
-              sequence of (x, y) pairs or of x.
+              sequence of samples: (x, y), x alone, a dict by name, or ((a, b), y) for several inputs by position.
         transform: a function, or `module:fn`, that turns raw batches into the model's inputs.
         what: the option that `spec` was given to, for messages.
 
     Raises:
         ConfigError: the transform cannot be found.
         DataError: the data cannot be read, or its arrays do not fit together.
+        DependencyError: the images need Pillow, which is not installed.
     """
-    function, transform_name = _find_transform(transform)
-    try:
-        name, (inputs, labels, notes) = read_spec(spec, what)
+    reader = open_data(spec, transform=transform, what=what)
+    with reader.named_errors():
+        raw = reader.samples.arrays()
+    inputs, labels = raw or _read_all(reader)
+    with reader.named_errors():
         return Dataset(
-            inputs=inputs, labels=labels, name=name, transform=function, transform_name=transform_name, notes=notes
+            inputs=inputs,
+            labels=labels,
+            name=reader.name,
+            transform=reader.transform if raw else None,
+            transform_name=reader.transform_name,
+            notes=reader.notes,
         )
-    except DataError as e:
-        raise DataError(f"{what} {spec}: {e}") from e.__cause__
 
 
-def _find_transform(transform: str | Transform | None) -> tuple[Transform | None, str]:
-    if transform is None:
-        return None, ""
-    if isinstance(transform, str):
-        name, function = find_function(transform, "--transform")
-        return function, name
-    qualified = getattr(transform, "__qualname__", type(transform).__qualname__)
-    return transform, f"{getattr(transform, '__module__', type(transform).__module__)}:{qualified}"
-
-
-def _transformed(transform: Transform, raw: Arrays, samples: int) -> Arrays:
-    given = next(iter(raw.values())) if len(raw) == 1 else raw
-    kinds = {name: f"{values.dtype} {list(values.shape)}" for name, values in raw.items()}
-    try:
-        result = transform(given)
-    except (Exception, SystemExit) as e:
-        got = next(iter(kinds.values())) if len(raw) == 1 else f"a dict of {', '.join(kinds)}"
-        raise DataError(f"it failed with {one_line(e)}. It was called with {got}.") from e
-    if isinstance(result, tuple | list | str) or result is None or (isinstance(result, Mapping) and not result):
-        raise DataError(
-            f"it must return an array, a tensor, or a dict of them by input name, got {type(result).__name__}."
-        )
-    named = result if isinstance(result, Mapping) else {"x": result}
-    arrays = {str(name): as_array(value) for name, value in named.items()}
-    for name, values in arrays.items():
-        check_layout(name, values.dtype, values.shape)
-        if len(values) != samples:
-            raise DataError(f"it must return all {samples} samples, got {len(values)} in {name}.")
-        check_finite(name, values)
-    return arrays
+def _read_all(reader: DataReader) -> tuple[Arrays, Labels]:
+    """All samples, transformed: raw ones of different shapes fit into no array."""
+    starts = range(0, len(reader), _TOGETHER)
+    batches = [reader.read(np.arange(start, min(start + _TOGETHER, len(reader)))) for start in starts]
+    inputs = {name: np.concatenate([batch.inputs[name] for batch in batches]) for name in batches[0].inputs}
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    return inputs, np.concatenate(labels) if labels else None
 
 
 def _read_only(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

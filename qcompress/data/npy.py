@@ -1,7 +1,8 @@
 """Arrays from .npy and .npz files of untrusted origin: every header is checked against the bytes that are there.
 
 numpy's own reader allocates what a header claims before it looks at the file. Here numpy parses the header only, from a
-bounded piece of the file; memory is allocated, and elements are read, once the claim fits. Nothing is unpickled.
+bounded piece of the file; memory is allocated, and elements are mapped or read, once the claim fits. Nothing is
+unpickled.
 Messages leave out the file's name, which the caller puts before them.
 """
 
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, final
+from typing import IO, Any, Final, Literal, final
 
 import numpy as np
 import numpy.lib.format
@@ -124,7 +125,7 @@ class Npz:
         return header
 
     def read(self, keys: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
-        """Read the named arrays, each of them once.
+        """Return the named arrays: those that are stored uncompressed are mapped, others are read into memory.
 
         Raises:
             DataError: one is missing or damaged, or is no batch of numbers.
@@ -135,6 +136,10 @@ class Npz:
         return {key: self._read(key, header) for key, header in headers.items()}
 
     def _read(self, key: str, header: Header) -> npt.NDArray[Any]:
+        order: Literal["F", "C"] = "F" if header.fortran else "C"
+        mapped = self._archive.mapped(self._members[key])
+        if mapped is not None:
+            return _native(mapped[header.offset :].view(header.dtype).reshape(header.shape, order=order))
         with _damage(key), self._archive.open(self._members[key]) as f:
             f.read(header.offset)
             flat = np.empty(math.prod(header.shape), header.dtype)
@@ -146,7 +151,7 @@ class Npz:
                     raise EOFError("the file ends within it")
                 space[done : done + len(piece)] = piece
                 done += len(piece)
-        return _native(flat.reshape(header.shape, order="F" if header.fortran else "C"))
+        return _native(flat.reshape(header.shape, order=order))
 
 
 def _read_header(f: IO[bytes], name: str) -> Header:

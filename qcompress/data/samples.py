@@ -1,14 +1,17 @@
-"""Stacks the samples that the user's own code returns into arrays."""
+"""The samples that the user's own code returns: read one by one, or stacked into arrays."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompress.data.arrays import Arrays, as_array
+from qcompress.data.arrays import Arrays, as_array, check_finite, check_layout
+from qcompress.data.randomness import Seeds, kept_states, seed_globals
+from qcompress.data.stored import Indices, Labels, Raw, Samples, StoredSamples
 from qcompress.errors import ConfigError, DataError, SourceError
+from qcompress.graph.options import unnamed
 from qcompress.user_code import find_object, one_line
 
 
@@ -40,39 +43,131 @@ def short_name(spec: str) -> str:
     return f"{Path(place.replace(chr(92), '/')).name}{colon}{name}"
 
 
-def stack_samples(samples: object) -> tuple[Arrays, npt.NDArray[Any] | None]:
-    """Stack the samples of a torch Dataset or of any sequence into inputs by name, and labels if there are any.
+def samples_of(returned: object) -> Samples:
+    """Return what a factory returned as samples: a sequence is read when it is needed, an iterator at once.
 
     Args:
-        samples: each is a pair (x, y), or x alone, where x is an array, a tensor or a dict of them. In a dict, `y` is
-            the label.
+        returned: a torch Dataset, or a sequence or an iterator of samples, or an array. Each sample is a pair (x, y),
+            or x alone, where x is an array, a tensor, a tuple of them by position, or a dict of them by name. In a
+            dict, `y` is the label.
 
     Raises:
-        DataError: it is not a sequence, or is empty, or its samples differ in names, shape or dtype.
-
-    >>> stack_samples([(np.zeros(3), 1), (np.ones(3), 0)])[1].tolist()
-    [1, 0]
+        DataError: it is none of these, or is empty; an iterator's samples differ in names, shape or dtype.
     """
-    if isinstance(samples, np.ndarray):
-        return {"x": samples}, None
+    if isinstance(returned, np.ndarray):
+        return StoredSamples({"x": returned}, None)
+    if hasattr(returned, "dataset") and hasattr(returned, "batch_size"):
+        raise DataError(
+            f"a Dataset or a sequence of samples is needed, got {type(returned).__name__}, which returns batches: "
+            "return its dataset instead."
+        )
+    if isinstance(returned, str | bytes | Mapping) or not (hasattr(returned, "__getitem__") or _iterable(returned)):
+        raise DataError(
+            "the factory must return a torch Dataset or a sequence of samples, each (x, y) or x alone, "
+            f"got {type(returned).__name__}."
+        )
+    if hasattr(returned, "__len__") and hasattr(returned, "__getitem__"):
+        return UserSamples(returned)
+    return StoredSamples(*_stacked(_numbered(returned)))
+
+
+@final
+class UserSamples:
+    """A map-style torch Dataset, or any other sequence of samples, which are read when they are needed.
+
+    Args:
+        sequence: has a length and takes an index; see `samples_of` for what it returns.
+
+    Raises:
+        DataError: it is empty, or has no usable length.
+
+    >>> UserSamples([(np.zeros(3), 1), (np.ones(3), 0)]).take(np.array([1]))
+    ({'x': array([[1., 1., 1.]])}, array([0]))
+    """
+
+    def __init__(self, sequence: Any) -> None:
+        self._sequence = sequence
+        try:
+            self._length = len(sequence)
+        except (Exception, SystemExit) as e:
+            raise DataError(f"asking for its length failed with {one_line(e)}.") from e
+        if not self._length:
+            raise DataError("at least one sample is needed, but the sequence is empty.")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def take(self, indices: Indices, seeds: Seeds | None = None) -> tuple[Raw, Labels]:
+        """Return some samples; each is read after the global generators got its seed, which are then put back."""
+        if seeds is None:
+            return self._checked((int(i), self._read(int(i))) for i in indices)
+        with kept_states():
+            return self._checked(self._seeded(indices, seeds))
+
+    def arrays(self) -> tuple[Arrays, Labels]:
+        """Return all samples, stacked in memory."""
+        return self._checked((i, self._read(i)) for i in range(len(self)))
+
+    def labels(self) -> Iterator[npt.NDArray[Any]]:
+        """Yield the labels one by one, in an order in which samples of a class do not follow each other."""
+        with kept_states():
+            for i in np.random.default_rng(0).permutation(len(self)):
+                _, label = self.take(np.array([i]))
+                if label is None:
+                    return
+                yield label
+
+    def check(self) -> None:
+        """Refuse nothing: samples are checked when they are read."""
+
+    def _read(self, index: int) -> object:
+        try:
+            return self._sequence[index]
+        except (Exception, SystemExit) as e:
+            raise DataError(f"reading its samples failed with {one_line(e)}.") from e
+
+    def _seeded(self, indices: Indices, seeds: Seeds) -> Iterator[tuple[int, object]]:
+        for index, seed in zip(indices, seeds, strict=True):
+            seed_globals(int(seed))
+            yield int(index), self._read(int(index))
+
+    def _checked(self, numbered: Iterable[tuple[int, object]]) -> tuple[Arrays, Labels]:
+        inputs, labels = _stacked(numbered)
+        for name, values in (inputs if labels is None else {**inputs, "y": labels}).items():
+            check_layout(name, values.dtype, values.shape)
+            check_finite(name, values)
+        return inputs, labels
+
+
+def _numbered(samples: Any) -> Iterator[tuple[int, object]]:
+    try:
+        yield from enumerate(samples)
+    except (Exception, SystemExit) as e:
+        raise DataError(f"reading its samples failed with {one_line(e)}.") from e
+
+
+def _stacked(numbered: Iterable[tuple[int, object]]) -> tuple[Arrays, Labels]:
+    """Stack numbered samples into inputs by name, and labels if there are any."""
     columns: dict[str, list[npt.NDArray[Any]]] = {}
-    count = 0
-    for count, sample in enumerate(_each(samples), 1):
-        named = _named(sample, count - 1)
-        if count > 1 and set(named) != set(columns):
+    first = None
+    for index, sample in numbered:
+        named = _named(sample, index)
+        if first is None:
+            first, columns = index, {name: [] for name in named}
+        if set(named) != set(columns):
             raise DataError(
-                f"all samples must have the same arrays: sample 0 has {_listed(columns)}, "
-                f"sample {count - 1} has {_listed(named)}."
+                f"all samples must have the same arrays: sample {first} has {_listed(columns)}, "
+                f"sample {index} has {_listed(named)}."
             )
         for name, value in named.items():
-            first = columns.setdefault(name, [value])[0]
-            if count > 1:
-                _check_alike(name, first, value, count - 1)
-                columns[name].append(value)
-    if not count:
+            columns[name].append(value)
+            _check_alike(name, (first, columns[name][0]), (index, value))
+    if first is None:
         raise DataError("at least one sample is needed, but the sequence is empty.")
     stacked = {name: np.stack(values) for name, values in columns.items()}
     labels = stacked.pop("y", None)
+    if not stacked:
+        raise DataError("at least one input array is needed, but there are none.")
     return stacked, labels
 
 
@@ -103,57 +198,42 @@ def join_batches(batches: Iterable[object]) -> Arrays:
         raise DataError(f"the batches cannot be joined: {e}.") from None
 
 
-def _each(samples: object) -> Iterator[object]:
-    """The samples in order. The length of a map-style Dataset decides where they end, because indexing may not."""
-    if hasattr(samples, "dataset") and hasattr(samples, "batch_size"):
-        raise DataError(
-            f"a Dataset or a sequence of samples is needed, got {type(samples).__name__}, which returns batches: "
-            "return its dataset instead."
-        )
-    if isinstance(samples, str | bytes | Mapping) or not (hasattr(samples, "__getitem__") or _iterable(samples)):
-        raise DataError(
-            "the factory must return a torch Dataset or a sequence of samples, each (x, y) or x alone, "
-            f"got {type(samples).__name__}."
-        )
-    try:
-        if hasattr(samples, "__len__") and hasattr(samples, "__getitem__"):
-            for index in range(len(samples)):
-                yield samples[index]
-        else:
-            yield from samples  # type: ignore[misc]
-    except (Exception, SystemExit) as e:
-        raise DataError(f"reading its samples failed with {one_line(e)}.") from e
-
-
 def _iterable(samples: object) -> bool:
     return isinstance(samples, Iterable)
 
 
 def _named(sample: object, index: int) -> Arrays:
     try:
-        if isinstance(sample, Mapping):
-            return {str(name): as_array(value) for name, value in sample.items()}
         if isinstance(sample, tuple) and len(sample) == 2:
             x, y = sample
-            inputs = _named(x, index)
+            inputs = _inputs(x)
             if "y" in inputs:
                 raise DataError("the label 'y' is both in the pair and in its dict: keep one of them.")
             return inputs | {"y": as_array(y)}
         if isinstance(sample, tuple) and len(sample) != 1:
             raise DataError(
                 f"a sample must be a pair (x, y), x alone, or a dict of named arrays, got a tuple of {len(sample)}: "
-                "use a dict for several inputs."
+                "use a dict, or ((a, b), y), for several inputs."
             )
-        return {"x": as_array(sample[0] if isinstance(sample, tuple) else sample)}
+        return _inputs(sample)
     except DataError as e:
         raise DataError(f"sample {index}: {e}") from None
 
 
-def _check_alike(name: str, first: npt.NDArray[Any], value: npt.NDArray[Any], index: int) -> None:
-    if (value.shape, value.dtype) != (first.shape, first.dtype):
+def _inputs(x: object) -> Arrays:
+    """Arrays by name; those of a tuple are called x0, x1, … and belong to the model's inputs in their order."""
+    if isinstance(x, Mapping):
+        return {str(name): as_array(value) for name, value in x.items()}
+    values = x if isinstance(x, tuple) else (x,)
+    return {name: as_array(value) for name, value in zip(unnamed(len(values)), values, strict=True)}
+
+
+def _check_alike(name: str, first: tuple[int, npt.NDArray[Any]], other: tuple[int, npt.NDArray[Any]]) -> None:
+    (i, a), (j, b) = first, other
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
         raise DataError(
-            f"all samples must have the same shape and dtype: {name} is {first.dtype} "
-            f"{list(first.shape)} in sample 0, {value.dtype} {list(value.shape)} in sample {index}."
+            f"all samples must have the same shape and dtype: {name} is {a.dtype} {list(a.shape)} in sample {i}, "
+            f"{b.dtype} {list(b.shape)} in sample {j}."
         )
 
 

@@ -1,39 +1,60 @@
-"""Reads the arguments of `--data` and `--calibration` into arrays: a file, a folder or a factory.
+"""Opens the arguments of `--data` and `--calibration`: a file, a folder or a factory.
 
-Messages leave out the option and its argument, which `qcompress.data.load_data` puts before them.
+Messages leave out the option and its argument, which `qcompress.data.reader` puts before them.
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, final
 
-import numpy as np
-import numpy.typing as npt
-
-from qcompress.data.arrays import Arrays, check_layout, check_lengths
+from qcompress.data.arrays import check_layout, check_lengths
+from qcompress.data.images import ImageFolder, has_images, scaled
 from qcompress.data.npy import MAGIC, ZIP_MAGIC, Npz, map_npy
-from qcompress.data.samples import find_function, short_name, stack_samples
+from qcompress.data.samples import find_function, samples_of, short_name
+from qcompress.data.stored import JoinedSamples, Samples, StoredSamples
+from qcompress.data.transform import Transform
 from qcompress.errors import DataError, did_you_mean
 from qcompress.user_code import one_line
 
-FORMS: Final = "FILE.npz, FILE.npz:x_key,y_key, FILE.npy, a folder of .npy files, or module:factory"
-
-# Inputs by name, labels, notes.
-Found = tuple[Arrays, npt.NDArray[Any] | None, tuple[str, ...]]
+FORMS: Final = "FILE.npz, FILE.npz:x_key,y_key, FILE.npy, a folder of .npy files or of images, or module:factory"
 
 
-def read_spec(spec: str, what: str) -> tuple[str, Found]:
-    """Read what `spec` names; also returns a name for it without the machine's folders.
+@final
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What an argument names.
+
+    Args:
+        name: its name without the machine's folders.
+        samples: its samples.
+        notes: notes for the user.
+        transform: what turns raw arrays into the model's inputs if the user gives no transform.
+    """
+
+    name: str
+    samples: Samples
+    notes: tuple[str, ...] = ()
+    transform: Transform | None = None
+
+
+def open_spec(spec: str, what: str) -> Found:
+    """Open what an argument names.
+
+    Args:
+        spec: the argument; see `load_data`.
+        what: the option that it was given to, for messages.
 
     Raises:
         ConfigError: a factory cannot be found.
         DataError: there is no such file, or it cannot be read as `spec` says.
+        DependencyError: it is a folder of images, and Pillow is not installed.
     """
     place, keys = _split(spec)
     if place is None:
-        return short_name(spec), _from_factory(spec, what)
+        return Found(short_name(spec), _from_factory(spec, what))
     try:
-        return place.resolve().name, _from_path(place, keys)
+        return _from_path(place, keys)
     except OSError as e:
         raise DataError(f"it cannot be read: {e.strerror or e}.") from None
 
@@ -68,24 +89,24 @@ def _no_such_file(text: str) -> DataError:
 
 
 def _from_path(path: Path, keys: str | None) -> Found:
+    name = path.resolve().name
     if path.is_dir():
-        values, notes = _from_folder(path)
-        return {"x": values}, None, notes
+        return _from_folder(path, name)
     if not path.is_file():
         raise DataError("it must be a regular file, but it is a pipe, a device or a socket: save the data in a file.")
     with path.open("rb") as f:
         magic = f.read(len(MAGIC))
     if magic.startswith(ZIP_MAGIC):
-        return _from_npz(Npz(path), keys)
+        return _from_npz(Npz(path), keys, name)
     if magic != MAGIC:
         came = f"starts with {magic!r}" if magic else "is empty"
         raise DataError(f"it must be .npz or .npy, but it {came}: save arrays with numpy.savez or numpy.save.")
     if keys is not None:
         raise DataError(f"a .npy holds one array without a name: remove {':' + keys!r}.")
-    return {"x": map_npy(path, "x")}, None, ()
+    return Found(name, StoredSamples({"x": map_npy(path, "x")}, None))
 
 
-def _from_npz(npz: Npz, keys: str | None) -> Found:
+def _from_npz(npz: Npz, keys: str | None, name: str) -> Found:
     names, labels, notes = _all_keys(npz) if keys is None else (*_parse_keys(keys), ())
     used = [*names.values(), *([] if labels is None else [labels])]
     headers = {key: npz.header(key) for key in used}
@@ -93,7 +114,8 @@ def _from_npz(npz: Npz, keys: str | None) -> Found:
         check_layout(key, header.dtype, header.shape)
     check_lengths({key: header.shape[0] for key, header in headers.items()}, _key_hint(npz.keys))
     arrays = npz.read(used)
-    return {name: arrays[key] for name, key in names.items()}, None if labels is None else arrays[labels], notes
+    inputs = {name: arrays[key] for name, key in names.items()}
+    return Found(name, StoredSamples(inputs, None if labels is None else arrays[labels]), notes)
 
 
 def _all_keys(npz: Npz) -> tuple[dict[str, str], str | None, tuple[str, ...]]:
@@ -146,11 +168,17 @@ def _key_hint(keys: list[str]) -> str:
     return f" Name the arrays: {' or '.join(pairs)}."
 
 
-def _from_folder(folder: Path) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
+def _from_folder(folder: Path, name: str) -> Found:
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".npy" and p.is_file())
     others = sum(1 for p in folder.iterdir() if not p.name.startswith(".")) - len(files)
+    if not files and has_images(folder):
+        images = ImageFolder(folder)
+        return Found(name, images, images.notes, scaled)
     if not files:
-        raise DataError(f"the folder must hold .npy files, but it has no such file among its {others} entries.")
+        raise DataError(
+            "the folder must hold .npy files, or images in one sub-folder per class, but it has no such file among its "
+            f"{others} entries."
+        )
     parts = [map_npy(p, p.name) for p in files]
     for path, part in zip(files, parts, strict=True):
         if (part.shape[1:], part.dtype) != (parts[0].shape[1:], parts[0].dtype):
@@ -159,13 +187,13 @@ def _from_folder(folder: Path) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
                 f"{list(parts[0].shape)}, {path.name} is {part.dtype} {list(part.shape)}."
             )
     notes = (f"skipped {others} entries of the folder that are not .npy files",) if others > 0 else ()
-    return parts[0] if len(parts) == 1 else np.concatenate(parts), notes
+    return Found(name, JoinedSamples(parts), notes)
 
 
-def _from_factory(spec: str, what: str) -> Found:
+def _from_factory(spec: str, what: str) -> Samples:
     _, factory = find_function(spec, what)
     try:
-        samples = factory()
+        returned = factory()
     except (Exception, SystemExit) as e:
         raise DataError(f"calling it without arguments failed with {one_line(e)}.") from e
-    return (*stack_samples(samples), ())
+    return samples_of(returned)

@@ -12,7 +12,7 @@ class ProgramOptions:
     """The options for getting a float program from a source.
 
     Args:
-        inputs: example inputs by name, in order; a single unnamed one is `x`. The first axis is the batch.
+        inputs: example inputs by name, in order; for those without names see `unnamed`. The first axis is the batch.
         dynamic: names of dynamic axes, {(input name, axis): axis name}; None: the first axis of every input, `batch`.
         input_names: names for the graph's inputs; None: forward's argument names.
         output_names: names for the graph's outputs; None: `output`, `output_1`, or the keys of a dict.
@@ -24,3 +24,12 @@ class ProgramOptions:
     input_names: tuple[str, ...] | None = None
     output_names: tuple[str, ...] | None = None
     shares: bool = False
+
+
+def unnamed(count: int) -> tuple[str, ...]:
+    """Return the names of inputs that are told apart by their positions only.
+
+    >>> unnamed(1), unnamed(2)
+    (('x',), ('x0', 'x1'))
+    """
+    return ("x",) if count == 1 else tuple(f"x{position}" for position in range(count))

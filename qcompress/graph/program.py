@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from qcompress.errors import ConfigError, DataError, did_you_mean
 from qcompress.graph.conversion import numpy_dtype, to_numpy, to_torch
+from qcompress.graph.options import unnamed
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 _ORIGINS: Final = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
@@ -96,24 +97,24 @@ class FloatProgram:
         return module
 
     def bind(self, arrays: Arrays) -> list[npt.NDArray[Any]]:
-        """Return the program's inputs, in order, from named arrays; a single input may also be called `x`.
+        """Return the program's inputs, in order, from named arrays.
+
+        A single input may also be called `x`, several may be called `x0`, `x1`, … by their positions.
 
         Raises:
             DataError: an input is missing, or has the wrong shape or dtype.
         """
         bound = []
-        for name, node in zip(self.input_names, user_inputs(self.exported), strict=True):
-            if name in arrays:
-                value = np.asarray(arrays[name])
-            elif len(self.input_names) == 1 and "x" in arrays:
-                value = np.asarray(arrays["x"])
-            else:
+        positions = unnamed(len(self.input_names))
+        for name, position, node in zip(self.input_names, positions, user_inputs(self.exported), strict=True):
+            key = name if name in arrays else position
+            if key not in arrays:
                 hint = " An array y holds labels: give the input another name." if name == "y" else ""
                 raise DataError(
                     f"The model's inputs are {', '.join(self.input_names)}; the data has "
                     f"{', '.join(sorted(arrays)) or 'no arrays'}: {name} is missing.{hint}"
                 )
-            bound.append(_check_input(name, value, node))
+            bound.append(_check_input(name, np.asarray(arrays[key]), node))
         return bound
 
     def random_inputs(self, batch: int = 2) -> dict[str, npt.NDArray[Any]]:

@@ -19,7 +19,7 @@ from qcompress.errors import ConfigError, DataError, SourceError, did_you_mean
 from qcompress.graph.conversion import to_torch
 from qcompress.graph.in_place import out_of_place, without_mutations
 from qcompress.graph.nodes import arguments, row_of
-from qcompress.graph.options import ProgramOptions
+from qcompress.graph.options import ProgramOptions, unnamed
 from qcompress.graph.program import (
     STATE_KINDS,
     Arrays,
@@ -183,7 +183,7 @@ def _is_odd_float(dtype: torch.dtype) -> bool:
 
 
 def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Bind arrays to forward's arguments: by name, or one array to one argument, or several to one dict."""
+    """Bind arrays to forward's arguments: by name, by position, or several to one dict."""
     tensors = {name: to_torch(value) for name, value in inputs.items()}
     parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
     names = [p.name for p in parameters]
@@ -192,7 +192,8 @@ def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], 
     ]
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return list(tensors.values()), {}
-    if len(tensors) == 1 and not set(tensors) & set(names):
+    by_position = len(tensors) == 1 or (tuple(tensors) == unnamed(len(tensors)) and len(tensors) <= len(names))
+    if by_position and not set(tensors) & set(names):
         return list(tensors.values()), {}
     if len(required) == 1 and not set(tensors) & set(names):
         return [tensors], {}

@@ -5,9 +5,8 @@ import io
 import os
 import pickle
 import re
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +21,10 @@ from qcompress import zip_archive
 from qcompress.data import npy as _npy
 from qcompress.data.dataset import Dataset, as_dataset, load_data
 from qcompress.errors import ConfigError, DataError
+from tests.helpers.user_module import code
 
 X = np.arange(24, dtype=np.float32).reshape(6, 4)
 Y = np.arange(6)
-
-
-@pytest.fixture(autouse=True)
-def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test works in a folder of its own; modules of that folder are forgotten after it."""
-    monkeypatch.chdir(tmp_path)
-    path, modules = list(sys.path), set(sys.modules)
-    yield
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def code(text: str, name: str = "mine") -> str:
-    Path(f"{name}.py").write_text(f"import numpy as np\n{text}\n")
-    return name
 
 
 def npy_bytes(header: str, payload: bytes = b"", magic: bytes = b"\x93NUMPY\x01\x00") -> bytes:
@@ -303,7 +286,9 @@ def put(name: str, content: bytes) -> Callable[[], None]:
 
 
 OBJECTS = np.array([{"a": 1}, None], object)
-FORMS = re.escape("Pass FILE.npz, FILE.npz:x_key,y_key, FILE.npy, a folder of .npy files, or module:factory.")
+FORMS = re.escape(
+    "Pass FILE.npz, FILE.npz:x_key,y_key, FILE.npy, a folder of .npy files or of images, or module:factory."
+)
 NO_FILE = f"there is no such file. {FORMS}"
 
 
@@ -368,7 +353,7 @@ NO_FILE = f"there is no such file. {FORMS}"
         (
             lambda: Path("d").mkdir(),
             "d",
-            r"must hold \.npy files, but it has no such file among its 0 entries\.$",
+            r"must hold \.npy files, or images in one sub-folder per class, but .* no such file among its 0 entries\.$",
         ),
         (lambda: os.mkfifo("pipe"), "pipe", "it must be a regular file, but it is a pipe, a device or a socket"),
     ],
@@ -538,7 +523,10 @@ def test_too_many_members(monkeypatch: pytest.MonkeyPatch) -> None:
         ("return []", "at least one sample is needed, but the sequence is empty"),
         ("return 5", r"a torch Dataset or a sequence of samples, each \(x, y\) or x alone, got int\.$"),
         ("return {'x': 1}", "must return a torch Dataset or a sequence of samples, .*, got dict"),
-        ("return [(1, 2, 3)]", "sample 0: a sample must be a pair .* got a tuple of 3: use a dict for several inputs"),
+        (
+            "return [(1, 2, 3)]",
+            "sample 0: a sample must be a pair .* got a tuple of 3: use a dict, or .* for several inputs",
+        ),
         ("return [(np.zeros(2), 0), (np.zeros(3), 0)]", r"x is float64 \[2\] in sample 0, float64 \[3\] in sample 1"),
         ("return [(np.zeros(2), 0), np.zeros(2)]", "sample 0 has x, y, sample 1 has x"),
         ("return [({'y': 1}, 0)]", "the label 'y' is both in the pair and in its dict"),

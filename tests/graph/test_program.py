@@ -216,6 +216,19 @@ def test_example_inputs_that_do_not_fit(inputs: dict[str, Any], message: str) ->
         from_module(Two(), ProgramOptions(inputs=inputs))
 
 
+def test_inputs_without_names_are_bound_by_position() -> None:
+    class Two(nn.Module):
+        def forward(self, image: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
+            return image - meta
+
+    unnamed = {"x0": np.full((2, 4), 5, np.float32), "x1": np.full((2, 4), 2, np.float32)}
+    program = from_module(Two(), ProgramOptions(inputs=unnamed))
+    assert program.input_names == ("image", "meta")
+    swapped = dict(reversed(unnamed.items()))  # names count, not the order of a dict
+    for arrays in (unnamed, swapped, {"image": unnamed["x0"], "meta": unnamed["x1"]}):
+        assert (program.run(arrays)["output"] == 3).all()
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

@@ -253,7 +253,7 @@ def test_the_drop_is_how_much_worse(data: st.DataObject) -> None:
     assert (good.original, good.compressed, good.samples) == (a.mean(), b.mean(), n)
     assert good.interval is not None
     assert bad.interval is not None
-    assert good.interval[0] <= good.drop <= good.interval[1]
+    assert good.interval[0] - 1e-12 <= good.drop <= good.interval[1] + 1e-12  # means of one number differ in rounding
     assert bad.interval == pytest.approx((-good.interval[1], -good.interval[0]))
 
 

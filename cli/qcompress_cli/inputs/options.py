@@ -153,9 +153,16 @@ source_options: Final = together(
 )
 
 input_options: Final = together(
-    click.option("--calibration", metavar="FILE", help="Unlabelled inputs: .npz, .npy or a folder of .npy."),
     click.option(
-        "--data", metavar="FILE", help="Inputs with labels where there are any: X.npz, X.npz:x_key,y_key or module:fn."
+        "--calibration",
+        metavar="FILE",
+        help="Unlabelled inputs: .npz, .npy, a folder of .npy or of images, or module:fn.",
+    ),
+    click.option(
+        "--data",
+        metavar="FILE",
+        help="Inputs with labels where there are any: X.npz, X.npz:x_key,y_key, a folder of images with one sub-folder "
+        "per class, or module:fn, which returns a torch Dataset.",
     ),
     click.option(
         "--input-shape",

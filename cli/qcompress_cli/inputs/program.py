@@ -90,9 +90,9 @@ def example_inputs(given: RunOptions) -> Mapping[str, npt.NDArray[Any]] | None:
         }
     for spec, flag in ((given.data, "--data"), (given.calibration, "--calibration")):
         if spec:
-            from qcompress.data.dataset import load_data
+            from qcompress.data.reader import open_data
 
-            return load_data(spec, transform=given.transform, what=flag).example()
+            return open_data(spec, transform=given.transform, what=flag).example()
     return None
 
 

@@ -102,6 +102,31 @@ def test_a_good_file_and_the_gate(qcompress, refused, files):
 
 
 @pytest.mark.usefixtures("traced_once")
+def test_other_kinds_of_data_give_the_same_measurements(qcompress, files):
+    """A torch Dataset, and a folder of images, which a transform turns into the same inputs."""
+    image = pytest.importorskip("PIL.Image", reason="an optional dependency")
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    labels = np.arange(6) // 2
+    for number, label in enumerate(labels):
+        (files / "photos" / str(label)).mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels[number]).save(files / "photos" / str(label) / f"{number}.png")
+    np.savez("same.npz", x=pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255), y=labels)
+    (files / "mine.py").write_text(
+        "import numpy as np, torch\n"
+        "def make():\n"
+        "    d = np.load('same.npz')\n"
+        "    return torch.utils.data.TensorDataset(torch.from_numpy(d['x']), torch.from_numpy(d['y']))\n"
+    )
+    documents = []
+    for spec in ("same.npz", "photos", "mine:make"):
+        result = qcompress("validate", "model.pt", FILE, "--data", spec, "--no-timing", "--json")
+        assert result.exit_code == 0, result.output
+        document = json.loads(result.stdout)
+        documents.append((document["agreement"], document["metric"]))
+    assert documents[1:] == documents[:1] * 2
+
+
+@pytest.mark.usefixtures("traced_once")
 def test_measurements_within_the_file(qcompress, files):
     before = metadata.read(files / FILE)
     args = ("validate", "model.pt", FILE, "--data", "test.npz:x,y", "--write", "--no-timing")
