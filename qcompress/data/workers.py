@@ -1,6 +1,7 @@
 """Worker processes that load batches ahead of the training; torch's DataLoader runs them."""
 
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -49,6 +50,7 @@ class _Steps(Dataset[T | QCompressError]):
 def _from_workers(load: Callable[[int], T], steps: Sequence[int], workers: int) -> Iterator[T]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about more workers than cores, and forks of processes that have threads
+        before = signal.getsignal(signal.SIGCHLD)
         loaded = iter(
             DataLoader(
                 _Steps(load),
@@ -61,6 +63,9 @@ def _from_workers(load: Callable[[int], T], steps: Sequence[int], workers: int) 
                 worker_init_fn=_ignore_interrupts,
             )
         )
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler raises wherever training is when a worker ends; `next` finds out by itself, within 5 seconds.
+        signal.signal(signal.SIGCHLD, before)
     while True:
         try:
             result = next(loaded)
