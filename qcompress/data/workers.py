@@ -66,18 +66,21 @@ def _from_workers(load: Callable[[int], T], steps: Sequence[int], workers: int) 
     if threading.current_thread() is threading.main_thread():
         # torch's handler raises wherever training is when a worker ends; `next` finds out by itself, within 5 seconds.
         signal.signal(signal.SIGCHLD, before)
-    while True:
-        try:
-            result = next(loaded)
-        except StopIteration:
-            return
-        except RuntimeError as e:
-            if not str(e).startswith("DataLoader worker"):  # it was raised by what the worker ran
-                raise
-            raise DataError(f"a worker that loads batches ended ({one_line(e)}): use fewer workers, or 0.") from e
-        if isinstance(result, QCompressError):
-            raise result
-        yield result
+    try:
+        while True:
+            try:
+                result = next(loaded)
+            except StopIteration:
+                return
+            except (RuntimeError, EOFError, OSError) as e:
+                if str(e).startswith("Caught "):  # it was raised by what the worker ran
+                    raise
+                raise DataError(f"a worker that loads batches ended ({one_line(e)}): use fewer workers, or 0.") from e
+            if isinstance(result, QCompressError):
+                raise result
+            yield result
+    finally:
+        getattr(loaded, "_shutdown_workers")()  # noqa: B009 - an exception's traceback would keep them alive
 
 
 def _as_it_is(batch: T) -> T:
