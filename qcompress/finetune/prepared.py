@@ -226,7 +226,10 @@ class Prepared(nn.Module):
         return found
 
     def _flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """Returns the tensors among forward's arguments in the program's order."""
+        """Returns the tensors among forward's arguments, or by the program's names, in the program's order."""
+        names = self.parts.program.input_names
+        if not args and set(kwargs) == set(names):
+            return [kwargs[name] for name in names]
         spec = self.parts.program.exported.call_spec.in_spec
         positional, by_name = pytree.tree_unflatten(range(spec.num_leaves), spec)
         given = dict(zip(self.parts.arguments, args, strict=False)) | dict(kwargs)
@@ -240,7 +243,8 @@ class Prepared(nn.Module):
     def _batch(self, batch: Inputs) -> list[Tensor]:
         """Returns the tensors of one batch in the program's order."""
         if isinstance(batch, Mapping):
-            return self._flat((), batch) if set(batch) <= set(self.parts.arguments) else self._flat((batch,), {})
+            known = {*self.parts.arguments}, {*self.parts.program.input_names}
+            return self._flat((), batch) if any(set(batch) <= names for names in known) else self._flat((batch,), {})
         return self._flat((batch,) if isinstance(batch, Tensor) else batch, {})
 
     def _planned_quantizers(self) -> dict[str, AbstractQuantizer]:
