@@ -27,6 +27,7 @@ from qcompress.regularizers.places import place_of
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 _NAMED: Final = 3  # weights that a note names
+_TINY: Final = 1e-30
 _KEPT: Final = 1 << 16  # values per batch from which the quantizer of a site is initialised
 
 
@@ -119,6 +120,17 @@ class Prepared(nn.Module):
         """
         found = self._planned_quantizers().items()
         return {name: quantizer.drop(self._places[name].weight().detach()) for name, quantizer in found}
+
+    @torch.no_grad()
+    def errors(self) -> dict[str, float]:
+        """Returns the relative distance of each weight as it is stored from its float value, by qualified name."""
+        found = {}
+        for name, quantizer in self._planned_quantizers().items():
+            weight, training = self._places[name].weight().detach(), quantizer.training
+            distance = (quantizer.eval()(weight) - weight).norm() / weight.norm().clamp_min(_TINY)
+            quantizer.train(training)
+            found[name] = float(distance)
+        return found
 
     def finalize(self) -> CompressedModel:
         """Returns the compressed model with the codes of the last step.
