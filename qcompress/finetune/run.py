@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Final, final
 
@@ -12,9 +12,9 @@ from qcompress.compressed.folder import WEIGHTS
 from qcompress.data.training import TrainingBatches
 from qcompress.files import write_whole
 from qcompress.finetune.checkpoints import Checkpoints
-from qcompress.finetune.history import EpochRow, QuantizerRow, quantizer_values
+from qcompress.finetune.history import QUANTIZER_COLUMNS, EpochRow, QuantizerRow, csv_text, quantizer_values
 from qcompress.finetune.prepared import Prepared
-from qcompress.finetune.run_folder import HISTORY, QUANTIZERS, TRAINING, write_compressed
+from qcompress.finetune.run_folder import FLOAT, HISTORY, QUANTIZERS, TRAINING, write_compressed, write_float
 from qcompress.finetune.trainer import StepRecord, Trainer, TrainingState
 
 _TIMED: Final = 20  # steps whose time tells how many fit into the limit
@@ -83,6 +83,7 @@ class Run:
         validation: how epochs are compared; None: the last one counts.
         reestimate: batches over which BatchNorm's statistics are computed anew at the end.
         stop: asked after each step whether to stop.
+        saves_float: whether the float model is saved in place of a compressed one.
         writes: whether this process writes files.
 
     Attributes:
@@ -100,10 +101,12 @@ class Run:
         validation: Validation | None = None,
         reestimate: int = 0,
         stop: Callable[[], bool] = lambda: False,
+        saves_float: bool = False,
         writes: bool = True,
     ) -> None:
         self._trainer, self._batches, self._folder, self._pace = trainer, batches, folder, pace
         self._validation, self._reestimate, self._stop, self._writes = validation, reestimate, stop, writes
+        self._save, self._weights = (write_float, FLOAT) if saves_float else (write_compressed, WEIGHTS)
         self._checkpoints = Checkpoints(folder / TRAINING, pace.keep)
         self._progress = _Progress()
         device = next(trainer.prepared.parameters()).device
@@ -174,7 +177,7 @@ class Run:
         if self._reestimate:
             self._reestimate_batchnorm()
         if self._validation is None or self._reestimate:
-            self._write_compressed()
+            self._write_model()
 
     def checkpoint(self) -> None:
         """Writes a checkpoint.
@@ -198,8 +201,8 @@ class Run:
         }
         sums = {"run.sums": self._sums.detach().cpu().clone()}
         self._checkpoints.write(TrainingState(state.tensors | sums, {**state.values, "run": values}))
-        if not (self._folder / WEIGHTS).exists():
-            self._write_compressed()
+        if not (self._folder / self._weights).exists():
+            self._write_model()
 
     @property
     def seconds(self) -> float:
@@ -236,7 +239,7 @@ class Run:
         if self._validation is not None and score is not None and self._validation.better(score, kept.best):
             kept.best, kept.best_epoch = score, epoch + 1
             if not self._reestimate:
-                self._write_compressed()
+                self._write_model()
 
     def _score(self) -> float | None:
         if self._validation is None:
@@ -256,11 +259,11 @@ class Run:
         batches = self._batches.epoch(0)
         prepared.reestimate_batchnorm(inputs for _, (inputs, _) in zip(range(few), batches, strict=False))
 
-    def _write_compressed(self) -> None:
+    def _write_model(self) -> None:
         if self._writes:
             prepared = self._trainer.prepared
             prepared.eval()
-            write_compressed(prepared.finalize(), self._folder)
+            self._save(prepared, self._folder)
             prepared.train()
 
     def _write_history(self) -> None:

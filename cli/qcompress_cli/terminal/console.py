@@ -7,7 +7,7 @@ folded, never shortened.
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar, final
 
@@ -15,7 +15,7 @@ import click
 from rich import box
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from qcompress.errors import OutputError
@@ -88,6 +88,25 @@ class Ui:
             return
         with Progress(console=self.err, transient=True) as bar:
             yield from bar.track(items, description=what)
+
+    @contextlib.contextmanager
+    def bar(self, done: int, total: int) -> Iterator[Callable[[int, int, str], None]]:
+        """Show a progress bar on stderr where that is a terminal.
+
+        Args:
+            done: what is done already.
+            total: what there is to do.
+
+        Yields:
+            A function that is called with what is done, the total, and a text.
+        """
+        if self.quiet or not self.err.is_terminal:
+            yield lambda done, total, text: None
+            return
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.err, transient=True) as shown:
+            task = shown.add_task("training", total=total, completed=done)
+            yield lambda done, total, text: shown.update(task, completed=done, total=total, description=text)
 
     @contextlib.contextmanager
     def _to_stdout(self) -> Iterator[None]:
