@@ -14,9 +14,11 @@ from qcompress.files import write_whole
 from qcompress.finetune.checkpoints import Checkpoints
 from qcompress.finetune.history import QUANTIZER_COLUMNS, EpochRow, QuantizerRow, csv_text, quantizer_values
 from qcompress.finetune.prepared import Prepared
+from qcompress.finetune.processes import Processes
 from qcompress.finetune.run_folder import FLOAT, HISTORY, QUANTIZERS, TRAINING, write_compressed, write_float
 from qcompress.finetune.trainer import StepRecord, Trainer, TrainingState
 
+_AGREED_EVERY: Final = 10  # steps after which several processes tell each other whether to stop
 _TIMED: Final = 20  # steps whose time tells how many fit into the limit
 
 
@@ -84,7 +86,7 @@ class Run:
         reestimate: batches over which BatchNorm's statistics are computed anew at the end.
         stop: asked after each step whether to stop.
         saves_float: whether the float model is saved in place of a compressed one.
-        writes: whether this process writes files.
+        processes: those that train together; the first one writes files.
 
     Attributes:
         rows: the history.
@@ -102,11 +104,13 @@ class Run:
         reestimate: int = 0,
         stop: Callable[[], bool] = lambda: False,
         saves_float: bool = False,
-        writes: bool = True,
+        processes: Processes | None = None,
     ) -> None:
         self._trainer, self._batches, self._folder, self._pace = trainer, batches, folder, pace
-        self._validation, self._reestimate, self._stop, self._writes = validation, reestimate, stop, writes
+        self._validation, self._reestimate, self._stop = validation, reestimate, stop
         self._save, self._weights = (write_float, FLOAT) if saves_float else (write_compressed, WEIGHTS)
+        self._processes = processes or Processes(str(next(trainer.prepared.parameters()).device))
+        self._writes = self._processes.is_first
         self._checkpoints = Checkpoints(folder / TRAINING, pace.keep)
         self._progress = _Progress()
         device = next(trainer.prepared.parameters()).device
@@ -169,7 +173,7 @@ class Run:
                 if ended or self._is_due():
                     self.checkpoint()
                 yield record
-                if self._stop():
+                if self._is_told_to_stop():
                     self.checkpoint()
                     raise Interruption
                 if trainer.step >= trainer.total:
@@ -215,17 +219,24 @@ class Run:
         by_time = pace.seconds is not None and time.monotonic() - self._last_checkpoint >= pace.seconds
         return by_steps or by_time
 
+    def _is_told_to_stop(self) -> bool:
+        """Returns whether any process was told to stop; several agree on the step, every few steps."""
+        if self._processes.size > 1 and self._trainer.step % _AGREED_EVERY:
+            return False
+        return self._processes.any(self._stop())
+
     def _limit(self) -> None:
         """Finds, once, how many steps fit into the time."""
         if self._pace.most_seconds is None or self._trainer.step != _TIMED:
             return
         fitting = int(self._pace.most_seconds / self.seconds * _TIMED)
-        self._trainer.total = max(_TIMED, min(self._trainer.total, fitting))
+        self._trainer.total = self._processes.first_of(max(_TIMED, min(self._trainer.total, fitting)))
 
     def _end_epoch(self, epoch: int) -> None:
         trainer, kept = self._trainer, self._progress
         trainer.check()
         steps = trainer.step - epoch * trainer.steps_per_epoch
+        self._processes.average([self._sums])
         loss, task_loss = (self._sums / steps).tolist()
         self._sums.zero_()
         score = self._score()

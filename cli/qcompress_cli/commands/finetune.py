@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qcompress.data.training import TrainingBatches
     from qcompress.finetune.losses import Loss, Objective
     from qcompress.finetune.prepared import Prepared
+    from qcompress.finetune.processes import Processes
     from qcompress.finetune.run import Run, Validation
     from qcompress.graph.program import FloatProgram
     from qcompress.plan.training import Training
@@ -89,12 +90,16 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
     import torch
 
     from qcompress.finetune import recipes
+    from qcompress.finetune.processes import Processes
     from qcompress.finetune.run import Interruption, Pace, Run
     from qcompress.finetune.run_folder import start_folder
     from qcompress.finetune.trainer import Trainer
 
-    torch.manual_seed(wanted.seed)
-    task = _task(plan, wanted, given, source, ui)
+    processes = Processes.launched(device(given))
+    if not processes.is_first:
+        ui = Ui(quiet=True, silent=True)
+    torch.manual_seed(wanted.seed + processes.rank)
+    task = _task(plan, wanted, given, source, processes, ui)
     settings, teacher = task.settings, task.teacher
     plan = replace(plan, training=settings)
     for note in task.prepared.notes:
@@ -103,8 +108,9 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
         ui.emit({"format_version": 1, "settings": settings.given()})
         ui.show(*finetune_report.dry_run(settings, task.prepared, len(task.batches)))
         return
-    start_folder(folder, _identity(plan, wanted, task, source), resume=wanted.resume)
-    if wanted.save_plan is not None:
+    if processes.is_first:
+        start_folder(folder, _identity(plan, wanted, task, source), resume=wanted.resume)
+    if wanted.save_plan is not None and processes.is_first:
         write_whole(wanted.save_plan, plan.to_toml().encode())
         ui.wrote(wanted.save_plan)
     trainer = Trainer(
@@ -114,13 +120,14 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
         _objective(settings),
         forward=lambda model, inputs: model(**inputs),
         teacher=None if teacher is None else lambda inputs: teacher(**inputs),
+        average=processes.average if processes.size > 1 else None,
     )
     steps, seconds = wanted.checkpoint_every
     pace = Pace(steps=steps, seconds=seconds, keep=wanted.keep, most_seconds=wanted.max_time)
     with _stop_on_signals() as stop:
         run = Run(
             trainer, task.batches, folder, pace, validation=task.validation, reestimate=settings.reestimate,
-            stop=stop.is_set, saves_float=settings.method == "none",
+            stop=stop.is_set, saves_float=settings.method == "none", processes=processes,
         )  # fmt: skip
         if wanted.resume and run.resume():
             ui.note(f"going on at step {run.step:,} of {run.total:,}")
@@ -132,6 +139,9 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
             click.get_current_context().exit(INTERRUPTED)
         except DivergenceError as e:
             raise DivergenceError(f"{e} The last checkpoint in {folder} is good.") from None
+    processes.close()
+    if not processes.is_first:
+        return
     ui.wrote(folder)
     done = finetune_report.Done(
         folder, settings, tuple(run.rows), run.best_epoch, task.original, given.metric or "top1"
@@ -180,7 +190,9 @@ def _plan(wanted: FinetuneOptions, given: RunOptions, source: Source) -> Plan:
     return plan
 
 
-def _task(plan: Plan, wanted: FinetuneOptions, given: RunOptions, source: Source, ui: Ui) -> _Task:
+def _task(
+    plan: Plan, wanted: FinetuneOptions, given: RunOptions, source: Source, processes: "Processes", ui: Ui
+) -> _Task:
     from qcompress.data.augment import parse_augment
     from qcompress.data.reader import open_data
     from qcompress.data.training import BatchSettings, TrainingBatches
@@ -207,18 +219,28 @@ def _task(plan: Plan, wanted: FinetuneOptions, given: RunOptions, source: Source
     if isinstance(source, CompressedSource):
         small = source.model()
         program = program.with_state({name: a.dequantize() for name, a in small.artifacts.items()})
-    where = device(given)
+    where = processes.device
     if module is not None:
         module.to(where)
     batches = TrainingBatches(
         data,
-        BatchSettings(size=settings.batch_size, seed=wanted.seed, workers=wanted.workers, device=where),
+        BatchSettings(
+            size=settings.batch_size,
+            seed=wanted.seed,
+            workers=wanted.workers,
+            device=where,
+            rank=processes.rank,
+            world_size=processes.size,
+        ),
         program=program,
         classes=_classes(program, settings, data),
         augment=parse_augment(settings.augment) if settings.augment else None,
     )
     batches.check()
-    first = [inputs for _, (inputs, _) in zip(range(_CALIBRATION), batches.epoch(0), strict=False)]
+    # All processes start from the same batches, which depend on the seed alone.
+    whole = TrainingBatches(data, BatchSettings(size=settings.batch_size, seed=wanted.seed), program=program)
+    first = [inputs for _, (inputs, _) in zip(range(_CALIBRATION), whole.epoch(0), strict=False)]
+    first = [{name: value.to(where) for name, value in inputs.items()} for inputs in first]
     prepared = prepare(
         program if module is None else module,
         plan,

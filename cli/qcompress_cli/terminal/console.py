@@ -41,11 +41,12 @@ class Ui:
         json: stdout is one JSON document, written by `emit`; `show` writes nothing, and what the user's own code
             prints until the command ends goes to stderr.
         quiet: no progress and no notes.
+        silent: no results either: another process reports.
     """
 
-    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
-        self.json = json
-        self.quiet = quiet
+    def __init__(self, *, json: bool = False, quiet: bool = False, silent: bool = False) -> None:
+        self.json = json or silent
+        self.quiet, self._silent = quiet, silent
         self.out = _console(sys.stdout)
         self.err = _console(sys.stderr)
         self._written: list[Path] = []
@@ -66,7 +67,7 @@ class Ui:
 
     def emit(self, report: Mapping[str, Any]) -> None:
         """Write the JSON document to stdout, if --json asks for it."""
-        if self.json:
+        if self.json and not self._silent:
             with self._to_stdout():
                 # Line by line: a single write of more than a pipe holds does not report that its reader is gone.
                 self.out.file.writelines(json_text(report).splitlines(keepends=True))
