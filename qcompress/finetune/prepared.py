@@ -5,6 +5,7 @@ program's graph, which runs instead of the model's own forward: operands of a su
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, final
 
 import torch
@@ -16,10 +17,11 @@ from torch.utils import _pytree as pytree
 from qcompress.compressed.model import CompressedModel
 from qcompress.errors import DataError
 from qcompress.finetune.finalize import Parts, compressed
-from qcompress.finetune.live_graph import AtSite, LiveGraph
+from qcompress.finetune.live_graph import AtSites, LiveGraph
 from qcompress.finetune.methods import Methods, ObservedSite
 from qcompress.graph.batchnorm import unfolded_names
 from qcompress.graph.marks import mark
+from qcompress.graph.program import state_nodes
 from qcompress.graph.sites import OUTPUT
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import place_of
@@ -45,17 +47,19 @@ class Prepared(nn.Module):
         self.notes: tuple[str, ...] = ()
         names = unfolded_names(parts.program, parts.folded)
         keys = [(names.get(s.name, s.name) if s.index == OUTPUT else s.name, s.index) for s in parts.sites]
-        self._graph = LiveGraph(mark(parts.program, keys))
-        self._places = {name: place for name in self._graph.tensors if (place := place_of(model, name)) is not None}
+        marked = mark(parts.program, keys)
+        found = state_nodes(marked.exported).values()
+        self._places = {name: place for name in found if (place := place_of(model, name)) is not None}
+        trained = parts.batchnorm == "train"
+        self._norms = {n: p.module for n, p in self._places.items() if trained and isinstance(p.module, _BatchNorm)}
+        self._graph = LiveGraph(marked, self._norms)
         for name in set(self._graph.tensors) - set(self._places):  # constants in the model's code
             constant = parts.program.state()[name].clone().to(next(model.parameters()).device)
             self.register_buffer(_constant(name), constant, persistent=False)
-        trained = parts.batchnorm == "train"
-        self._norms = {n: p.module for n, p in self._places.items() if trained and isinstance(p.module, _BatchNorm)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the model's outputs for the arguments of its forward."""
-        return self._run(self._flat(args, kwargs), self._quantized)
+        return self._run(self._flat(args, kwargs), self._activations)
 
     def penalty(self, *, regularizers: bool = True) -> Tensor:
         """Returns the sum of the terms that belong to the loss beside the task's, 0-d; 0 if there are none.
@@ -81,8 +85,7 @@ class Prepared(nn.Module):
     @torch.no_grad()
     def first_not_finite(self, batch: Inputs) -> str | None:
         """Returns the name of the first layer (its weight) or other value with NaN or Inf; None: all are finite."""
-        self._run(self._batch(batch), self._quantized, watch=True)
-        return self._graph.first_not_finite
+        return self._graph.first_not_finite(self._arguments(self._batch(batch), self._activations))
 
     def step(self, done: float) -> None:
         """Advances the schedules of quantizers that have one; call it before each step of training.
@@ -159,7 +162,7 @@ class Prepared(nn.Module):
             norm.reset_running_stats()
             norm.momentum, norm.training = None, True
         for batch in batches:
-            self._run(self._batch(batch), self._quantized)
+            self._run(self._batch(batch), self._activations)
         for norm, momentum, training in kept:
             norm.momentum, norm.training = momentum, training
 
@@ -174,7 +177,7 @@ class Prepared(nn.Module):
         seen: list[list[Tensor]] = [[] for _ in self.parts.sites]
         negative = [False] * len(seen)
 
-        def observe(index: int, x: Tensor) -> Tensor:
+        def observe(x: Tensor, index: int) -> Tensor:
             seen[index].append(x.reshape(-1)[:: max(1, x.numel() // _KEPT)])
             negative[index] |= bool((x < 0).any())
             return x
@@ -182,7 +185,7 @@ class Prepared(nn.Module):
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         for batch in batches if self.parts.sites else ():
-            self._run(self._batch(batch), observe)
+            self._run(self._batch(batch), [partial(observe, index=i) for i in range(len(seen))])
         for module in training:
             module.training = True
         observed = [ObservedSite(s.name, s.bits, sign) for s, sign in zip(self.parts.sites, negative, strict=True)]
@@ -203,15 +206,15 @@ class Prepared(nn.Module):
     def _activations(self) -> list[AbstractQuantizer]:
         return [part for part in self.activations if isinstance(part, AbstractQuantizer)]
 
-    def _quantized(self, index: int, x: Tensor) -> Tensor:
-        quantized: Tensor = self.activations[index](x)
-        return quantized
+    def _run(self, inputs: list[Tensor], at_sites: AtSites) -> Any:
+        outputs = self._graph.function(*self._arguments(inputs, at_sites))
+        return pytree.tree_unflatten(outputs, self.parts.program.exported.call_spec.out_spec)
 
-    def _run(self, inputs: list[Tensor], at_site: AtSite, *, watch: bool = False) -> Any:
+    def _arguments(self, inputs: list[Tensor], at_sites: AtSites) -> list[Any]:
+        """Returns the arguments of the live graph's function."""
         tensors = {name: getattr(self, _constant(name)) for name in self._graph.tensors if name not in self._places}
         tensors |= self._used()
-        outputs = self._graph.outputs(tensors, inputs, at_site, self._norms, training=self.training, watch=watch)
-        return pytree.tree_unflatten(outputs, self.parts.program.exported.call_spec.out_spec)
+        return self._graph.arguments(tensors, inputs, at_sites, self._norms, training=self.training)
 
     def _used(self) -> dict[str, Tensor]:
         """Returns the model's tensors as the forward uses them; weights whose quantizers have one class in one go."""
