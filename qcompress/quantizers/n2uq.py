@@ -10,10 +10,11 @@ inputs in [0, 2], is init "n2uq". The gradient of a weight is the paper's, 1 whe
 authors' published code (github.com/liuzechun/Nonuniform-to-Uniform-Quantization) differs: it has no mask and divides
 by the scale γ·mean|W|, which changes nothing under Adam and multiplies the rate under SGD; `mask=False` is that.
 
-Shape suffixes: L = segments, 2^bits - 1 of them, E = their edges, one more.
+Shape suffixes: L = segments, 2^bits - 1 of them, E = their edges, one more; S = rows of all weights, N = elements of all
+weights; see `rows.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Final, Literal, final, get_args
 
 import numpy as np
@@ -28,6 +29,7 @@ from qcompress.graph.conversion import to_numpy
 from qcompress.quantizers.base import AbstractQuantizer, SiteKey, check_init
 from qcompress.quantizers.half_integer import odd_codes, palettized
 from qcompress.quantizers.positive import Positive
+from qcompress.quantizers.rows import Rows
 from qcompress.quantizers.ste import inside, straight_through
 from qcompress.quantizers.step import UniformSpec
 
@@ -77,10 +79,7 @@ def n2uq_weight(w: Tensor, bits: int, mask: bool = True) -> Tensor:
     >>> n2uq_weight(torch.tensor([[-1.0, -0.25, 0.25, 0.5]]), 2).tolist()
     [[-0.75, -0.25, 0.25, 0.25]]
     """
-    unit, step = _unit_and_step(w.detach() if mask else w, bits)
-    with torch.no_grad():
-        value = odd_codes(unit, bits) * step
-    return straight_through(w, value, unit.abs() < 1) if mask else straight_through(unit, value)
+    return _normalised(w, _mean_size(w), bits, mask)
 
 
 def thresholds(start: Tensor, intervals: Tensor, input_scale: Tensor) -> Tensor:
@@ -135,12 +134,30 @@ def _level(beta2: Tensor, intervals: Tensor) -> Tensor:
     return beta2 * (2 / len(intervals))
 
 
-def _unit_and_step(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Returns W', and the step of each output channel, which gets no gradient."""
+def _normalised(w: Tensor, mean: Tensor, bits: int, mask: bool) -> Tensor:
+    """Returns a fake-quantized weight.
+
+    Args:
+        w: any shape.
+        mean: mean|w| of the output channel, broadcastable against w.
+        bits: width of a code.
+        mask: as in `n2uq_weight`.
+    """
+    unit, step = _unit_and_step(w.detach() if mask else w, mean, bits)
+    with torch.no_grad():
+        value = odd_codes(unit, bits) * step
+    return straight_through(w, value, unit.abs() < 1) if mask else straight_through(unit, value)
+
+
+def _mean_size(w: Tensor) -> Tensor:
+    """Returns mean|w| of each output channel, in a shape that broadcasts against w."""
     size = w.detach().abs()
-    if w.ndim > 1:
-        size = size.mean([*range(1, w.ndim)], keepdim=True)
-    scale = size * (((1 << bits) - 1) / (1 << (bits - 1)))
+    return size.reshape(len(w), -1).mean(1).reshape(-1, *[1] * (w.ndim - 1)) if w.ndim else size
+
+
+def _unit_and_step(w: Tensor, mean: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Returns W', and the step of each output channel, which gets no gradient."""
+    scale = mean * (((1 << bits) - 1) / (1 << (bits - 1)))
     return w / torch.where(scale > 0, scale, 1.0), scale / ((1 << bits) - 1)
 
 
@@ -232,12 +249,28 @@ class N2uqWeight(AbstractQuantizer):
         """Returns the fake-quantized weight."""
         return n2uq_weight(x.movedim(self.axis, 0), self.bits, self.mask).movedim(0, self.axis)
 
+    def shared(self) -> Hashable:
+        """Returns the width and whether the gradient has a mask."""
+        return self.bits, self.mask
+
+    @property
+    def row_axis(self) -> int:
+        """The axis that counts output channels."""
+        return self.axis
+
+    @classmethod
+    def quantize_rows(cls, quantizers: Sequence["N2uqWeight"], x_N: Tensor, rows: Rows) -> Tensor:
+        """Returns the quantized elements of several weights, [N]."""
+        mean_S = rows.reduced(x_N.detach().abs(), torch.mean)
+        return _normalised(x_N, rows.each(mean_S), quantizers[0].bits, quantizers[0].mask)
+
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Does nothing: there are no parameters to set."""
 
     def weight_artifact(self, weight: Tensor) -> Artifact:
         """Returns a palette of odd integers, and a scale for each output channel."""
         with torch.no_grad():
-            unit, step = _unit_and_step(weight.float().movedim(self.axis, 0), self.bits)
+            rows = weight.float().movedim(self.axis, 0)
+            unit, step = _unit_and_step(rows, _mean_size(rows), self.bits)
             odd = odd_codes(unit, self.bits)
         return palettized(odd.movedim(0, self.axis), step.reshape(-1), self.bits, self.axis % weight.ndim)
