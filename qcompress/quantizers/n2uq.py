@@ -34,6 +34,7 @@ from qcompress.quantizers.ste import inside, straight_through
 from qcompress.quantizers.step import UniformSpec
 
 _SHORTEST: Final = 1e-3
+_BEFORE: Final = -1e-38  # just below 0: a segment contains its first edge
 
 # Where training starts: from the paper's thresholds, or from the uniform grid of "lsq_plus" or "lsq".
 ThresholdInit = Literal["n2uq", "lsq_plus", "lsq"]
@@ -98,27 +99,27 @@ def _edges(start: Tensor, intervals: Tensor) -> Tensor:
 class _N2uq(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, start: Tensor, intervals: Tensor, beta1: Tensor, beta2: Tensor) -> Tensor:
-        ctx.save_for_backward(x, start, intervals, beta1, beta2)
-        return _code(x, start, intervals, beta1).mul_(_level(beta2, intervals))
+        out = _code(x, start, intervals, beta1).mul_(_level(beta2, intervals))
+        ctx.save_for_backward(x, start, intervals, beta1, beta2, out)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, start, intervals, beta1, beta2 = ctx.saved_tensors
-        edges_E, z = _edges(start, intervals), x * beta1
-        below_E = edges_E.nextafter(torch.full_like(edges_E, -torch.inf))  # a segment contains its first edge
+        x, start, intervals, beta1, beta2, out = ctx.saved_tensors
+        z = x * beta1
         rise, rises, ways = torch.zeros_like(z), [], []
-        ends = zip(below_E[:-1].tolist(), edges_E[:-1].tolist(), edges_E[1:].tolist(), intervals.tolist(), strict=True)
-        for below, first, last, length in ends:
-            here = inside(g, z, below, last)
-            rise.add_(here, alpha=1 / length)
-            rises.append(here.sum() / length)
-            ways.append((z - first).mul_(here).sum() / length**2)
-        level, rises_L = _level(beta2, intervals), torch.stack(rises)
+        for first, length in zip(_edges(start, intervals)[:-1].unbind(), intervals.unbind(), strict=True):
+            part = (z - first).div_(length)  # 0 at the start of the segment, 1 at its end
+            here = inside(g, part, _BEFORE, 1)
+            rise.addcdiv_(here, length)
+            rises.append(here.sum())
+            ways.append(part.mul_(here).sum())
+        level, rises_L = _level(beta2, intervals), torch.stack(rises) / intervals
         later_L = rises_L.flip(0).cumsum(0).flip(0) - rises_L
         g_beta1 = (rise * x).sum() * level
-        g_beta2 = (g * _code(x, start, intervals, beta1)).sum() * (2 / len(intervals))
-        g_intervals = -(torch.stack(ways) + later_L) * level
+        g_beta2 = (g * out).sum() / beta2
+        g_intervals = -(torch.stack(ways) / intervals + later_L) * level
         return rise.mul_(level * beta1), -rises_L.sum() * level, g_intervals, g_beta1, g_beta2
 
 
