@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from qcompress.data.dataset import Dataset
 from qcompress.finetune.attach import Prepared, prepare
-from qcompress.finetune.loop import LoopConfig, train
+from qcompress.finetune.config import LoopConfig
+from qcompress.finetune.loop import train
 from qcompress.finetune.methods import Methods
 from qcompress.plan.plan import Plan
 from qcompress.plan.settings import Settings

@@ -34,8 +34,8 @@ from _transformer import PADDING, Encoder, Shape
 
 from qcompress.artifacts.digest import short_digest
 from qcompress.data.dataset import Dataset
+from qcompress.finetune import LoopConfig, distillation, train
 from qcompress.finetune.attach import prepare
-from qcompress.finetune.loop import LoopConfig, distillation, train
 from qcompress.metrics.intervals import of_scores
 from qcompress.plan.plan import Plan
 from qcompress.plan.settings import Settings

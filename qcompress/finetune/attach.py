@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qcompress.deployment import DEFAULT, Deployment
 from qcompress.errors import ConfigError
 from qcompress.finetune.finalize import BatchNorm, Parts
+from qcompress.finetune.held import held
 from qcompress.finetune.methods import Methods
 from qcompress.finetune.prepared import Inputs, Prepared
 from qcompress.graph.batchnorm import fold_with_factors
@@ -30,10 +31,11 @@ from qcompress.regularizers.places import place_of
 
 
 def prepare(
-    model: nn.Module,
+    model: nn.Module | FloatProgram,
     plan: Plan,
     *,
     example_inputs: Inputs,
+    program: FloatProgram | None = None,
     calibration: Iterable[Inputs] = (),
     methods: Methods | None = None,
     regularizers: Iterable[Callable[[nn.Module], nn.Module]] = (),
@@ -45,9 +47,11 @@ def prepare(
 
     Args:
         model: a float module that torch.export can trace; its weights get parametrizations. With batchnorm="fold" it
-            is not modified, and a copy is trained.
+            is not modified, and a copy is trained. Of a float program a copy is trained; its BatchNorms keep their
+            statistics, and what drops values at random does not, because it was exported for evaluation.
         plan: `bits` of each weight, and `activation_bits` of its layer's input.
         example_inputs: one batch: a tensor for a model with one input, or several by position or by name.
+        program: the model's program, if it was traced already.
         calibration: further batches from which the quantizers of activations are initialised.
         methods: how values are quantized; None: weights with LSQ, activations with LSQ+.
         regularizers: each is called with the model after its quantizers are attached, and returns a module with a
@@ -68,13 +72,18 @@ def prepare(
     """
     if batchnorm not in get_args(BatchNorm):
         raise ConfigError(f"batchnorm must be one of {', '.join(get_args(BatchNorm))}, got {batchnorm!r}.")
-    if any(isinstance(module, AbstractQuantizer) for module in model.modules()):
+    if isinstance(model, nn.Module) and any(isinstance(module, AbstractQuantizer) for module in model.modules()):
         raise ConfigError("prepare needs a float model, but this one is already prepared; call unwrap() on it first.")
     methods = methods or Methods()
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
-    arguments = tuple(inspect.signature(model.forward).parameters)
-    program = _traced(model, example_inputs)
+    if isinstance(model, FloatProgram):
+        program, model = model, held(model)
+        batchnorm = "freeze" if batchnorm == "train" else batchnorm
+        arguments = program.input_names
+    else:
+        arguments = tuple(inspect.signature(model.forward).parameters)
+        program = program or _traced(model, example_inputs)
     folded, factors = fold_with_factors(program)
     if batchnorm == "fold":
         model, program, factors = _folded_copy(model, program, folded), folded, {}

@@ -30,6 +30,7 @@ from qcompress.regularizers.places import place_of
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 _NAMED: Final = 3  # weights that a note names
+_TINY: Final = 1e-30
 _KEPT: Final = 1 << 16  # values per batch from which the quantizer of a site is initialised
 
 
@@ -145,6 +146,17 @@ class Prepared(nn.Module):
         """
         found = self._planned_quantizers().items()
         return {name: quantizer.drop(self._places[name].weight().detach()) for name, quantizer in found}
+
+    @torch.no_grad()
+    def errors(self) -> dict[str, float]:
+        """Returns the relative distance of each weight as it is stored from its float value, by qualified name."""
+        found = {}
+        for name, quantizer in self._planned_quantizers().items():
+            weight, training = self._places[name].weight().detach(), quantizer.training
+            distance = (quantizer.eval()(weight) - weight).norm() / weight.norm().clamp_min(_TINY)
+            quantizer.train(training)
+            found[name] = float(distance)
+        return found
 
     def finalize(self) -> CompressedModel:
         """Returns the compressed model with the codes of the last step.
@@ -270,7 +282,10 @@ class Prepared(nn.Module):
         return found
 
     def _flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """Returns the tensors among forward's arguments in the program's order."""
+        """Returns the tensors among forward's arguments, or by the program's names, in the program's order."""
+        names = self.parts.program.input_names
+        if not args and set(kwargs) == set(names):
+            return [kwargs[name] for name in names]
         spec = self.parts.program.exported.call_spec.in_spec
         positional, by_name = pytree.tree_unflatten(range(spec.num_leaves), spec)
         given = dict(zip(self.parts.arguments, args, strict=False)) | dict(kwargs)
@@ -284,7 +299,8 @@ class Prepared(nn.Module):
     def _batch(self, batch: Inputs) -> list[Tensor]:
         """Returns the tensors of one batch in the program's order."""
         if isinstance(batch, Mapping):
-            return self._flat((), batch) if set(batch) <= set(self.parts.arguments) else self._flat((batch,), {})
+            known = {*self.parts.arguments}, {*self.parts.program.input_names}
+            return self._flat((), batch) if any(set(batch) <= names for names in known) else self._flat((batch,), {})
         return self._flat((batch,) if isinstance(batch, Tensor) else batch, {})
 
     def _planned_quantizers(self) -> dict[str, AbstractQuantizer]:

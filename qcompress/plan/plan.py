@@ -7,12 +7,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self, final
+from typing import Any, Final, Self, TypeVar, final
 
 from qcompress.errors import ConfigError, did_you_mean
 from qcompress.kinds import KINDS, UNKNOWN, WEIGHT_KINDS
 from qcompress.plan import toml
 from qcompress.plan.settings import Settings
+from qcompress.plan.training import Training
+
+S = TypeVar("S", bound=Settings)
 
 VERSION: Final = 1
 FIRST: Final = "first"
@@ -21,7 +24,12 @@ LAST: Final = "last"
 TABLE_KINDS: Final = (*KINDS, FIRST, LAST)
 
 # Each key of a plan beside its version, with an example of its tables.
-_TABLES: Final = {"default": "[default]", "kind": "[kind.first]", "name": '[name."layer1.*"]'}
+_TABLES: Final = {
+    "default": "[default]",
+    "kind": "[kind.first]",
+    "name": '[name."layer1.*"]',
+    "training": "[training]",
+}
 
 
 @final
@@ -33,6 +41,7 @@ class Plan:
         default: for every weight; `bits` has no default of its own.
         kind: by kind of layer, `first` or `last`; a later one wins.
         name: by pattern (`*`, `?`, `[…]`; case-sensitive) for qualified names; a later one wins.
+        training: how `finetune` trains; nothing else reads it.
         origins: where each field was set, for messages; plans are equal whatever their origins.
 
     Raises:
@@ -51,6 +60,7 @@ class Plan:
     default: Settings = field(default_factory=Settings)
     kind: Mapping[str, Settings] = field(default_factory=dict)
     name: Mapping[str, Settings] = field(default_factory=dict)
+    training: Training = field(default_factory=Training)
     origins: Mapping[toml.Path, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +104,18 @@ class Plan:
         origins.update({("default", name): _option(name) for name in given})
         return dataclasses.replace(self, default=default, origins=origins)
 
+    def with_training(self, **flags: Any) -> Self:
+        """Return this plan with options in place of what `[training]` sets; None is the same as unset.
+
+        >>> Plan().with_training(method="dkm").training
+        Training(method='dkm')
+        """
+        given = {name: value for name, value in flags.items() if value is not None}
+        training = Training.read({**self.training.given(), **given}, _option)
+        origins = dict(self.origins)
+        origins.update({("training", name): _option(name) for name in given})
+        return dataclasses.replace(self, training=training, origins=origins)
+
     def to_toml(self) -> str:
         """Return the plan as TOML; `parse_plan` makes an equal plan of it."""
         parts = [f"version = {VERSION}\n"]
@@ -102,6 +124,8 @@ class Plan:
             for table, settings in self.tables()
             if table != ("default",) or settings.given()
         ]
+        if self.training.given():
+            parts.append(toml.written(("training",), self.training.given()))
         return "\n".join(parts)
 
     def tables(self) -> Iterator[tuple[toml.Path, Settings]]:
@@ -112,7 +136,7 @@ class Plan:
 
     def where(self, path: toml.Path) -> str:
         """Return what messages call a table or a field: `plan.toml:12 [kind.first]`, or `--bits`."""
-        return self.origins.get(path) or toml.header(path[:1] if path[0] == "default" else path[:2])
+        return self.origins.get(path) or toml.header(path[:1] if path[0] in ("default", "training") else path[:2])
 
 
 def load_plan(path: Path, settings: type[Settings] = Settings) -> Plan:
@@ -168,7 +192,7 @@ def parse_plan(text: str, label: str = "plan", settings: type[Settings] = Settin
 
     origins: dict[toml.Path, str] = {}
 
-    def read(table: toml.Path, fields: Any) -> Settings:
+    def read(table: toml.Path, fields: Any, settings: type[S]) -> S:
         if not isinstance(fields, dict):
             raise ConfigError(f"{at(table)}: {toml.header(table)} must be a table of settings, got {fields!r}.")
         origins[table] = f"{at(table)} {toml.header(table)}"
@@ -180,12 +204,13 @@ def parse_plan(text: str, label: str = "plan", settings: type[Settings] = Settin
         tables = parsed.get(key, {})
         if not isinstance(tables, dict):
             raise ConfigError(f"{at((key,))}: {key} must hold tables like {_TABLES[key]}, got {tables!r}.")
-        return {name: read((key, name), fields) for name, fields in tables.items()}
+        return {name: read((key, name), fields, settings) for name, fields in tables.items()}
 
     return Plan(
-        default=read(("default",), parsed.get("default", {})),
+        default=read(("default",), parsed.get("default", {}), settings),
         kind=family("kind"),
         name=family("name"),
+        training=read(("training",), parsed.get("training", {}), Training),
         origins=origins,
     )
 

@@ -73,13 +73,13 @@ class Settings:
         raise FrozenInstanceError(f"cannot assign to field {name!r}")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Settings) and self.given() == other.given()
+        return type(other) is type(self) and self.given() == other.given()
 
     def __hash__(self) -> int:
         return hash(tuple(self.given().items()))
 
     def __repr__(self) -> str:
-        return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.given().items())})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.given().items())})"
 
     if TYPE_CHECKING:
 

@@ -1,5 +1,6 @@
 """Sets of legal values: what a value must be, in words and in code, and how its text on the command line is read."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, final
@@ -85,6 +86,75 @@ class OneOf:
 
     def parse(self, text: str) -> str | int | bool:
         return next((v for v in self.values if _spelled(v) == text), text)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Number:
+    """Finite numbers in a range.
+
+    Args:
+        low: the smallest.
+        high: the largest; None for no limit.
+
+    >>> 0.5 in Number(0, 1), 2 in Number(0), True in Number(0, 1), float("nan") in Number(0)
+    (True, True, False, False)
+    >>> str(Number(0, 1)), str(Number(0)), Number(0).parse("1e-3"), Number(0).parse("much")
+    ('a number in [0, 1]', 'a number of at least 0', 0.001, 'much')
+    """
+
+    low: float
+    high: float | None = None
+
+    def __contains__(self, value: object) -> bool:
+        if type(value) not in (int, float):
+            return False
+        return self.low <= value < math.inf and (self.high is None or value <= self.high)  # type: ignore[operator]
+
+    def __str__(self) -> str:
+        return (
+            f"a number of at least {self.low:g}" if self.high is None else f"a number in [{self.low:g}, {self.high:g}]"
+        )
+
+    @property
+    def metavar(self) -> str:
+        return "X"
+
+    def parse(self, text: str) -> float | str:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Some words, and other texts that a pattern describes.
+
+    Args:
+        words: the words.
+        others: what else is legal: a name for it, such as `FILE`.
+
+    >>> "self" in Text(("self", "none"), "FILE"), "" in Text((), "FILE"), str(Text(("self",), "FILE"))
+    (True, False, "'self' or FILE")
+    """
+
+    words: tuple[str, ...]
+    others: str
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, str) and bool(value.strip())
+
+    def __str__(self) -> str:
+        return " or ".join([*(f"{word!r}" for word in self.words), self.others])
+
+    @property
+    def metavar(self) -> str:
+        return "|".join([*self.words, self.others])
+
+    def parse(self, text: str) -> str:
+        return text
 
 
 def _spelled(value: str | int | bool) -> str:

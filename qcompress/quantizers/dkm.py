@@ -13,8 +13,8 @@ Shape suffixes: V = vectors of all groups, G = groups, K = centroids, D = vector
 """
 
 import math
-from collections.abc import Sequence
-from typing import Final, final, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, final, get_args
 
 import numpy as np
 import torch
@@ -28,13 +28,13 @@ from qcompress.palettes.scalar import palettize
 from qcompress.palettes.vector import palettize_vectors
 from qcompress.plan.fields import LutDtype
 from qcompress.quantizers.base import AbstractQuantizer, one_tensor
-from qcompress.quantizers.soft_kmeans.bins import joined
+from qcompress.quantizers.soft_kmeans.bins import joined, table
 from qcompress.quantizers.soft_kmeans.dense import Metric
-from qcompress.quantizers.soft_kmeans.forms import Form, exact_form, soft, table_for
+from qcompress.quantizers.soft_kmeans.forms import Exact, Form, exact_form, soft, table_for
 from qcompress.quantizers.soft_kmeans.function import DIMS, DRIFT, choose_form, dkm
 from qcompress.quantizers.soft_kmeans.groups import Groups
 from qcompress.quantizers.soft_kmeans.hard import assigned, stored
-from qcompress.quantizers.soft_kmeans.table import Table
+from qcompress.quantizers.soft_kmeans.table import Recipe, Table
 from qcompress.quantizers.ste import straight_through
 
 __all__ = ["Dkm", "choose_form", "dkm"]
@@ -117,7 +117,6 @@ class Dkm(AbstractQuantizer):
         self._is_settled = False
         self._steps, self._done, self._chosen_at = 0, 0.0, 0.0
         self._joint: tuple[list[Table], Table] | None = None  # the tables of several quantizers, and theirs in one
-        self.register_load_state_dict_post_hook(_choose_again)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the soft weight, and moves the centroids; in evaluation the stored weight, straight through."""
@@ -168,6 +167,30 @@ class Dkm(AbstractQuantizer):
         if self._steps >= self.every or self._scheduled(done) < _FALLEN * self._scheduled(self._chosen_at):
             self._form = None
         self._steps += 1
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Returns how far the schedule is and the form, for the state dict; JSON can hold it."""
+        form = self._form
+        kind: Any = form.made_from.as_dict() if isinstance(form, Table) and form.made_from is not None else None
+        if isinstance(form, Exact):
+            kind = [form.kind, str(form.dtype).removeprefix("torch.")]
+        return {
+            "form": kind,
+            "is_settled": self._is_settled,
+            "steps": self._steps,
+            "done": self._done,
+            "chosen_at": self._chosen_at,
+        }
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what `get_extra_state` returned."""
+        kind, self._joint = state["form"], None
+        if isinstance(kind, Mapping):
+            self._form = table(Recipe.from_dict(kind, self.centroids.device))
+        else:
+            self._form = None if kind is None else Exact(kind[0], getattr(torch, kind[1]))
+        self._is_settled, self._steps = state["is_settled"], state["steps"]
+        self._done, self._chosen_at = state["done"], state["chosen_at"]
 
     @torch.no_grad()
     def drop(self, weight: Tensor) -> float:
@@ -272,11 +295,6 @@ class Dkm(AbstractQuantizer):
             value = value * spread * self.centroids.shape[1] ** (-2 / self.vector_dim)
             value = value**0.5 if self.metric == "euclidean" else value
         self.tau.copy_(torch.as_tensor(value))
-
-
-def _choose_again(quantizer: Dkm, _: object) -> None:
-    """Makes the next step choose the form for the centroids that were loaded."""
-    quantizer._form, quantizer._is_settled = None, True
 
 
 def _soft_together(quantizers: Sequence[Dkm], weights: Sequence[Tensor]) -> list[Tensor]:

@@ -9,7 +9,9 @@ from torch import nn
 
 from qcompress.errors import ConfigError, DivergenceError
 from qcompress.finetune.attach import prepare
-from qcompress.finetune.loop import LoopConfig, call, distillation, train
+from qcompress.finetune.config import LoopConfig
+from qcompress.finetune.loop import call, train
+from qcompress.finetune.losses import distillation
 from qcompress.finetune.methods import Methods
 from qcompress.plan.plan import Plan
 from qcompress.quantizers import Pact
@@ -207,8 +209,8 @@ def test_a_collapsed_scale_ends_training(batches):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("optimizer", "adam", r"^LoopConfig\.optimizer must be one of adamw, sgd, got 'adam'\.$"),
-        ("schedule", "step", r"^LoopConfig\.schedule must be one of cosine, linear, got 'step'\.$"),
+        ("optimizer", "lamb", r"^LoopConfig\.optimizer must be one of adamw, adam, sgd, got 'lamb'\.$"),
+        ("schedule", "step", r"^LoopConfig\.schedule must be one of cosine, linear, constant, got 'step'\.$"),
         ("stage", "S4", r"^LoopConfig\.stage must be one of S1, S2, S3, got 'S4'\.$"),
         ("epochs", 0, r"^LoopConfig\.epochs must be in \[1, inf\], got 0\.$"),
         ("warm_up", 1.5, r"^LoopConfig\.warm_up must be in \[0, 1\], got 1\.5\.$"),

@@ -395,7 +395,7 @@ def test_a_saved_plan_gives_what_some_lack_to_no_one_else():
         ("version = true", r"p:1: version must be 1, got True\."),
         (
             "version = 1\n[defaults]",
-            r"p:2: unknown key 'defaults'; known: version, default, kind, name\. Did you mean default\?",
+            r"p:2: unknown key 'defaults'; known: version, default, kind, name, training\. Did you mean default\?",
         ),
         ("version = 1\nkind = 3", r"p:2: kind must hold tables like \[kind\.first\], got 3\."),
         ("version = 1\ndefault = 3", r"p:2: \[default\] must be a table of settings, got 3\."),

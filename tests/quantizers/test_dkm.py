@@ -1,6 +1,7 @@
 """DKM: the tabulated form against the exact one, and the quantizer."""
 
 import copy
+import json
 import re
 
 import numpy as np
@@ -360,16 +361,30 @@ def test_a_small_tensor_is_computed_exactly():
     assert isinstance(qc.quantizers.QUANTIZERS["dkm"].weight.make(bits=1), Dkm)
 
 
-def test_a_state_that_is_loaded_makes_the_next_step_choose_the_form_again():
-    quantizer, w = Dkm(bits=2), weights("gaussian", 5000)
-    quantizer.initialise(w)
-    quantizer(w)
-    state, before = copy.deepcopy(quantizer.state_dict()), quantizer._form
-    state["centroids"] *= 1.2
-    quantizer.load_state_dict(state)
-    assert not before.fits(state["centroids"].squeeze(2))
-    quantizer(w)
-    assert quantizer._form.fits(state["centroids"].squeeze(2))
+@pytest.mark.parametrize(
+    "options", [{"bits": 2}, {"bits": 2, "rows_per_lut": 16, "channels": 64}, {"bits": 4, "vector_dim": 2}]
+)
+def test_training_goes_on_bit_for_bit_from_a_state_that_json_can_hold(options):
+    def steps(quantizer, w, numbers):
+        for number in numbers:
+            quantizer.advance(number / 40)
+            soft = quantizer(w)
+            (gradient,) = torch.autograd.grad(soft.square().sum(), w)
+            w.data -= 0.01 * gradient
+        return w.detach().clone(), quantizer.centroids.clone()
+
+    first = weights("gaussian", 64 * 80).view(64, 80)
+    quantizer, w = Dkm(**options), first.clone().requires_grad_()
+    quantizer.initialise(first)
+    steps(quantizer, w, range(13))
+    state = {name: copy.deepcopy(value) for name, value in quantizer.state_dict().items()}
+    state["_extra_state"] = json.loads(json.dumps(state["_extra_state"]))
+    kept = w.detach().clone().requires_grad_()
+    wanted = steps(quantizer, w, range(13, 30))
+    fresh = Dkm(**options)
+    fresh.initialise(first)
+    fresh.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(steps(fresh, kept, range(13, 30)), wanted, strict=True))
 
 
 def test_a_palette_that_outweighs_its_codes_is_remarked():

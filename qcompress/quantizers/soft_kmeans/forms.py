@@ -16,7 +16,7 @@ from qcompress.quantizers.soft_kmeans.bins import cells, table
 from qcompress.quantizers.soft_kmeans.chunked import chunked, needed_dtype
 from qcompress.quantizers.soft_kmeans.dense import Metric, dense
 from qcompress.quantizers.soft_kmeans.groups import runs
-from qcompress.quantizers.soft_kmeans.table import Table
+from qcompress.quantizers.soft_kmeans.table import Recipe, Table
 from qcompress.quantizers.soft_kmeans.tabulated import iterate, tabulated
 
 _SMALL: Final = 1 << 12  # V x K up to which the dense form is fast enough
@@ -100,13 +100,13 @@ def table_for(
         return None
     ends = [part.aminmax() for part in torch.split(w_N, list(lengths))]
     ranges = torch.stack([end.min for end in ends]), torch.stack([end.max for end in ends])
-    sets = [c_GK]
+    sets: tuple[Tensor, ...] = (c_GK,)
     for _ in range(iterations):
-        found = table(sets, tau_G, ranges, lengths, drift)
+        found = table(Recipe(sets, tau_G.clone(), *ranges, tuple(lengths), drift))
         if found is None or found.edges.numel() > most_edges:
             return None
         others = [c for c in iterate(w_N, c_GK, tau_G, iterations - 1, found)[1:] if not found.fits(c)]
         if not others:
             return found
-        sets += others
+        sets += tuple(others)
     return None

@@ -9,10 +9,10 @@ Shape suffixes: N = weights of all groups, n = weights of one piece, G = groups,
 M = edges.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -46,6 +46,45 @@ class Piece:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a table is made from.
+
+    Args:
+        sets: centroids that the bins fit, sorted along K: float64 [G, K] each.
+        tau: float64 [G], > 0.
+        low: the least weight of each group, [G].
+        high: the largest.
+        lengths: weights of each group.
+        drift: how far midpoints may move, in units of τ / gap.
+    """
+
+    sets: tuple[Tensor, ...]
+    tau: Tensor
+    low: Tensor
+    high: Tensor
+    lengths: tuple[int, ...]
+    drift: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        tensors = {"tau": self.tau, "low": self.low, "high": self.high}
+        listed = {name: value.double().tolist() for name, value in tensors.items()}
+        return {"sets": [c.tolist() for c in self.sets], **listed, "lengths": list(self.lengths), "drift": self.drift}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], device: torch.device) -> "Recipe":
+        """Returns the recipe that `as_dict` wrote."""
+
+        def tensor(value: Any) -> Tensor:
+            return torch.tensor(value, dtype=torch.float64, device=device)
+
+        sets = tuple(tensor(c) for c in values["sets"])
+        ends = tensor(values["tau"]), tensor(values["low"]), tensor(values["high"])
+        return cls(sets, *ends, tuple(values["lengths"]), values["drift"])
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Table:
     """Bins for the weights of some groups.
 
@@ -59,6 +98,7 @@ class Table:
             of weight.
         edges: float64 [G, M]: edges of bins; short rows go on in steps of their last bin.
         neighbours: those among the centroids that the bins fit, on the CPU.
+        made_from: what the table was made from; None for the joined tables of several tensors.
     """
 
     pieces: tuple[Piece, ...]
@@ -69,6 +109,7 @@ class Table:
     start: Tensor
     edges: Tensor
     neighbours: tuple[Neighbours, ...]
+    made_from: "Recipe | None" = None
 
     @property
     def count(self) -> int:

@@ -1,0 +1,271 @@
+"""A training run that can be left alone: epochs, validation, checkpoints, a history, and the compressed folder."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final, final
+
+import torch
+
+from qcompress.compressed.folder import WEIGHTS
+from qcompress.data.training import TrainingBatches
+from qcompress.files import write_whole
+from qcompress.finetune.checkpoints import Checkpoints
+from qcompress.finetune.history import EpochRow, QuantizerRow, quantizer_values
+from qcompress.finetune.prepared import Prepared
+from qcompress.finetune.run_folder import HISTORY, QUANTIZERS, TRAINING, write_compressed
+from qcompress.finetune.trainer import StepRecord, Trainer, TrainingState
+
+_TIMED: Final = 20  # steps whose time tells how many fit into the limit
+
+
+class Interruption(Exception):  # noqa: N818 - not an error
+    """Training was asked to stop; a checkpoint was written."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """When checkpoints are written, and when training ends.
+
+    Args:
+        steps: steps between checkpoints; None: no number of steps.
+        seconds: between checkpoints; None: no time.
+        keep: how many of the last checkpoints stay.
+        most_seconds: of training; None: no limit. The first steps tell how many fit, and schedules end with these.
+    """
+
+    steps: int | None = None
+    seconds: float | None = 600.0
+    keep: int = 2
+    most_seconds: float | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """How a model is scored while it trains.
+
+    Args:
+        score: returns the metric of the model, which is in eval mode.
+        lower_is_better: whether a lower value of the metric is better.
+    """
+
+    score: Callable[[Prepared], float]
+    lower_is_better: bool = False
+
+    def better(self, new: float, old: float | None) -> bool:
+        """Returns whether a score is better than an older one."""
+        return old is None or (new < old if self.lower_is_better else new > old)
+
+
+@final
+@dataclass(slots=True)
+class _Progress:
+    """What a run remembers beside the trainer."""
+
+    rows: list[EpochRow] = field(default_factory=list)
+    quantizers: list[QuantizerRow] = field(default_factory=list)
+    best: float | None = None
+    best_epoch: int | None = None
+
+
+@final
+class Run:
+    """Trains in a folder.
+
+    Args:
+        trainer: takes the steps; its `steps_per_epoch` is the length of the batches.
+        batches: seeded batches.
+        folder: becomes a compressed folder, with the training's files beside.
+        pace: checkpoints and limits.
+        validation: how epochs are compared; None: the last one counts.
+        reestimate: batches over which BatchNorm's statistics are computed anew at the end.
+        stop: asked after each step whether to stop.
+        writes: whether this process writes files.
+
+    Attributes:
+        rows: the history.
+        best_epoch: counted from 1; None without validation data.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        batches: TrainingBatches,
+        folder: Path,
+        pace: Pace,
+        *,
+        validation: Validation | None = None,
+        reestimate: int = 0,
+        stop: Callable[[], bool] = lambda: False,
+        writes: bool = True,
+    ) -> None:
+        self._trainer, self._batches, self._folder, self._pace = trainer, batches, folder, pace
+        self._validation, self._reestimate, self._stop, self._writes = validation, reestimate, stop, writes
+        self._checkpoints = Checkpoints(folder / TRAINING, pace.keep)
+        self._progress = _Progress()
+        device = next(trainer.prepared.parameters()).device
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._last_checkpoint, self._spent, self._started = time.monotonic(), 0.0, time.monotonic()
+
+    @property
+    def rows(self) -> list[EpochRow]:
+        return self._progress.rows
+
+    @property
+    def best_epoch(self) -> int | None:
+        return self._progress.best_epoch
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self._trainer.step
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self._trainer.total
+
+    def resume(self) -> bool:
+        """Goes on from the last checkpoint; returns whether there is one."""
+        self._checkpoints.sweep()
+        state = self._checkpoints.latest()
+        if state is None:
+            return False
+        self._sums = state.tensors.pop("run.sums").to(self._sums.device)
+        self._trainer.restore(state)
+        kept = state.values["run"]
+        rows = [EpochRow(**row) for row in kept["rows"]]
+        quantizers = [(epoch, tensor, what, value) for epoch, tensor, what, value in kept["quantizers"]]
+        self._progress = _Progress(rows, quantizers, kept["best"], kept["best_epoch"])
+        self._spent = kept["seconds"]
+        self._write_history()
+        return True
+
+    def steps(self) -> Iterator[StepRecord]:
+        """Trains to the end while the caller iterates over the steps.
+
+        Raises:
+            DivergenceError: the last checkpoint is good.
+            Interruption: `stop` asked for it.
+            OutputError: a file cannot be written. The last checkpoint is good.
+        """
+        trainer = self._trainer
+        self._started = self._last_checkpoint = time.monotonic()
+        while trainer.step < trainer.total:
+            first = trainer.step % trainer.steps_per_epoch
+            for inputs, labels in self._batches.epoch(trainer.epoch, first):
+                record = trainer.take(inputs, labels)
+                self._sums += torch.stack([record.whole, record.task]).double()
+                self._limit()
+                ended = trainer.step % trainer.steps_per_epoch == 0 or trainer.step >= trainer.total
+                if ended:
+                    self._end_epoch(record.epoch)
+                if ended or self._is_due():
+                    self.checkpoint()
+                yield record
+                if self._stop():
+                    self.checkpoint()
+                    raise Interruption
+                if trainer.step >= trainer.total:
+                    break
+        if self._reestimate:
+            self._reestimate_batchnorm()
+        if self._validation is None or self._reestimate:
+            self._write_compressed()
+
+    def checkpoint(self) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            DivergenceError: the state is not good.
+            OutputError: it cannot be written.
+        """
+        self._trainer.check()
+        self._last_checkpoint = time.monotonic()
+        if not self._writes:
+            return
+        state = self._trainer.state()
+        kept = self._progress
+        values = {
+            "rows": [asdict(row) for row in kept.rows],
+            "quantizers": kept.quantizers,
+            "best": kept.best,
+            "best_epoch": kept.best_epoch,
+            "seconds": self.seconds,
+        }
+        sums = {"run.sums": self._sums.detach().cpu().clone()}
+        self._checkpoints.write(TrainingState(state.tensors | sums, {**state.values, "run": values}))
+        if not (self._folder / WEIGHTS).exists():
+            self._write_compressed()
+
+    @property
+    def seconds(self) -> float:
+        """Time of training, earlier runs included."""
+        return self._spent + time.monotonic() - self._started
+
+    def _is_due(self) -> bool:
+        pace = self._pace
+        by_steps = pace.steps is not None and self._trainer.step % pace.steps == 0
+        by_time = pace.seconds is not None and time.monotonic() - self._last_checkpoint >= pace.seconds
+        return by_steps or by_time
+
+    def _limit(self) -> None:
+        """Finds, once, how many steps fit into the time."""
+        if self._pace.most_seconds is None or self._trainer.step != _TIMED:
+            return
+        fitting = int(self._pace.most_seconds / self.seconds * _TIMED)
+        self._trainer.total = max(_TIMED, min(self._trainer.total, fitting))
+
+    def _end_epoch(self, epoch: int) -> None:
+        trainer, kept = self._trainer, self._progress
+        trainer.check()
+        steps = trainer.step - epoch * trainer.steps_per_epoch
+        loss, task_loss = (self._sums / steps).tolist()
+        self._sums.zero_()
+        score = self._score()
+        listed = quantizer_values(trainer.prepared)
+        kept.quantizers += [(epoch + 1, *values) for values in listed]
+        errors = [value for _, what, value in listed if what == "error"]
+        rate = trainer.config.share_of_rate(trainer.step / (trainer.total + 1))
+        error = sum(errors) / len(errors) if errors else 0.0
+        kept.rows.append(EpochRow(epoch + 1, trainer.step, loss, task_loss, rate, score, error))
+        self._write_history()
+        if self._validation is not None and score is not None and self._validation.better(score, kept.best):
+            kept.best, kept.best_epoch = score, epoch + 1
+            if not self._reestimate:
+                self._write_compressed()
+
+    def _score(self) -> float | None:
+        if self._validation is None:
+            return None
+        prepared = self._trainer.prepared
+        prepared.eval()
+        try:
+            with torch.no_grad():
+                return self._validation.score(prepared)
+        finally:
+            prepared.train()
+
+    def _reestimate_batchnorm(self) -> None:
+        few = min(self._reestimate, len(self._batches))
+        prepared = self._trainer.prepared
+        prepared.eval()
+        batches = self._batches.epoch(0)
+        prepared.reestimate_batchnorm(inputs for _, (inputs, _) in zip(range(few), batches, strict=False))
+
+    def _write_compressed(self) -> None:
+        if self._writes:
+            prepared = self._trainer.prepared
+            prepared.eval()
+            write_compressed(prepared.finalize(), self._folder)
+            prepared.train()
+
+    def _write_history(self) -> None:
+        if self._writes:
+            history = csv_text([f.name for f in fields(EpochRow)], [row.numbers for row in self._progress.rows])
+            write_whole(self._folder / HISTORY, history.encode())
+            quantizers = csv_text(QUANTIZER_COLUMNS, self._progress.quantizers)
+            write_whole(self._folder / QUANTIZERS, quantizers.encode())

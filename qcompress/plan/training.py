@@ -1,0 +1,173 @@
+"""The fields of a plan's [training] table, a row each: what decides the result of `finetune` beside the weights' plan.
+
+The options of `finetune`, their help and docs/plan.md are made from these rows. What a field is where it is unset
+depends on the method and the width: `finetune.recipes`.
+"""
+
+from typing import ClassVar, Final
+
+from qcompress.plan.fields import Fields, PlanField
+from qcompress.plan.settings import Settings
+from qcompress.plan.values import Integer, Number, OneOf, Text
+
+METHODS: Final = (
+    "lsq", "lsq_plus", "pact", "dorefa", "ewgs", "tqt", "ternary", "bmpq", "n2uq", "dkm", "none",
+)  # fmt: skip
+REGULARIZERS: Final = (
+    "none", "range:margin", "range:linf", "range:soft_min_max", "range:relative_soft_min_max", "bin", "kurtosis", "l2",
+    "kl",
+)  # fmt: skip
+
+_BY_METHOD: Final = "by method and width"
+
+TRAINING_FIELDS: Final[Fields] = (
+    PlanField(
+        name="method",
+        values=OneOf(METHODS),
+        meaning="How weights and activations are quantized in training; none trains the float model.",
+        unset="lsq",
+    ),
+    PlanField(name="epochs", values=Integer(1), meaning="Passes over the data.", unset="6"),
+    PlanField(name="batch_size", values=Integer(1), meaning="Samples of a step, over all processes.", unset="64"),
+    PlanField(name="optimizer", values=OneOf(("adamw", "adam", "sgd")), meaning="sgd has momentum 0.9.", unset="adamw"),
+    PlanField(
+        name="nesterov",
+        values=OneOf((True, False)),
+        meaning="Whether sgd uses Nesterov's momentum.",
+        unset="false",
+    ),
+    PlanField(
+        name="rate", values=Number(0), meaning="Highest learning rate of the model's parameters.", unset=_BY_METHOD
+    ),
+    PlanField(
+        name="quantizer_rate",
+        values=Number(0),
+        meaning="Learning rate of the quantizers' parameters, as a share of the rate.",
+        unset=_BY_METHOD,
+    ),
+    PlanField(name="weight_decay", values=Number(0), meaning="Of tensors with two or more axes.", unset=_BY_METHOD),
+    PlanField(
+        name="clip",
+        values=Number(0),
+        meaning="Largest norm of all gradients together; 0 sets no limit.",
+        unset="0",
+    ),
+    PlanField(
+        name="schedule",
+        values=OneOf(("cosine", "linear", "constant")),
+        meaning="How the learning rate goes from its highest value: to 0, or not at all.",
+        unset="cosine",
+    ),
+    PlanField(
+        name="warm_up",
+        values=Number(0, 1),
+        meaning="Share of the steps in which the learning rate rises.",
+        unset="0.05",
+    ),
+    PlanField(
+        name="precision",
+        values=OneOf(("float32", "bfloat16", "float16")),
+        meaning="What layers compute in while training.",
+        unset="float32",
+    ),
+    PlanField(
+        name="loss",
+        values=Text(("cross_entropy", "mse"), "MODULE:FN"),
+        meaning="The loss of outputs and labels; a function runs your code.",
+        unset="cross_entropy",
+    ),
+    PlanField(
+        name="teacher",
+        values=Text(("self", "none"), "FILE"),
+        meaning="A model whose outputs are learned: self is MODEL before training.",
+        unset="self",
+    ),
+    PlanField(
+        name="kd_weight",
+        values=Number(0, 1),
+        meaning="Weight of the teacher in the loss where there are labels too.",
+        unset="1",
+    ),
+    PlanField(
+        name="temperature",
+        values=Number(0.01),
+        meaning="Divides the logits of teacher and model.",
+        unset="1",
+    ),
+    PlanField(
+        name="regularizer",
+        values=OneOf(REGULARIZERS),
+        meaning="A penalty on weights: R² (range), bin regularization, kurtosis, L2 or KL.",
+        unset="none",
+    ),
+    PlanField(
+        name="regularizer_weight",
+        values=Number(0),
+        meaning="The weight of the penalty in the loss.",
+        unset="as in its paper",
+    ),
+    PlanField(
+        name="stage",
+        values=OneOf(("S1", "S2", "S3")),
+        meaning="When the penalty acts: always (S1), after the first third (S2), in every other epoch (S3).",
+        unset="S2, or S1 with the method none",
+    ),
+    PlanField(
+        name="augment",
+        values=Text((), "flip,crop:4|MODULE:FN"),
+        meaning="Random changes of training images: flip mirrors them, crop:N shifts them by up to N pixels.",
+        unset="none",
+    ),
+    PlanField(
+        name="placement",
+        values=OneOf(("deploy", "paper")),
+        meaning="Which activations are quantized: all that the target fuses, or inputs of layers only.",
+        unset="deploy",
+    ),
+    PlanField(
+        name="per_tensor",
+        values=OneOf((True, False)),
+        meaning="Whether a weight has one scale in place of one per output channel.",
+        unset="false",
+    ),
+    PlanField(
+        name="fixed_offset",
+        values=OneOf((True, False)),
+        meaning="Whether the offsets of LSQ+ stay at their start.",
+        unset="false",
+    ),
+    PlanField(
+        name="snap_offsets",
+        values=Number(0, 1),
+        meaning="Share of the steps, at the end, in which offsets are zero points.",
+        unset="0.5",
+    ),
+    PlanField(
+        name="batchnorm",
+        values=OneOf(("train", "freeze", "fold")),
+        meaning="Whether BatchNorm's statistics train, stay, or are folded into weights first.",
+        unset="train",
+    ),
+    PlanField(
+        name="reestimate",
+        values=Integer(0),
+        meaning="Batches over which BatchNorm's statistics are computed anew at the end.",
+        unset="0",
+    ),
+    PlanField(
+        name="from_scratch",
+        values=OneOf((True, False)),
+        meaning="Whether training starts from random weights, as the architecture makes them.",
+        unset="false",
+    ),
+)
+
+
+class Training(Settings):
+    """The settings of a plan's [training] table: an attribute per field, None where it is unset.
+
+    >>> Training(method="dkm", epochs=3)
+    Training(method='dkm', epochs=3)
+    """
+
+    fields: ClassVar[Fields] = TRAINING_FIELDS
