@@ -153,7 +153,7 @@ def _normalised(w: Tensor, mean: Tensor, bits: int, mask: bool) -> Tensor:
 def _mean_size(w: Tensor) -> Tensor:
     """Returns mean|w| of each output channel, in a shape that broadcasts against w."""
     size = w.detach().abs()
-    return size.reshape(len(w), -1).mean(1).reshape(-1, *[1] * (w.ndim - 1)) if w.ndim else size
+    return size.contiguous().reshape(len(w), -1).mean(1).reshape(-1, *[1] * (w.ndim - 1)) if w.ndim else size
 
 
 def _unit_and_step(w: Tensor, mean: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 _ZERO_POINTS: Final = 255  # the largest zero point
 
+
 class _Shift(NamedTuple):
     """An offset in two parts, offset - steps * scale; one of them is 0."""
 
