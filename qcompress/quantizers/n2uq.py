@@ -10,8 +10,7 @@ inputs in [0, 2], is init "n2uq". The gradient of a weight is the paper's, 1 whe
 authors' published code (github.com/liuzechun/Nonuniform-to-Uniform-Quantization) differs: it has no mask and divides
 by the scale γ·mean|W|, which changes nothing under Adam and multiplies the rate under SGD; `mask=False` is that.
 
-Shape suffixes: L = segments, 2^bits - 1 of them, E = their edges, one more; S = rows of all weights, N = elements of all
-weights; see `rows.py`.
+Shape suffixes: L = segments, 2^bits - 1 of them, E = their edges, one more. Those of weights are in `rows.py`.
 """
 
 from collections.abc import Hashable, Sequence
