@@ -19,11 +19,13 @@ from torch.profiler import ProfilerActivity, profile
 # Compiled code reports its loops to the profiler with this option of torch.compile.
 REPORTED: Final = {"cpp.enable_kernel_profile": True}
 
-_NOT_KERNELS: Final = frozenset(
-    "_local_scalar_dense _nested_tensor_from_mask _reshape_alias _unsafe_view alias as_strided as_strided_ detach "
-    "detach_ diagonal empty empty_like empty_strided expand lift_fresh new_empty new_empty_strided permute resize_ "
-    "select set_ slice split split_with_sizes squeeze t transpose unbind unfold unsqueeze view".split()
-)
+_ALLOCATIONS: Final = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_")
+_VIEWS: Final = (
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "as_strided_", "detach", "detach_", "diagonal", "expand",
+    "lift_fresh", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind",
+    "unfold", "unsqueeze", "view",
+)  # fmt: skip
+_NOT_KERNELS: Final = frozenset((*_ALLOCATIONS, *_VIEWS, "_local_scalar_dense"))
 _WAITS: Final = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "equal", "unique_dim", "_unique2")
 _OPTIMIZER: Final = "Optimizer."
 

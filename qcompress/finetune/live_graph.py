@@ -7,7 +7,6 @@ Python code once, a function of the module's tensors, the inputs and what replac
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Final, final
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
@@ -98,7 +97,7 @@ class _Watching(Interpreter):
 
 
 def _function(program: FloatProgram, norms: Sequence[str]) -> GraphModule:
-    """Returns the program as a function of its placeholders, what is called at sites, BatchNorm modules and the mode."""
+    """Returns the program as a function of its placeholders, of what is called at sites, of BatchNorms and the mode."""
     module, names = copy_graph(program.exported), state_nodes(program.exported)
     graph = module.graph
     by_name = {node.name: names[node] for node in names}

@@ -42,7 +42,7 @@ class Reference(Interpreter):
         self.tuned, self.seen = tuned, set()
 
     def run_node(self, n):
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
         if n.target is site_op:
             value, index = args
             first = index not in self.seen

@@ -80,14 +80,22 @@ def test_scales_of_several_weights_get_the_gradients_of_the_paper():
 
 
 @pytest.mark.parametrize(
-    ("name", "forward", "backward"),
-    [("lsq", 10, 7), ("lsq_plus", 10, 7), ("ewgs", 10, 11), ("tqt", 16, 9), ("n2uq", 19, 2)],
+    ("name", "forward", "backward", "per_weight"),
+    [
+        ("lsq", 10, 7, (0, 1)),  # the sum of a scale's gradient
+        ("lsq_plus", 10, 7, (0, 1)),
+        ("ewgs", 10, 11, (0, 1)),
+        ("tqt", 16, 9, (0, 1)),
+        ("n2uq", 19, 2, (1, 0)),  # the mean of each row
+        ("dorefa", 18, 3, (1, 0)),  # its maximum
+        ("bmpq", 13, 1, (1, 0)),
+        ("ternary", 15, 1, (3, 0)),
+    ],
 )
-def test_kernels_do_not_multiply_with_the_weights(name, forward, backward):
-    """Each weight costs one kernel beside: the sum of its scale's gradient, or the mean of its rows."""
+def test_kernels_do_not_multiply_with_the_weights(name, forward, backward, per_weight):
     for count in (2, 9):
         found = WEIGHTS[name]
-        settings = {"axis": 0} | ({"channels": 6} if found.scales == "either" else {})
+        settings = {"either": {"axis": 0, "channels": 6}, "channel": {"axis": 0}, "tensor": {}}[found.scales]
         weights = [torch.randn(6, 5, requires_grad=True) for _ in range(count)]
         quantizers = [found.make(bits=2, **settings) for _ in weights]
         kind = type(quantizers[0])
@@ -97,7 +105,6 @@ def test_kernels_do_not_multiply_with_the_weights(name, forward, backward):
         gradients = [torch.ones(6, 5) for _ in weights]
         with Kernels() as second:
             torch.autograd.backward(outs, gradients)
-        per_weight = (0, 1) if found.scales == "either" else (1, 0)
         assert first.total == forward + per_weight[0] * count, first.found
         assert second.total == backward + per_weight[1] * count, second.found
 
