@@ -122,8 +122,19 @@ def multiplied_gradient(x: Tensor, factor: float) -> Tensor:
     >>> torch.autograd.grad(multiplied_gradient(x, 0.5), x)[0].item()
     0.5
     """
-    out: Tensor = _AtLeast.apply(x, x, factor)  # type: ignore[no-untyped-call]
+    out: Tensor = _Multiplied.apply(x, factor)  # type: ignore[no-untyped-call]
     return out
+
+
+class _Multiplied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return g * ctx.factor, None
 
 
 class _AtLeast(torch.autograd.Function):

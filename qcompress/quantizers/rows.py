@@ -49,7 +49,7 @@ class Rows:
     def parts(self, flat_N: Tensor, weights: Iterable[Tensor], axes: Iterable[int | None]) -> list[Tensor]:
         """Returns the inverse of `flat`: the parts of a flat tensor in the shapes of the weights."""
         found = []
-        for part, w, axis in zip(flat_N.split(self.sizes), weights, axes, strict=True):
+        for part, w, axis in zip(torch.split(flat_N, self.sizes), weights, axes, strict=True):
             like = w if axis is None else w.movedim(axis, 0)
             found.append(part.view(like.shape) if axis is None else part.view(like.shape).movedim(0, axis))
         return found
@@ -76,8 +76,8 @@ class Rows:
             reduce: torch.sum, torch.mean or torch.amax.
         """
         out_S = flat_N.new_empty(sum(count for count, _ in self.shapes))
-        outs = out_S.split([count for count, _ in self.shapes])
-        for part, shape, out in zip(flat_N.split(self.sizes), self.shapes, outs, strict=True):
+        outs = torch.split(out_S, [count for count, _ in self.shapes])
+        for part, shape, out in zip(torch.split(flat_N, self.sizes), self.shapes, outs, strict=True):
             reduce(part.view(shape), 1, out=out)
         return out_S
 

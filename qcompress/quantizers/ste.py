@@ -113,12 +113,12 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> Tensor:
         ctx.limits = qmin, qmax
         if offset is None:
-            out, shift = codes(x, scale, qmin, qmax).mul_(scale), (None, None)
+            out, part, steps = codes(x, scale, qmin, qmax).mul_(scale), None, None
         else:
-            shift = _shift(scale, offset, qmin)
-            out = x.sub(shift.offset).div_(scale).round_().add_(shift.steps).clamp_(qmin, qmax)
-            out = out.sub_(shift.steps).mul_(scale).add_(shift.offset)
-        ctx.save_for_backward(x, scale, offset, out, *shift)
+            part, steps = _shift(scale, offset, qmin)
+            out = x.sub(part).div_(scale).round_().add_(steps).clamp_(qmin, qmax)
+            out = out.sub_(steps).mul_(scale).add_(part)
+        ctx.save_for_backward(x, scale, offset, out, part, steps)
         return out
 
     @staticmethod

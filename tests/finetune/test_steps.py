@@ -74,7 +74,7 @@ def test_a_step_never_waits_for_the_device(x, name):
 
 @pytest.mark.parametrize(
     ("name", "beside"),
-    [("lsq W2", 21), ("lsq W2A2", 73), ("lsq_plus", 173), ("n2uq", 276), ("ewgs", 93), ("tqt", 113), ("pact", 153)],
+    [("lsq W2", 21), ("lsq W2A2", 73), ("lsq_plus", 169), ("n2uq", 275), ("ewgs", 93), ("tqt", 113), ("pact", 101)],
 )
 def test_kernels_of_a_step_do_not_creep_up(x, name, beside):
     """`beside` are those that the float step does not have; the nets have 4 weights and up to 7 sites."""
@@ -104,7 +104,7 @@ def test_a_step_is_good_or_not(x):
     assert bool(prepared("ternary", x).is_good(torch.zeros(())))
 
 
-COMPILING = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+COMPILING = pytest.mark.filterwarnings("ignore")  # torch warns itself while it compiles
 
 
 @COMPILING
@@ -123,6 +123,28 @@ def test_without_a_compiler_training_goes_on_and_says_so(x, monkeypatch, tmp_pat
     assert tuned.notes[:-1] == notes
     assert tuned.notes[-1].startswith("Training runs without torch.compile: ")
     assert tuned.finalize().notes[0] == tuned.notes[0]
+
+
+@COMPILING
+@pytest.mark.parametrize(
+    ("name", "snapped"),
+    [
+        ("lsq_plus", True),
+        ("n2uq", False),
+        *(
+            pytest.param(name, False, marks=pytest.mark.slow)
+            for name in ("lsq W2A2", "lsq_plus", "ewgs", "tqt", "pact")
+        ),
+    ],
+)
+def test_the_compiler_takes_the_graph_in_one_piece(x, name, snapped):
+    tuned = prepared(name, x)
+    if snapped:
+        tuned.snap_offsets()
+    function = torch.compile(tuned._graph.function, backend="aot_eager", fullgraph=True)
+    out = function(*tuned._arguments([x], tuned._activations))
+    out[0].sum().backward()
+    assert all(p.grad is not None for p in tuned.quantizer_parameters())
 
 
 @COMPILING
