@@ -1,13 +1,15 @@
 """Trains with every quantizer; measures the accuracy of the exported file and the time of a training step.
 
     python benchmarks/training.py --data DIR [--nets digits resnet20] [--rows "LSQ W2" …] [--quick] [--json FILE]
+    python benchmarks/training.py --data DIR --steps-only [--device cuda] [--rows "LSQ W2" …] [--no-compile]
 
 DIR holds the nets and images of `_nets.py`. All rows start from the same float net and train with the same data, order
 and budget; accuracy is measured in onnxruntime on the exported file. Digits trains for 20 epochs on labels, ResNet-20
 for at most 6 epochs on 10,000 training images and the float net's outputs for them. All layers, first and last
 included, have the row's width, except in "8-bit ends". Steps are timed on one thread, interleaved with steps of the
 float net; the control is the float net against itself, and ratios are medians of pairs. `--quick` runs fewer epochs and
-rows.
+rows. `--steps-only` trains nothing: it counts the kernels of a step, eager and compiled, and the host's waits for the
+device, as `_kernels.py` defines them, and times it.
 """
 
 import argparse
@@ -15,9 +17,11 @@ import copy
 import itertools
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import _steps
 import numpy as np
 import torch
 from _common import Bar
@@ -89,8 +93,13 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, help="epochs of ResNet-20, 1 to 6", default=6)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--no-steps", action="store_true", help="do not measure the time of a step")
+    parser.add_argument("--steps-only", action="store_true", help="measure steps of ResNet-20 only")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="with --steps-only")
+    parser.add_argument("--no-compile", action="store_true", help="with --steps-only: eager steps only")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.steps_only:
+        return steps_only(args)
     rows = [r for r in ROWS if r.name in (args.rows or (QUICK if args.quick else [r.name for r in ROWS]))]
     found: dict[str, Any] = {}
     bars: list[Bar] = []
@@ -155,6 +164,18 @@ def top1_of_module(task: Task) -> float:
     with torch.no_grad():
         found = torch.cat([task.module(part).argmax(1) for part in x.split(500)])
     return float((found == y).double().mean())
+
+
+def steps_only(args: argparse.Namespace) -> int:
+    """Measure steps of ResNet-20; return 1 if a limit is missed."""
+    rows = [row for row in ROWS if row.name in (args.rows or QUICK)]
+    pairs = 100 if args.device == "cuda" else 5 if args.quick else 15
+    found = _steps.measure(resnet20(args.data, 1), rows, args.device, compiles=not args.no_compile, pairs=pairs)
+    bars = _steps.bars(found, args.device)
+    print("\n" + "\n".join(map(str, bars)))
+    if args.json is not None:
+        args.json.write_text(json.dumps({name: asdict(steps) for name, steps in found.items()}, indent=1) + "\n")
+    return int(any(bar.verdict == "FAIL" for bar in bars))
 
 
 def steps(task: Task, rounds: int) -> dict[str, float]:

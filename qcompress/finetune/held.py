@@ -59,9 +59,5 @@ class Teacher(nn.Module):
         """Returns the program's outputs for its inputs, by position in its order or by its names."""
         inputs: Sequence[Tensor] = args or [kwargs[name] for name in self._program.input_names]
         tensors = {name: getattr(self, key) for name, key in self._names.items()}
-        outputs = self._graph.outputs(tensors, inputs, _unchanged, {}, training=False)
+        outputs = self._graph.function(*self._graph.arguments(tensors, inputs, (), {}, training=False))
         return pytree.tree_unflatten(outputs, self._program.exported.call_spec.out_spec)
-
-
-def _unchanged(index: int, x: Tensor) -> Tensor:
-    return x

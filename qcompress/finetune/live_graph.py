@@ -1,105 +1,135 @@
 """A program's graph that computes with the tensors of a live module, and runs in training instead of its forward.
 
-The graph was traced in eval mode; BatchNorm and dropout behave as in the module's current mode.
+The graph was traced in eval mode; BatchNorm and dropout behave as in the module's current mode. It is turned into
+Python code once, a function of the module's tensors, the inputs and what replaces operators: it holds no tensor itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Final, final
 
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 from qcompress.graph.batchnorm import returns_list, statistics
 from qcompress.graph.layers import layers
 from qcompress.graph.marks import site_op
 from qcompress.graph.nodes import operator_name, row_of
-from qcompress.graph.program import FloatProgram, state_nodes
+from qcompress.graph.program import FloatProgram, copy_graph, state_nodes
 
 _DROPOUTS: Final[Mapping[str, Callable[..., Tensor]]] = {
     "dropout.default": functional.dropout,
     "feature_dropout.default": functional.dropout2d,
 }
 
-# (index of the site, value) -> the value that replaces it.
-AtSite = Callable[[int, Tensor], Tensor]
+# By index of the site: value -> the value that replaces it.
+AtSites = Sequence[Callable[[Tensor], Tensor]]
 
 
 @final
-class LiveGraph(Interpreter):
+class LiveGraph:
     """Runs a marked program.
 
     Args:
         program: a marked program; not modified.
+        norms: qualified names of the running means of those BatchNorms whose modules are called instead of the graph's
+            operator.
     """
 
-    def __init__(self, program: FloatProgram) -> None:
-        super().__init__(program.exported.graph_module)
-        self._names = state_nodes(program.exported)
-        self._placeholders = program.exported.graph.find_nodes(op="placeholder")
-        self._weights = {layer.node.name: layer.weight for layer in layers(program)}
-        self.first_not_finite: str | None = None
+    def __init__(self, program: FloatProgram, norms: Container[str] = ()) -> None:
+        placeholders = program.exported.graph.find_nodes(op="placeholder")
+        names = state_nodes(program.exported)
+        self.tensors = [*names.values()]
+        self._order = [names.get(node) for node in placeholders]
+        weights = {layer.node.name: layer.weight for layer in layers(program)}
+        self._names = weights | {node.name: name for node, name in names.items()}
+        self.norms = tuple(dict.fromkeys(name for node in placeholders if (name := names.get(node, "")) in norms))
+        self.function = _function(program, self.norms)
 
     def __deepcopy__(self, memo: object) -> "LiveGraph":
         """Returns itself: it holds no tensor of a module."""
         return self
 
-    @property
-    def tensors(self) -> list[str]:
-        """Qualified names of the tensors that it computes with."""
-        return list(self._names.values())
-
-    def outputs(
+    def arguments(
         self,
         tensors: Mapping[str, Tensor],
         inputs: Sequence[Tensor],
-        at_site: AtSite,
+        at_sites: AtSites,
         norms: Mapping[str, nn.Module],
         *,
         training: bool,
-        watch: bool = False,
-    ) -> list[Tensor]:
-        """Returns the program's outputs.
+    ) -> list[Any]:
+        """Returns the arguments of `function`, which returns the program's outputs.
 
         Args:
             tensors: by qualified name.
             inputs: in the program's order.
-            at_site: called once for each site, with its index and value.
-            norms: BatchNorm modules to call instead of the graph's operator, by the qualified name of their running
-                mean.
+            at_sites: each is called once with its site's value.
+            norms: BatchNorm modules by the qualified name of their running mean.
             training: whether dropout is active.
-            watch: whether to look for NaN and Inf; `first_not_finite` is then the name of the first tensor, layer (its
-                weight) or value with one.
         """
-        self._at_site, self._norms, self._training, self._seen = at_site, norms, training, set[int]()
-        self._watch, self.first_not_finite = watch, None
         left = iter(inputs)
-        values = [tensors[self._names[n]] if n in self._names else next(left) for n in self._placeholders]
-        return list(self.run(*values))
+        values = [next(left) if name is None else tensors[name] for name in self._order]
+        return [*values, at_sites, [norms[name] for name in self.norms], training]
+
+    def first_not_finite(self, arguments: Sequence[Any]) -> str | None:
+        """Returns the name of the first tensor, layer (its weight) or value with NaN or Inf; None: all are finite.
+
+        Args:
+            arguments: of `function`.
+        """
+        watching = _Watching(self.function)
+        watching.run(*arguments)
+        return None if watching.found is None else self._names.get(watching.found, watching.found)
+
+
+class _Watching(Interpreter):
+    """Runs a graph node by node, and finds the first node whose value has NaN or Inf."""
+
+    found: str | None = None
 
     def run_node(self, n: Node) -> Any:
-        """Runs a node, and checks its value if `watch` is set."""
-        value = self._computed(n)
-        if self._watch and self.first_not_finite is None and isinstance(value, Tensor) and not value.isfinite().all():
-            self.first_not_finite = self._names.get(n) or self._weights.get(n.name, n.name)
+        """Runs a node and checks its value."""
+        value = super().run_node(n)
+        if self.found is None and isinstance(value, Tensor) and not value.isfinite().all():
+            self.found = n.name
         return value
 
-    def _computed(self, n: Node) -> Any:
-        if n.op != "call_function":
-            return super().run_node(n)
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        if n.target is site_op:
-            x, index = args
-            if index in self._seen:  # other uses of the site: the value is quantized already
-                return x
-            self._seen.add(index)
-            return self._at_site(index, x)
-        row = row_of(n)
-        if row.normalizes:
-            mean = statistics(n)[0]
-            module = self._norms.get(self._names.get(mean, "")) if isinstance(mean, Node) else None
-            if module is not None:
-                return (module(args[0]), None, None) if returns_list(n) else module(args[0])
-        if self._training and row.drops:
-            return _DROPOUTS[operator_name(n)](args[0], args[1], training=True)
-        return super().run_node(n)
+
+def _function(program: FloatProgram, norms: Sequence[str]) -> GraphModule:
+    """Returns the program as a function of its placeholders, of what is called at sites, of BatchNorms and the mode."""
+    module, names = copy_graph(program.exported), state_nodes(program.exported)
+    graph = module.graph
+    by_name = {node.name: names[node] for node in names}
+    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+        at_sites, modules, training = (graph.placeholder(f"live_{what}") for what in ("sites", "norms", "training"))
+    seen = set[int]()
+    for node in [*graph.nodes]:
+        row = row_of(node)
+        if node.target is site_op:
+            x, index = node.args
+            if index in seen:  # other uses of the site: the value is quantized already
+                node.replace_all_uses_with(x)
+                graph.erase_node(node)
+            else:
+                seen.add(index)
+                node.target, node.args = _call, (at_sites, index, x)
+        elif row.normalizes:
+            mean = statistics(node)[0]
+            name = by_name.get(mean.name) if isinstance(mean, Node) else None
+            if name in norms:
+                node.target = _call_first if returns_list(node) else _call
+                node.args, node.kwargs = (modules, norms.index(name), node.args[0]), {}
+        elif row.drops:
+            node.target, node.args = _DROPOUTS[operator_name(node)], (node.args[0], node.args[1], training)
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def _call(modules: AtSites, index: int, x: Tensor) -> Tensor:
+    return modules[index](x)
+
+
+def _call_first(modules: AtSites, index: int, x: Tensor) -> tuple[Tensor, None, None]:
+    return modules[index](x), None, None

@@ -5,6 +5,7 @@ program's graph, which runs instead of the model's own forward: operands of a su
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, final
 
 import torch
@@ -15,11 +16,13 @@ from torch.utils import _pytree as pytree
 
 from qcompress.compressed.model import CompressedModel
 from qcompress.errors import DataError
+from qcompress.finetune.compiling import CompiledFunction
 from qcompress.finetune.finalize import Parts, compressed
-from qcompress.finetune.live_graph import AtSite, LiveGraph
+from qcompress.finetune.live_graph import AtSites, LiveGraph
 from qcompress.finetune.methods import Methods, ObservedSite
 from qcompress.graph.batchnorm import unfolded_names
 from qcompress.graph.marks import mark
+from qcompress.graph.program import state_nodes
 from qcompress.graph.sites import OUTPUT
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import place_of
@@ -36,27 +39,36 @@ class Prepared(nn.Module):
     """A model in training with quantized weights and activations; made by `prepare`.
 
     Call it in place of the model. `parameters()` are those of the model, of its quantizers and of its regularizers.
-    `notes` tells what the user should know about the quantizers.
     """
 
     def __init__(self, model: nn.Module, parts: Parts) -> None:
         super().__init__()
         self.model, self.parts, self.training = model, parts, model.training
         self.activations, self.regularizers = nn.ModuleList(), nn.ModuleList()
-        self.notes: tuple[str, ...] = ()
+        self._attached: dict[str, AbstractQuantizer] = {}  # those of tensors, by qualified name
+        self._compiled: CompiledFunction | None = None
+        self._notes: tuple[str, ...] = ()
         names = unfolded_names(parts.program, parts.folded)
         keys = [(names.get(s.name, s.name) if s.index == OUTPUT else s.name, s.index) for s in parts.sites]
-        self._graph = LiveGraph(mark(parts.program, keys))
-        self._places = {name: place for name in self._graph.tensors if (place := place_of(model, name)) is not None}
+        marked = mark(parts.program, keys)
+        found = state_nodes(marked.exported).values()
+        self._places = {name: place for name in found if (place := place_of(model, name)) is not None}
+        trained = parts.batchnorm == "train"
+        self._norms = {n: p.module for n, p in self._places.items() if trained and isinstance(p.module, _BatchNorm)}
+        self._graph = LiveGraph(marked, self._norms)
         for name in set(self._graph.tensors) - set(self._places):  # constants in the model's code
             constant = parts.program.state()[name].clone().to(next(model.parameters()).device)
             self.register_buffer(_constant(name), constant, persistent=False)
-        trained = parts.batchnorm == "train"
-        self._norms = {n: p.module for n, p in self._places.items() if trained and isinstance(p.module, _BatchNorm)}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the quantizers and about `compile`."""
+        failed = None if self._compiled is None else self._compiled.failure
+        return self._notes if failed is None else (*self._notes, f"Training runs without torch.compile: {failed}")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the model's outputs for the arguments of its forward."""
-        return self._run(self._flat(args, kwargs), self._quantized)
+        return self._run(self._flat(args, kwargs), self._activations)
 
     def penalty(self, *, regularizers: bool = True) -> Tensor:
         """Returns the sum of the terms that belong to the loss beside the task's, 0-d; 0 if there are none.
@@ -65,25 +77,39 @@ class Prepared(nn.Module):
             regularizers: whether the regularizers' terms count, which stages of training leave out in some epochs. The
                 quantizers' own terms, such as the decay of PACT, always count.
         """
-        terms = [term for quantizer in self.quantizers().values() if (term := quantizer.penalty()) is not None]
+        terms = [term for quantizer in self._all_quantizers() if (term := quantizer.penalty()) is not None]
         if regularizers:
             terms += [getattr(regularizer, "penalty")() for regularizer in self.regularizers]  # noqa: B009
-        return torch.stack(terms).sum() if terms else torch.zeros(())
+        return torch.stack(terms).sum() if terms else torch.zeros((), device=next(self.model.parameters()).device)
 
     def quantizers(self) -> dict[str, AbstractQuantizer]:
         """Returns all quantizers: of weights by qualified name, of activations by the site's name."""
         sites = (f"{s.name} (activation)" for s in self.parts.sites)
-        return self._weight_quantizers() | dict(zip(sites, self._activations, strict=True))
+        return self._attached | dict(zip(sites, self._activations, strict=True))
 
     def quantizer_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters of all quantizers, which usually have their own learning rate."""
-        return [parameter for quantizer in self.quantizers().values() for parameter in quantizer.parameters()]
+        return [parameter for quantizer in self._all_quantizers() for parameter in quantizer.parameters()]
+
+    @torch.no_grad()
+    def is_good(self, loss: Tensor) -> Tensor:
+        """Returns whether loss and gradients are finite and no scale has collapsed: bool, 0-d, on the device.
+
+        Call it between `backward` and the step of the optimizer. It does not wait for the device.
+
+        Args:
+            loss: 0-d.
+        """
+        checks = [loss.isfinite(), *(~found for q in self._all_quantizers() if (found := q.is_collapsed()) is not None)]
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        if gradients:  # the sum of sizes: that of squares overflows early, and a maximum may ignore NaN
+            checks.append(torch.stack(torch._foreach_norm(gradients, 1)).isfinite().all())
+        return torch.stack(checks).all()
 
     @torch.no_grad()
     def first_not_finite(self, batch: Inputs) -> str | None:
         """Returns the name of the first layer (its weight) or other value with NaN or Inf; None: all are finite."""
-        self._run(self._batch(batch), self._quantized, watch=True)
-        return self._graph.first_not_finite
+        return self._graph.first_not_finite(self._arguments(self._batch(batch), self._activations))
 
     def step(self, done: float) -> None:
         """Advances the schedules of quantizers that have one; call it before each step of training.
@@ -91,7 +117,7 @@ class Prepared(nn.Module):
         Args:
             done: share of all steps that are done, in [0, 1].
         """
-        for quantizer in self._weight_quantizers().values():
+        for quantizer in self._attached.values():
             quantizer.advance(done)
 
     def hold_scales(self) -> None:
@@ -153,9 +179,10 @@ class Prepared(nn.Module):
 
     def unwrap(self) -> nn.Module:
         """Removes the quantizers and returns the plain model with its current float weights."""
-        for name in self._weight_quantizers():
+        for name in self._attached:
             place = self._places[name]
             parametrize.remove_parametrizations(place.module, place.attribute, leave_parametrized=False)
+        self._attached = {}
         return self.model
 
     @torch.no_grad()
@@ -171,7 +198,7 @@ class Prepared(nn.Module):
             norm.reset_running_stats()
             norm.momentum, norm.training = None, True
         for batch in batches:
-            self._run(self._batch(batch), self._quantized)
+            self._run(self._batch(batch), self._activations)
         for norm, momentum, training in kept:
             norm.momentum, norm.training = momentum, training
 
@@ -186,7 +213,7 @@ class Prepared(nn.Module):
         seen: list[list[Tensor]] = [[] for _ in self.parts.sites]
         negative = [False] * len(seen)
 
-        def observe(index: int, x: Tensor) -> Tensor:
+        def observe(x: Tensor, index: int) -> Tensor:
             seen[index].append(x.reshape(-1)[:: max(1, x.numel() // _KEPT)])
             negative[index] |= bool((x < 0).any())
             return x
@@ -194,11 +221,11 @@ class Prepared(nn.Module):
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         for batch in batches if self.parts.sites else ():
-            self._run(self._batch(batch), observe)
+            self._run(self._batch(batch), [partial(observe, index=i) for i in range(len(seen))])
         for module in training:
             module.training = True
         observed = [ObservedSite(s.name, s.bits, sign) for s, sign in zip(self.parts.sites, negative, strict=True)]
-        self.notes = methods.notes(observed)
+        self._notes = methods.notes(observed)
         for site, values in zip(observed, seen, strict=True):
             quantizer = methods.activation(site)
             quantizer.initialise([v.float() for v in values])
@@ -210,31 +237,48 @@ class Prepared(nn.Module):
             place = self._places[name]
             device = place.weight().device
             parametrize.register_parametrization(place.module, place.attribute, quantizer.to(device))
+        self._attached = {name: quantizers[name] for name in self._places if name in quantizers}
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Lets torch.compile make few kernels of the graph and its quantizers, when a step of training first runs.
+
+        That takes from seconds to minutes, once for each batch size up to the second. Evaluation is not compiled, and
+        computes bit for bit what is stored. Where there is no compiler, training goes on without it, and `notes` says
+        so.
+
+        Args:
+            args: none.
+            kwargs: options of the compiler, as in torch.compile(options=...).
+        """
+        self._compiled = CompiledFunction(self._graph.function, kwargs)
 
     @property
     def _activations(self) -> list[AbstractQuantizer]:
         return [part for part in self.activations if isinstance(part, AbstractQuantizer)]
 
-    def _quantized(self, index: int, x: Tensor) -> Tensor:
-        quantized: Tensor = self.activations[index](x)
-        return quantized
+    def _run(self, inputs: list[Tensor], at_sites: AtSites) -> Any:
+        arguments = self._arguments(inputs, at_sites)
+        if self._compiled is not None and self.training and torch.is_grad_enabled():
+            outputs = self._compiled(*arguments)
+        else:
+            outputs = self._graph.function(*arguments)
+        return pytree.tree_unflatten(outputs, self.parts.program.exported.call_spec.out_spec)
 
-    def _run(self, inputs: list[Tensor], at_site: AtSite, *, watch: bool = False) -> Any:
+    def _arguments(self, inputs: list[Tensor], at_sites: AtSites) -> list[Any]:
+        """Returns the arguments of the live graph's function."""
         tensors = {name: getattr(self, _constant(name)) for name in self._graph.tensors if name not in self._places}
         tensors |= self._used()
-        outputs = self._graph.outputs(tensors, inputs, at_site, self._norms, training=self.training, watch=watch)
-        return pytree.tree_unflatten(outputs, self.parts.program.exported.call_spec.out_spec)
+        return self._graph.arguments(tensors, inputs, at_sites, self._norms, training=self.training)
 
     def _used(self) -> dict[str, Tensor]:
         """Returns the model's tensors as the forward uses them; weights whose quantizers have one class in one go."""
-        quantizers = self._weight_quantizers()
         by_class: dict[type[AbstractQuantizer], list[str]] = {}
-        for name, quantizer in quantizers.items():
+        for name, quantizer in self._attached.items():
             by_class.setdefault(type(quantizer), []).append(name)
-        found = {name: place.used() for name, place in self._places.items() if name not in quantizers}
+        found = {name: place.used() for name, place in self._places.items() if name not in self._attached}
         for kind, names in by_class.items():
             weights = [self._places[name].weight() for name in names]
-            found.update(zip(names, kind.together([quantizers[name] for name in names], weights), strict=True))
+            found.update(zip(names, kind.together([self._attached[name] for name in names], weights), strict=True))
         return found
 
     def _flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -262,10 +306,10 @@ class Prepared(nn.Module):
     def _planned_quantizers(self) -> dict[str, AbstractQuantizer]:
         """Returns the quantizers of the plan's weights: all but those of biases."""
         planned = {t.name for t in self.parts.resolved.compressed}
-        return {name: quantizer for name, quantizer in self._weight_quantizers().items() if name in planned}
+        return {name: quantizer for name, quantizer in self._attached.items() if name in planned}
 
-    def _weight_quantizers(self) -> dict[str, AbstractQuantizer]:
-        return {name: found for name, place in self._places.items() if (found := place.quantizer()) is not None}
+    def _all_quantizers(self) -> list[AbstractQuantizer]:
+        return [*self._attached.values(), *self._activations]
 
 
 def _drop_notes(drops: Mapping[str, float]) -> list[str]:

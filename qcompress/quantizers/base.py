@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Final, Literal, Self, get_args
 
 import torch
@@ -12,6 +12,7 @@ from qcompress.artifacts import Artifact, SiteGrid
 from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.errors import ConfigError
 from qcompress.quantizers.positive import LearnedValues
+from qcompress.quantizers.rows import Rows, alike
 
 Role = Literal["weight", "activation"]
 
@@ -28,6 +29,7 @@ class AbstractQuantizer(nn.Module, abc.ABC):
     """
 
     bits: int
+    _rows: Rows | None = None
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +51,48 @@ class AbstractQuantizer(nn.Module, abc.ABC):
             quantizers: one for each weight.
             weights: the weights.
         """
-        return [quantizer(weight) for quantizer, weight in zip(quantizers, weights, strict=True)]
+        found: dict[int, Tensor] = {}
+        for group in alike([quantizer.shared() for quantizer in quantizers], weights):
+            own, given = [quantizers[i] for i in group], [weights[i] for i in group]
+            if len(group) == 1:
+                found[group[0]] = own[0](given[0])
+                continue
+            axes = [quantizer.row_axis for quantizer in own]
+            rows = own[0]._rows_of(given, axes)
+            out_N = cls.quantize_rows(own, rows.flat(given, axes), rows)
+            found.update(zip(group, rows.parts(out_N, given, axes), strict=True))
+        return [found[i] for i in range(len(weights))]
+
+    def shared(self) -> Hashable:
+        """Returns what quantizers of weights have in common if `quantize_rows` can take them together; None: nothing.
+
+        It is called in each step of training.
+        """
+        return None
+
+    @property
+    def row_axis(self) -> int | None:
+        """The weight's axis that counts rows, each of which has its own scale; None: the weight is one row."""
+        return None
+
+    @classmethod
+    def quantize_rows(cls, quantizers: Sequence[Self], x_N: Tensor, rows: Rows) -> Tensor:
+        """Returns the quantized elements of several weights, [N].
+
+        Args:
+            quantizers: at least two, for which `shared` is equal and not None.
+            x_N: their weights.
+            rows: how the weights lie in x_N.
+        """
+        raise NotImplementedError
+
+    def _rows_of(self, weights: Sequence[Tensor], axes: Sequence[int | None]) -> Rows:
+        """Returns the rows of weights, the first of which is this quantizer's; they are kept for the next step."""
+        counts = [1 if axis is None else w.shape[axis] for w, axis in zip(weights, axes, strict=True)]
+        shapes = tuple((count, w.numel() // count) for w, count in zip(weights, counts, strict=True))
+        if self._rows is None or self._rows.shapes != shapes or self._rows.device != weights[0].device:
+            self._rows = Rows(shapes, weights[0].device)
+        return self._rows
 
     def advance(self, done: float) -> None:
         """Prepares the next step of training; does nothing unless the quantizer has a schedule.
@@ -116,10 +159,19 @@ class AbstractQuantizer(nn.Module, abc.ABC):
         """
         return None
 
+    def is_collapsed(self) -> Tensor | None:
+        """Returns whether most values of a parameter that must stay positive have reached their floor, bool, 0-d.
+
+        None: there is no such parameter. The result stays on the device.
+        """
+        found = [module.is_collapsed() for module in self.modules() if isinstance(module, LearnedValues)]
+        return torch.stack(found).any() if found else None
+
     @property
     def collapsed(self) -> bool:
-        """Whether most values of a parameter that must stay positive have reached their floor."""
-        return any(module.collapsed for module in self.modules() if isinstance(module, LearnedValues))
+        """Whether `is_collapsed` is true; reads it from the device."""
+        found = self.is_collapsed()
+        return found is not None and bool(found)
 
 
 def uniform_range(who: str, bits: int, signed: bool) -> IntegerRange:

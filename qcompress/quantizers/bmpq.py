@@ -3,9 +3,11 @@
 Source: Kundu et al. ("BMPQ"), section III-B, scale (3), codes and values (4), straight-through estimator.
 Code: written from the paper; no code copied.
 Deviations: the scale gets no gradient; the paper does not say. The paper takes a ternary grid at 2 bits: `ternary`.
+
+Shape suffixes: those of `rows.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import final
 
 import numpy as np
@@ -16,6 +18,7 @@ from qcompress.artifacts import Artifact, IntegerWeight
 from qcompress.graph.conversion import to_numpy
 from qcompress.quantizers.base import AbstractQuantizer, uniform_range
 from qcompress.quantizers.positive import SMALLEST
+from qcompress.quantizers.rows import Rows
 from qcompress.quantizers.ste import codes, straight_through
 
 
@@ -39,9 +42,13 @@ def bmpq(w: Tensor, bits: int) -> Tensor:
 
 def _codes_and_scale(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     p = uniform_range("bmpq", bits, signed=True).p
-    scale = (w.abs().amax() if w.numel() else w.new_zeros(())) / p
-    scale = torch.where(scale > SMALLEST, scale, 1.0)
+    scale = _scale(w.abs().amax() if w.numel() else w.new_zeros(()), p)
     return codes(w, scale, -p, p), scale
+
+
+def _scale(largest: Tensor, p: int) -> Tensor:
+    scale = largest / p
+    return torch.where(scale > SMALLEST, scale, 1.0)
 
 
 @final
@@ -66,6 +73,19 @@ class Bmpq(AbstractQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the fake-quantized weight."""
         return bmpq(x, self.bits)
+
+    def shared(self) -> Hashable:
+        """Returns the width."""
+        return self.bits
+
+    @classmethod
+    def quantize_rows(cls, quantizers: Sequence["Bmpq"], x_N: Tensor, rows: Rows) -> Tensor:
+        """Returns the quantized elements of several weights, [N]."""
+        p = uniform_range("bmpq", quantizers[0].bits, signed=True).p
+        with torch.no_grad():
+            scale_N = rows.each(_scale(rows.reduced(x_N.abs(), torch.amax), p))
+            value_N = codes(x_N, scale_N, -p, p) * scale_N
+        return straight_through(x_N, value_N)
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Does nothing: there are no parameters to set."""

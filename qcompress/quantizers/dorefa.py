@@ -4,9 +4,11 @@ Source: Zhou et al., 2016, as PACT and BMPQ use it: 2·round((t/2 + 1/2)·(2^b -
 t = tanh(w) / max|tanh(w)|.
 Code: written from the equation; no code copied.
 Deviations: 1 bit uses the same formula; the paper takes mean|w| times the sign of w.
+
+Shape suffixes: those of `rows.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import final
 
 import torch
@@ -16,6 +18,7 @@ from qcompress.artifacts import Artifact
 from qcompress.artifacts.packing import check_bits
 from qcompress.quantizers.base import AbstractQuantizer
 from qcompress.quantizers.half_integer import odd_codes, palettized
+from qcompress.quantizers.rows import Rows
 from qcompress.quantizers.ste import straight_through
 
 
@@ -33,16 +36,22 @@ def dorefa_weight(w: Tensor, bits: int) -> Tensor:
     >>> dorefa_weight(torch.tensor([-0.9, -0.1, 0.2]), 2).tolist()
     [-1.0, -0.3333333432674408, 0.3333333432674408]
     """
-    unit = _unit(w)
+    return _rounded(_unit(w), bits)
+
+
+def _rounded(unit: Tensor, bits: int) -> Tensor:
     with torch.no_grad():
         odd = odd_codes(unit, bits)
-    return straight_through(unit, odd * _step(w, bits))
+    return straight_through(unit, odd * _step(unit, bits))
 
 
 def _unit(w: Tensor) -> Tensor:
     squeezed = w.tanh()
-    largest = squeezed.detach().abs().amax() if w.numel() else squeezed.new_ones(())
-    return squeezed / torch.where(largest > 0, largest, 1.0)
+    return squeezed / _largest(squeezed.detach().abs().amax() if w.numel() else squeezed.new_ones(()))
+
+
+def _largest(found: Tensor) -> Tensor:
+    return torch.where(found > 0, found, 1.0)
 
 
 def _step(w: Tensor, bits: int) -> Tensor:
@@ -71,6 +80,17 @@ class DoReFa(AbstractQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the fake-quantized weight."""
         return dorefa_weight(x, self.bits)
+
+    def shared(self) -> Hashable:
+        """Returns the width."""
+        return self.bits
+
+    @classmethod
+    def quantize_rows(cls, quantizers: Sequence["DoReFa"], x_N: Tensor, rows: Rows) -> Tensor:
+        """Returns the quantized elements of several weights, [N]."""
+        squeezed_N = x_N.tanh()
+        largest_S = _largest(rows.reduced(squeezed_N.detach().abs(), torch.amax))
+        return _rounded(squeezed_N / rows.each(largest_S), quantizers[0].bits)
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Does nothing: there are no parameters to set."""

@@ -7,6 +7,7 @@ Deviations: one learned scale with LSQ's gradient, g and start replaces the two 
 paper can also derive it from the Hessian's trace.
 """
 
+from collections.abc import Hashable
 from typing import Any, Unpack, final
 
 import torch
@@ -95,6 +96,10 @@ class Ewgs(UniformQuantizer):
             raise ConfigError(f"Ewgs.delta must be finite and at least 0, got {delta!r}.")
         self.delta = delta
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor, scale: Tensor) -> Tensor:
         """Returns the fake-quantized tensor."""
-        return ewgs(x, self.scale(x), self.spec.limits.n, self.spec.limits.p, self.delta)
+        return ewgs(x, scale, self.spec.limits.n, self.spec.limits.p, self.delta)
+
+    def shared(self) -> Hashable:
+        """Returns the codes and δ."""
+        return super().shared(), self.delta

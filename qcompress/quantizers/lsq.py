@@ -59,6 +59,6 @@ class Lsq(UniformQuantizer):
     def __init__(self, *, signed: bool | None = None, init: Init = "lsq", **options: Unpack[UniformOptions]) -> None:
         super().__init__(UniformSpec(who="Lsq", signed=signed, init=init, **options))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor, scale: Tensor) -> Tensor:
         """Returns the fake-quantized tensor."""
-        return lsq(x, self.scale(x), self.spec.limits.n, self.spec.limits.p)
+        return lsq(x, scale, self.spec.limits.n, self.spec.limits.p)

@@ -86,11 +86,15 @@ class LsqPlus(UniformQuantizer):
         self.offset = nn.Parameter(torch.zeros(()), requires_grad=learn_offset) if has_offset else None
         self._is_snapped = False
 
+    def quantized(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Returns the tensor fake-quantized without an offset, as configurations 1 and 2 do."""
+        return fake_quantize(x, scale, None, self.spec.limits.n, self.spec.limits.p)
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns the fake-quantized tensor."""
         limits, scale = self.spec.limits, self.scale(x)
         if self.offset is None:
-            return fake_quantize(x, scale, None, limits.n, limits.p)
+            return self.quantized(x, scale)
         offset = multiplied_gradient(self.offset, self.spec.gradient_factor(x))
         if self._is_snapped:
             offset = straight_through(offset, self._snapped())

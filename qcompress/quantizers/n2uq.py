@@ -10,10 +10,10 @@ inputs in [0, 2], is init "n2uq". The gradient of a weight is the paper's, 1 whe
 authors' published code (github.com/liuzechun/Nonuniform-to-Uniform-Quantization) differs: it has no mask and divides
 by the scale γ·mean|W|, which changes nothing under Adam and multiplies the rate under SGD; `mask=False` is that.
 
-Shape suffixes: L = segments, 2^bits - 1 of them, E = their edges, one more.
+Shape suffixes: L = segments, 2^bits - 1 of them, E = their edges, one more. Those of weights are in `rows.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Final, Literal, final, get_args
 
 import numpy as np
@@ -28,10 +28,12 @@ from qcompress.graph.conversion import to_numpy
 from qcompress.quantizers.base import AbstractQuantizer, SiteKey, check_init
 from qcompress.quantizers.half_integer import odd_codes, palettized
 from qcompress.quantizers.positive import Positive
+from qcompress.quantizers.rows import Rows
 from qcompress.quantizers.ste import inside, straight_through
 from qcompress.quantizers.step import UniformSpec
 
 _SHORTEST: Final = 1e-3
+_BEFORE: Final = -1e-38  # just below 0: a segment contains its first edge
 
 # Where training starts: from the paper's thresholds, or from the uniform grid of "lsq_plus" or "lsq".
 ThresholdInit = Literal["n2uq", "lsq_plus", "lsq"]
@@ -77,10 +79,7 @@ def n2uq_weight(w: Tensor, bits: int, mask: bool = True) -> Tensor:
     >>> n2uq_weight(torch.tensor([[-1.0, -0.25, 0.25, 0.5]]), 2).tolist()
     [[-0.75, -0.25, 0.25, 0.25]]
     """
-    unit, step = _unit_and_step(w.detach() if mask else w, bits)
-    with torch.no_grad():
-        value = odd_codes(unit, bits) * step
-    return straight_through(w, value, unit.abs() < 1) if mask else straight_through(unit, value)
+    return _normalised(w, _mean_size(w), bits, mask)
 
 
 def thresholds(start: Tensor, intervals: Tensor, input_scale: Tensor) -> Tensor:
@@ -99,27 +98,27 @@ def _edges(start: Tensor, intervals: Tensor) -> Tensor:
 class _N2uq(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, start: Tensor, intervals: Tensor, beta1: Tensor, beta2: Tensor) -> Tensor:
-        ctx.save_for_backward(x, start, intervals, beta1, beta2)
-        return _code(x, start, intervals, beta1).mul_(_level(beta2, intervals))
+        out = _code(x, start, intervals, beta1).mul_(_level(beta2, intervals))
+        ctx.save_for_backward(x, start, intervals, beta1, beta2, out)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, start, intervals, beta1, beta2 = ctx.saved_tensors
-        edges_E, z = _edges(start, intervals), x * beta1
-        below_E = edges_E.nextafter(torch.full_like(edges_E, -torch.inf))  # a segment contains its first edge
+        x, start, intervals, beta1, beta2, out = ctx.saved_tensors
+        z = x * beta1
         rise, rises, ways = torch.zeros_like(z), [], []
-        ends = zip(below_E[:-1].tolist(), edges_E[:-1].tolist(), edges_E[1:].tolist(), intervals.tolist(), strict=True)
-        for below, first, last, length in ends:
-            here = inside(g, z, below, last)
-            rise.add_(here, alpha=1 / length)
-            rises.append(here.sum() / length)
-            ways.append((z - first).mul_(here).sum() / length**2)
-        level, rises_L = _level(beta2, intervals), torch.stack(rises)
+        for first, length in zip(_edges(start, intervals)[:-1].unbind(), intervals.unbind(), strict=True):
+            part = (z - first).div_(length)  # 0 at the start of the segment, 1 at its end
+            here = inside(g, part, _BEFORE, 1)
+            rise.addcdiv_(here, length)
+            rises.append(here.sum())
+            ways.append(part.mul_(here).sum())
+        level, rises_L = _level(beta2, intervals), torch.stack(rises) / intervals
         later_L = rises_L.flip(0).cumsum(0).flip(0) - rises_L
         g_beta1 = (rise * x).sum() * level
-        g_beta2 = (g * _code(x, start, intervals, beta1)).sum() * (2 / len(intervals))
-        g_intervals = -(torch.stack(ways) + later_L) * level
+        g_beta2 = (g * out).sum() / beta2
+        g_intervals = -(torch.stack(ways) / intervals + later_L) * level
         return rise.mul_(level * beta1), -rises_L.sum() * level, g_intervals, g_beta1, g_beta2
 
 
@@ -135,12 +134,30 @@ def _level(beta2: Tensor, intervals: Tensor) -> Tensor:
     return beta2 * (2 / len(intervals))
 
 
-def _unit_and_step(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Returns W', and the step of each output channel, which gets no gradient."""
+def _normalised(w: Tensor, mean: Tensor, bits: int, mask: bool) -> Tensor:
+    """Returns a fake-quantized weight.
+
+    Args:
+        w: any shape.
+        mean: mean|w| of the output channel, broadcastable against w.
+        bits: width of a code.
+        mask: as in `n2uq_weight`.
+    """
+    unit, step = _unit_and_step(w.detach() if mask else w, mean, bits)
+    with torch.no_grad():
+        value = odd_codes(unit, bits) * step
+    return straight_through(w, value, unit.abs() < 1) if mask else straight_through(unit, value)
+
+
+def _mean_size(w: Tensor) -> Tensor:
+    """Returns mean|w| of each output channel, in a shape that broadcasts against w."""
     size = w.detach().abs()
-    if w.ndim > 1:
-        size = size.mean([*range(1, w.ndim)], keepdim=True)
-    scale = size * (((1 << bits) - 1) / (1 << (bits - 1)))
+    return size.contiguous().reshape(len(w), -1).mean(1).reshape(-1, *[1] * (w.ndim - 1)) if w.ndim else size
+
+
+def _unit_and_step(w: Tensor, mean: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Returns W', and the step of each output channel, which gets no gradient."""
+    scale = mean * (((1 << bits) - 1) / (1 << (bits - 1)))
     return w / torch.where(scale > 0, scale, 1.0), scale / ((1 << bits) - 1)
 
 
@@ -232,12 +249,28 @@ class N2uqWeight(AbstractQuantizer):
         """Returns the fake-quantized weight."""
         return n2uq_weight(x.movedim(self.axis, 0), self.bits, self.mask).movedim(0, self.axis)
 
+    def shared(self) -> Hashable:
+        """Returns the width and whether the gradient has a mask."""
+        return self.bits, self.mask
+
+    @property
+    def row_axis(self) -> int:
+        """The axis that counts output channels."""
+        return self.axis
+
+    @classmethod
+    def quantize_rows(cls, quantizers: Sequence["N2uqWeight"], x_N: Tensor, rows: Rows) -> Tensor:
+        """Returns the quantized elements of several weights, [N]."""
+        mean_S = rows.reduced(x_N.detach().abs(), torch.mean)
+        return _normalised(x_N, rows.each(mean_S), quantizers[0].bits, quantizers[0].mask)
+
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Does nothing: there are no parameters to set."""
 
     def weight_artifact(self, weight: Tensor) -> Artifact:
         """Returns a palette of odd integers, and a scale for each output channel."""
         with torch.no_grad():
-            unit, step = _unit_and_step(weight.float().movedim(self.axis, 0), self.bits)
+            rows = weight.float().movedim(self.axis, 0)
+            unit, step = _unit_and_step(rows, _mean_size(rows), self.bits)
             odd = odd_codes(unit, self.bits)
         return palettized(odd.movedim(0, self.axis), step.reshape(-1), self.bits, self.axis % weight.ndim)

@@ -1,6 +1,7 @@
 """Parameters that stay positive whatever an optimizer does to them."""
 
 import abc
+from collections.abc import Sequence
 from typing import Any, Final, final
 
 import torch
@@ -14,8 +15,24 @@ class LearnedValues(nn.Module, abc.ABC):
     """Positive numbers that are learned: a scale, a clipping level, the lengths of intervals."""
 
     @abc.abstractmethod
-    def forward(self, factor: float = 1.0) -> Tensor:
-        """Returns the positive values; gradients are multiplied by `factor`."""
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Returns the parameter, and the buffer of the same shape that limits it."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def values(learned: Tensor, limit: Tensor, factor: float | Tensor) -> Tensor:
+        """Returns the positive values; gradients are multiplied by `factor`.
+
+        Args:
+            learned: values of the parameter.
+            limit: values of its buffer.
+            factor: a number, or one for each value.
+        """
+
+    @staticmethod
+    @abc.abstractmethod
+    def at_limit(learned: Tensor, limit: Tensor) -> Tensor:
+        """Returns whether each value has reached the end of its range, bool."""
 
     @abc.abstractmethod
     def set(self, values: Tensor) -> None:
@@ -25,13 +42,28 @@ class LearnedValues(nn.Module, abc.ABC):
             values: >= 0, broadcastable to the parameter's shape; 0 (there is nothing to scale) becomes 1.
         """
 
-    @property
-    @abc.abstractmethod
-    def collapsed(self) -> bool:
-        """Whether most values have reached the end of their range.
+    def forward(self, factor: float = 1.0) -> Tensor:
+        """Returns the positive values; gradients are multiplied by `factor`."""
+        return self.values(*self.parts(), factor)
+
+    @classmethod
+    def together(cls, learned: Sequence["LearnedValues"], factor: float | Tensor = 1.0) -> Tensor:
+        """Returns the values of several modules of this class as one flat tensor.
+
+        Args:
+            learned: the modules.
+            factor: by which gradients are multiplied: a number, or one for each value.
+        """
+        parts = zip(*(each.parts() for each in learned), strict=True)
+        values, limits = (torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in parts)
+        return cls.values(values, limits, factor)
+
+    def is_collapsed(self) -> Tensor:
+        """Returns whether most values have reached the end of their range, bool, 0-d.
 
         Some values may: those of channels that the model does not use.
         """
+        return self.at_limit(*self.parts()).double().mean() > 0.5
 
 
 @final
@@ -45,7 +77,7 @@ class Positive(LearnedValues):
     >>> scale.set(torch.tensor(0.5))
     >>> with torch.no_grad():
     ...     _ = scale.raw.fill_(-1e9)
-    >>> round(scale().item(), 6), scale.collapsed
+    >>> round(scale().item(), 6), scale.is_collapsed().item()
     (0.0005, True)
     """
 
@@ -67,15 +99,20 @@ class Positive(LearnedValues):
             self.raw.copy_(torch.where(values > SMALLEST, values, 1.0))
             self.floor.copy_(self.raw * _FRACTION if floor is None else torch.full_like(self.raw, floor))
 
-    def forward(self, factor: float = 1.0) -> Tensor:
-        """Returns the positive values; gradients are multiplied by `factor`."""
-        values: Tensor = _AtLeast.apply(self.raw, self.floor, factor)  # type: ignore[no-untyped-call]
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Returns the parameter and its floor."""
+        return self.raw, self.floor
+
+    @staticmethod
+    def values(learned: Tensor, limit: Tensor, factor: float | Tensor) -> Tensor:
+        """Returns the values, not below the floor."""
+        values: Tensor = _AtLeast.apply(learned, limit, factor)  # type: ignore[no-untyped-call]
         return values
 
-    @property
-    def collapsed(self) -> bool:
-        """Whether most values have reached the floor."""
-        return bool((self.raw <= self.floor).double().mean() > 0.5)
+    @staticmethod
+    def at_limit(learned: Tensor, limit: Tensor) -> Tensor:
+        """Returns whether each value has reached the floor."""
+        return learned <= limit
 
 
 def multiplied_gradient(x: Tensor, factor: float) -> Tensor:
@@ -85,13 +122,24 @@ def multiplied_gradient(x: Tensor, factor: float) -> Tensor:
     >>> torch.autograd.grad(multiplied_gradient(x, 0.5), x)[0].item()
     0.5
     """
-    out: Tensor = _AtLeast.apply(x, x, factor)  # type: ignore[no-untyped-call]
+    out: Tensor = _Multiplied.apply(x, factor)  # type: ignore[no-untyped-call]
     return out
+
+
+class _Multiplied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return g * ctx.factor, None
 
 
 class _AtLeast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, raw: Tensor, floor: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, raw: Tensor, floor: Tensor, factor: float | Tensor) -> Tensor:
         ctx.factor = factor
         return torch.maximum(raw, floor)
 

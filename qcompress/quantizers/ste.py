@@ -10,11 +10,13 @@ outside. With out = x_hat, and gx = g inside and 0 outside, the sums are:
     d/d offset = Σ(g - gx),    d/d scale = (Σ(g·out - gx·x) - offset · d/d offset) / scale.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+_ZERO_POINTS: Final = 255  # the largest zero point
 
 
 class _Shift(NamedTuple):
@@ -111,24 +113,20 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> Tensor:
         ctx.limits = qmin, qmax
         if offset is None:
-            out = codes(x, scale, qmin, qmax).mul_(scale)
+            out, part, steps = codes(x, scale, qmin, qmax).mul_(scale), None, None
         else:
             part, steps = _shift(scale, offset, qmin)
             out = x.sub(part).div_(scale).round_().add_(steps).clamp_(qmin, qmax)
             out = out.sub_(steps).mul_(scale).add_(part)
-        ctx.save_for_backward(x, scale, offset, out)
+        ctx.save_for_backward(x, scale, offset, out, part, steps)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, offset, out = ctx.saved_tensors
+        x, scale, offset, out, part, steps = ctx.saved_tensors
         qmin, qmax = ctx.limits
-        if offset is None:
-            v = x / scale
-        else:
-            part, steps = _shift(scale, offset, qmin)
-            v = x.sub(part).div_(scale).add_(steps)
+        v = x / scale if offset is None else x.sub(part).div_(scale).add_(steps)
         gx = inside(g, v, qmin, qmax)
         g_scale = g_offset = None
         if offset is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
@@ -146,8 +144,6 @@ class _FakeQuantize(torch.autograd.Function):
 
 def _shift(scale: Tensor, offset: Tensor, qmin: int) -> _Shift:
     """Splits an offset: `ActivationGrid` rounds x / scale if it has a zero point, else (x - offset) / scale."""
-    steps = (-offset / scale).round_()
-    zero_point = steps - qmin
-    is_multiple = (offset == -steps * scale) & (zero_point >= 0) & (zero_point <= 255)
-    zero = torch.zeros((), dtype=offset.dtype, device=offset.device)
-    return _Shift(torch.where(is_multiple, zero, offset), torch.where(is_multiple, steps, zero))
+    steps = (-offset / scale).round_().clamp_(qmin, qmin + _ZERO_POINTS)
+    is_multiple = steps * scale == -offset
+    return _Shift(torch.where(is_multiple, 0.0, offset), steps.mul_(is_multiple))

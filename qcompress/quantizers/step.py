@@ -1,9 +1,12 @@
-"""What uniform quantizers share: how values are coded, the learned scale, and the artifacts that are stored."""
+"""What uniform quantizers share: how values are coded, the learned scale, and the artifacts that are stored.
+
+Shape suffixes: S = rows of all weights, N = elements of all weights; see `rows.py`.
+"""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Required, TypedDict, final
+from typing import Required, Self, TypedDict, final
 
 import numpy as np
 import torch
@@ -27,6 +30,7 @@ from qcompress.quantizers.base import (
 )
 from qcompress.quantizers.initial import INITS, Init, activation_scale, weight_scale
 from qcompress.quantizers.positive import LearnedValues, Positive
+from qcompress.quantizers.rows import Rows
 
 
 class UniformOptions(TypedDict, total=False):
@@ -177,7 +181,7 @@ class LearnedScale(nn.Module):
 
 
 class UniformQuantizer(AbstractQuantizer, abc.ABC):
-    """A quantizer whose codes are multiples of a learned scale: a subclass adds its `forward`.
+    """A quantizer whose codes are multiples of a learned scale: a subclass adds `quantized`.
 
     Args:
         spec: how values are coded.
@@ -188,6 +192,37 @@ class UniformQuantizer(AbstractQuantizer, abc.ABC):
         super().__init__()
         self.bits, self.spec = spec.bits, spec
         self.scale = LearnedScale(spec, Positive(spec.shape) if value is None else value)
+
+    @abc.abstractmethod
+    def quantized(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Returns the fake-quantized tensor without an offset.
+
+        Args:
+            x: any shape; not modified.
+            scale: > 0, broadcastable against x.
+        """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the fake-quantized tensor."""
+        return self.quantized(x, self.scale(x))
+
+    def shared(self) -> Hashable:
+        """Returns the codes."""
+        return self.spec.limits, type(self.scale.value)
+
+    @property
+    def row_axis(self) -> int | None:
+        """The axis that counts output channels; None: one scale."""
+        return self.spec.axis
+
+    @classmethod
+    def quantize_rows(cls, quantizers: Sequence[Self], x_N: Tensor, rows: Rows) -> Tensor:
+        """Returns the quantized elements of several weights, [N]."""
+        learned = [quantizer.scale.value for quantizer in quantizers]
+        spec = quantizers[0].spec
+        factors = rows.constant([gradient_factor(length, spec.limits.p) for _, length in rows.shapes], like=x_N)
+        scale_S = type(learned[0]).together(learned, factors)
+        return quantizers[0].quantized(x_N, rows.each(scale_S))
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Sets the scale from the weight, or from batches of the activation."""

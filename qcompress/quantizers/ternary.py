@@ -4,9 +4,12 @@ Source: Li et al., 2016 ("ternary weight networks"), which BMPQ (Kundu et al.) u
 mean of |w| above Δ.
 Code: written from the equations; no code copied.
 Deviations: none.
+
+Shape suffixes: those of `rows.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import final
 
 import numpy as np
@@ -17,7 +20,10 @@ from qcompress.artifacts import Artifact, IntegerWeight
 from qcompress.errors import ConfigError
 from qcompress.graph.conversion import to_numpy
 from qcompress.quantizers.base import AbstractQuantizer
+from qcompress.quantizers.rows import Rows
 from qcompress.quantizers.ste import straight_through
+
+_Reduce = Callable[[Tensor], Tensor]
 
 
 def ternary(w: Tensor) -> Tensor:
@@ -40,10 +46,24 @@ def ternary(w: Tensor) -> Tensor:
 
 
 def _signs_and_alpha(w: Tensor) -> tuple[Tensor, Tensor]:
-    size = w.abs()
-    above = size > 0.7 * size.mean()
-    alpha = (size * above).sum() / above.sum().clamp_min(1)
-    return torch.where(above, w.sign(), 0.0), alpha
+    row = w.reshape(1, -1)
+    signs, alpha = _of_rows(row, lambda values: values.mean(1), lambda values: values.sum(1), lambda each: each)
+    return signs.reshape(w.shape), alpha.reshape(())
+
+
+def _of_rows(x: Tensor, mean: _Reduce, total: _Reduce, each: _Reduce) -> tuple[Tensor, Tensor]:
+    """Returns the signs, 0 for small values, in the shape of x, and α of each row.
+
+    Args:
+        x: the elements of all rows.
+        mean: returns the mean of each row.
+        total: returns the sum of each row.
+        each: returns the value of its row for each element, broadcastable against x.
+    """
+    size = x.abs()
+    above = size > 0.7 * each(mean(size))
+    alpha = total(size * above) / total(above.to(x.dtype)).clamp_min(1)
+    return torch.where(above, x.sign(), 0.0), alpha
 
 
 @final
@@ -69,6 +89,19 @@ class Ternary(AbstractQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the fake-quantized weight."""
         return ternary(x)
+
+    def shared(self) -> Hashable:
+        """Returns the width."""
+        return self.bits
+
+    @classmethod
+    def quantize_rows(cls, quantizers: Sequence["Ternary"], x_N: Tensor, rows: Rows) -> Tensor:
+        """Returns the quantized elements of several weights, [N]."""
+        mean, total = partial(rows.reduced, reduce=torch.mean), partial(rows.reduced, reduce=torch.sum)
+        with torch.no_grad():
+            signs_N, alpha_S = _of_rows(x_N, mean, total, rows.each)
+            value_N = signs_N * rows.each(alpha_S)
+        return straight_through(x_N, value_N)
 
     def initialise(self, values: Tensor | Sequence[Tensor]) -> None:
         """Does nothing: there are no parameters to set."""

@@ -66,7 +66,7 @@ class _PowerOfTwo(torch.autograd.Function):
 
 class _Within(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, center: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, value: Tensor, center: Tensor, factor: float | Tensor) -> Tensor:
         ctx.factor = factor
         return value.clamp(center - _RANGE, center + _RANGE)
 
@@ -105,14 +105,19 @@ class PowerOfTwo(LearnedValues):
             self.log2.copy_(torch.where(values > SMALLEST, values, 1.0).log2())
             self.start.copy_(self.log2)
 
-    def forward(self, factor: float = 1.0) -> Tensor:
-        """Returns the powers of two; gradients are multiplied by `factor`."""
-        return power_of_two(_Within.apply(self.log2, self.start, factor))  # type: ignore[no-untyped-call]
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Returns the exponent and its start."""
+        return self.log2, self.start
 
-    @property
-    def collapsed(self) -> bool:
-        """Whether most exponents have reached the end of their range."""
-        return bool(((self.log2 - self.start).abs() >= _RANGE).double().mean() > 0.5)
+    @staticmethod
+    def values(learned: Tensor, limit: Tensor, factor: float | Tensor) -> Tensor:
+        """Returns the powers of two."""
+        return power_of_two(_Within.apply(learned, limit, factor))  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def at_limit(learned: Tensor, limit: Tensor) -> Tensor:
+        """Returns whether each exponent has reached the end of its range."""
+        return (learned - limit).abs() >= _RANGE
 
 
 @final
@@ -139,6 +144,6 @@ class Tqt(UniformQuantizer):
         spec = UniformSpec(who="Tqt", signed=signed, init=init, **options)
         super().__init__(spec, PowerOfTwo(spec.shape))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor, scale: Tensor) -> Tensor:
         """Returns the fake-quantized tensor."""
-        return fake_quantize(x, self.scale(x), None, self.spec.limits.n, self.spec.limits.p)
+        return fake_quantize(x, scale, None, self.spec.limits.n, self.spec.limits.p)

@@ -44,8 +44,10 @@ def bin_regularization(w: Tensor, scale: Tensor, bits: int, detach_targets: bool
     with torch.no_grad():
         codes = ste.codes(w, scale, limits.n, limits.p)
         group = torch.arange(scale.numel(), device=w.device).reshape(scale.shape)
-        bin_of = (codes.long() - limits.n) + (group << bits)
-        count = torch.bincount(bin_of.reshape(-1), minlength=scale.numel() << bits)[bin_of]
+        bins = scale.numel() << bits
+        bin_of = ((codes.long() - limits.n) + (group << bits)).reshape(-1).clamp_(0, bins - 1)  # NaN has some bin, too
+        counts = bin_of.new_zeros(bins)  # not torch.bincount, which waits for the device
+        count = counts.scatter_add_(0, bin_of, torch.ones_like(bin_of))[bin_of].reshape(w.shape)
     target = codes * (scale.detach() if detach_targets else scale)
     return ((w - target).square() / count).sum() / scale.numel()
 
