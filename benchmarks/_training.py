@@ -18,6 +18,7 @@ from qcompress.data.dataset import Dataset
 from qcompress.finetune.attach import Prepared, prepare
 from qcompress.finetune.loop import LoopConfig, train
 from qcompress.finetune.methods import Methods
+from qcompress.graph.sites import Placement
 from qcompress.plan.plan import Plan
 from qcompress.plan.settings import Settings
 from qcompress_exporters import build
@@ -39,6 +40,7 @@ class Row:
         quantizer_rate: see `LoopConfig`.
         wide_ends: whether the first and the last layer have 8 bits.
         vector_dim: weights that share a code.
+        placement: which activations are quantized; see `activation_sites`.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Row:
     quantizer_rate: float = 1.0
     wide_ends: bool = False
     vector_dim: int = 1
+    placement: Placement = "deploy"
 
     @property
     def plan(self) -> Plan:
@@ -119,7 +122,7 @@ def prepared(task: Task, row: Row, seed: int = 0) -> tuple[Prepared, Shuffled]:
     first = [x for x, _ in itertools.islice(batches, 4)]
     model = prepare(
         copy.deepcopy(task.module), row.plan, example_inputs=(first[0],), calibration=first[1:], methods=row.methods,
-        regularizers=row.regularizers,
+        regularizers=row.regularizers, placement=row.placement,
     )  # fmt: skip
     return model, batches
 

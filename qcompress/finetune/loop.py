@@ -48,6 +48,8 @@ class LoopConfig:
         stage: when regularizers are active, as in "bin regularization": "S1" always; "S2" after the first third of the
             epochs, rounded down; "S3" in every other epoch, in which the weights' scales do not change.
         snap_offsets: share of the steps, at the end, in which offsets stay at values that zero points can store.
+        settle: share of the steps, at the end, in which the model computes with what the file can hold; see
+            `Prepared.settle`.
 
     Raises:
         ConfigError: an argument is invalid.
@@ -62,6 +64,7 @@ class LoopConfig:
     warm_up: float = 0.0
     stage: Stage = "S2"
     snap_offsets: float = 0.5
+    settle: float = 0.1
 
     def __post_init__(self) -> None:
         for name, kinds in (("optimizer", Optimizer), ("schedule", Schedule), ("stage", Stage)):
@@ -70,7 +73,7 @@ class LoopConfig:
                 raise ConfigError(f"LoopConfig.{name} must be one of {known}, got {getattr(self, name)!r}.")
         for name, low, high in (
             ("epochs", 1, math.inf), ("rate", 0, math.inf), ("quantizer_rate", 0, math.inf),
-            ("weight_decay", 0, math.inf), ("warm_up", 0, 1), ("snap_offsets", 0, 1),
+            ("weight_decay", 0, math.inf), ("warm_up", 0, 1), ("snap_offsets", 0, 1), ("settle", 0, 1),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"LoopConfig.{name} must be in [{low}, {high}], got {getattr(self, name)!r}.")
@@ -163,6 +166,8 @@ def train(
             prepared.step(step / total)
             if step >= (1 - config.snap_offsets) * total:
                 prepared.snap_offsets()
+            if step >= (1 - config.settle) * total:
+                prepared.settle()
             if teacher is not None:
                 with torch.no_grad():
                     target = call(teacher, inputs)

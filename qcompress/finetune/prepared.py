@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from qcompress.compressed.model import CompressedModel
 from qcompress.errors import DataError
+from qcompress.finetune.bias_steps import BiasSteps, Scales
 from qcompress.finetune.finalize import Parts, compressed
 from qcompress.finetune.live_graph import AtSite, LiveGraph
 from qcompress.finetune.methods import Methods, ObservedSite
@@ -43,6 +44,8 @@ class Prepared(nn.Module):
         self.model, self.parts, self.training = model, parts, model.training
         self.activations, self.regularizers = nn.ModuleList(), nn.ModuleList()
         self.notes: tuple[str, ...] = ()
+        self._is_settled = False
+        self._bias_steps: BiasSteps | None = None  # made when they are first needed
         names = unfolded_names(parts.program, parts.folded)
         keys = [(names.get(s.name, s.name) if s.index == OUTPUT else s.name, s.index) for s in parts.sites]
         self._graph = LiveGraph(mark(parts.program, keys))
@@ -50,8 +53,7 @@ class Prepared(nn.Module):
         for name in set(self._graph.tensors) - set(self._places):  # constants in the model's code
             constant = parts.program.state()[name].clone().to(next(model.parameters()).device)
             self.register_buffer(_constant(name), constant, persistent=False)
-        trained = parts.batchnorm == "train"
-        self._norms = {n: p.module for n, p in self._places.items() if trained and isinstance(p.module, _BatchNorm)}
+        self._norms = {n: p.module for n, p in self._places.items() if isinstance(p.module, _BatchNorm)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the model's outputs for the arguments of its forward."""
@@ -112,6 +114,23 @@ class Prepared(nn.Module):
         for quantizer in self._activations:
             quantizer.snap_offset()
 
+    def settle(self) -> None:
+        """Computes from now on with what the file can hold: snapped offsets, biases of integer layers at whole steps.
+
+        Call it before the last steps. BatchNorms then stay at their stored statistics, since the biases that the file
+        holds have these folded in; γ and β train on. It does nothing where no activation is quantized.
+        """
+        self.snap_offsets()
+        self._is_settled = bool(self.parts.sites)
+
+    def get_extra_state(self) -> dict[str, bool]:
+        """Returns whether the model is settled, for the state dict."""
+        return {"is_settled": self._is_settled}
+
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        """Restores whether the model is settled."""
+        self._is_settled = state["is_settled"]
+
     def drops(self) -> dict[str, float]:
         """Returns by how much each weight will change in `finalize`, relative to its size, by qualified name.
 
@@ -124,20 +143,12 @@ class Prepared(nn.Module):
         """Returns the compressed model with the codes of the last step.
 
         Weights are stored bit for bit as the forward in eval mode uses them; γ/σ of a folded BatchNorm is multiplied
-        into their scales.
+        into their scales. So are the biases of integer layers if the model is settled.
 
         Raises:
             ConfigError: a trained tensor is not finite.
         """
-        quantizers = self._planned_quantizers()
-        floats = {name: self._places[name].weight().detach() for name in quantizers}
-        tensors = floats | {name: place.used() for name, place in self._places.items() if name not in quantizers}
-        weights = {name: quantizer.weight_artifact(floats[name]) for name, quantizer in quantizers.items()}
-        grids = [q.activation_grid(s.key) for q, s in zip(self._activations, self.parts.sites, strict=True)]
-        remarks = [
-            f"{name}: {said}." for name, q in quantizers.items() if (said := q.remark(weights[name])) is not None
-        ]
-        return compressed(self.parts, tensors, weights, grids, (*self.notes, *_drop_notes(self.drops()), *remarks))
+        return self._compressed(self._steps() if self._is_settled else None)
 
     def unwrap(self) -> nn.Module:
         """Removes the quantizers and returns the plain model with its current float weights."""
@@ -159,7 +170,7 @@ class Prepared(nn.Module):
             norm.reset_running_stats()
             norm.momentum, norm.training = None, True
         for batch in batches:
-            self._run(self._batch(batch), self._quantized)
+            self._run(self._batch(batch), self._quantized, norms=self._norms)
         for norm, momentum, training in kept:
             norm.momentum, norm.training = momentum, training
 
@@ -207,11 +218,50 @@ class Prepared(nn.Module):
         quantized: Tensor = self.activations[index](x)
         return quantized
 
-    def _run(self, inputs: list[Tensor], at_site: AtSite, *, watch: bool = False) -> Any:
+    def _run(
+        self,
+        inputs: list[Tensor],
+        at_site: AtSite,
+        *,
+        norms: Mapping[str, nn.Module] | None = None,
+        watch: bool = False,
+    ) -> Any:
+        """Runs the graph; `norms` are the BatchNorms that run as modules, None: those that train."""
         tensors = {name: getattr(self, _constant(name)) for name in self._graph.tensors if name not in self._places}
         tensors |= self._used()
-        outputs = self._graph.outputs(tensors, inputs, at_site, self._norms, training=self.training, watch=watch)
+        if norms is None and self._is_settled:
+            tensors |= self._steps().used(tensors, self._scales(self._steps()))
+        if norms is None:
+            norms = self._norms if self.parts.batchnorm == "train" and not self._is_settled else {}
+        outputs = self._graph.outputs(tensors, inputs, at_site, norms, training=self.training, watch=watch)
         return pytree.tree_unflatten(outputs, self.parts.program.exported.call_spec.out_spec)
+
+    def _compressed(self, steps: BiasSteps | None) -> CompressedModel:
+        quantizers = self._planned_quantizers()
+        floats = {name: self._places[name].weight().detach() for name in quantizers}
+        tensors = floats | {name: place.used() for name, place in self._places.items() if name not in quantizers}
+        weights = {name: quantizer.weight_artifact(floats[name]) for name, quantizer in quantizers.items()}
+        grids = [q.activation_grid(s.key) for q, s in zip(self._activations, self.parts.sites, strict=True)]
+        remarks = [
+            f"{name}: {said}." for name, q in quantizers.items() if (said := q.remark(weights[name])) is not None
+        ]
+        biases, notes = {}, [*self.notes, *_drop_notes(self.drops()), *remarks]
+        if steps is not None:
+            biases = steps.stored(tensors, self._scales(steps))
+            notes += _left_out_notes(steps.left_out)
+        return compressed(self.parts, tensors, weights, grids, biases, tuple(notes))
+
+    def _steps(self) -> BiasSteps:
+        """Returns the biases that are kept at whole steps; found once, in what training would end with now."""
+        if self._bias_steps is None:
+            self._bias_steps = BiasSteps.of(self.parts.program, self._compressed(None))
+        return self._bias_steps
+
+    def _scales(self, steps: BiasSteps) -> Scales:
+        places = {bias.weight: self._places[bias.weight] for bias in steps.biases}
+        quantizers = self._weight_quantizers()
+        weights = {name: quantizers[name].weight_scale(place.weight()) for name, place in places.items()}
+        return Scales(weights, [quantizer.activation_scale() for quantizer in self._activations])
 
     def _used(self) -> dict[str, Tensor]:
         """Returns the model's tensors as the forward uses them; weights whose quantizers have one class in one go."""
@@ -264,6 +314,15 @@ def _drop_notes(drops: Mapping[str, float]) -> list[str]:
     listed = ", ".join(f"{name} by {drops[name]:.1%}".replace("%", " %") for name in worst[:_NAMED])
     others = f"; {len(worst) - _NAMED} others by less" if len(worst) > _NAMED else ""
     return [f"Stored weights differ from those of the last training step: {listed} of its size{others}."]
+
+
+def _left_out_notes(biases: Sequence[str]) -> list[str]:
+    """Returns a note on biases that training could not keep at whole steps.
+
+    >>> _left_out_notes(["conv.bias"])
+    ['The export rounds conv.bias: its BatchNorm has no β, or is followed by another.']
+    """
+    return [f"The export rounds {name}: its BatchNorm has no β, or is followed by another." for name in biases]
 
 
 def _constant(name: str) -> str:

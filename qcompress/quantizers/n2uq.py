@@ -195,6 +195,10 @@ class N2uqActivation(AbstractQuantizer):
             top = torch.where(scale > 0, scale * self.uniform.limits.p / 2, 1.0)
         self._set(top)
 
+    def activation_scale(self) -> Tensor:
+        """Returns the distance of neighbouring levels."""
+        return _level(self.output_scale(), self.intervals()).detach().float()
+
     def activation_grid(self, site: SiteKey) -> ThresholdGrid:
         """Returns the thresholds and the distance between levels."""
         intervals = self.intervals().detach()
@@ -241,3 +245,7 @@ class N2uqWeight(AbstractQuantizer):
             unit, step = _unit_and_step(weight.float().movedim(self.axis, 0), self.bits)
             odd = odd_codes(unit, self.bits)
         return palettized(odd.movedim(0, self.axis), step.reshape(-1), self.bits, self.axis % weight.ndim)
+
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        """Returns the step of each output channel."""
+        return _unit_and_step(weight.detach().float().movedim(self.axis, 0), self.bits)[1].reshape(-1)

@@ -1,0 +1,208 @@
+"""Compares exported files with the trained nets that they were made from, evaluated in float64.
+
+    python benchmarks/as_trained.py [--rows "LSQ+ W2A2" …] [--epochs N] [--unsettled] [--json FILE]
+
+Two nets train on scikit-learn's digits from random weights: the digits sample's, and a small ResNet with BatchNorm and
+residual sums. For each row the table gives the share of activation codes in which the file, as deployed in onnxruntime,
+differs from the trained net, the SQNR of the logits by sample (median, mean, lowest), and how many biases of the file
+are not those that the trained net computed with. `--unsettled` trains without `Prepared.settle`, for comparison.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from _common import Bar
+from _training import Row, Shuffled, named, tensors
+from torch import nn
+
+from qcompress.data.dataset import Dataset
+from qcompress.finetune.attach import Prepared, prepare
+from qcompress.finetune.loop import LoopConfig, train
+from qcompress_exporters import build
+from qcompress_exporters.onnx_format.int8.stepped_biases import stepped
+from qcompress_exporters.onnx_format.names import code_name
+from qcompress_exporters.parity.differences import outputs_of
+
+ROWS = (
+    Row("LSQ+ W2A2", 2, 2, named("lsq", "lsq_plus")),
+    Row("N2UQ W2A2", 2, 2, named("n2uq", "n2uq"), quantizer_rate=0.1),
+    Row("DoReFa + PACT W2A2", 2, 2, named("dorefa", "pact")),
+    Row("LSQ+ W4A4", 4, 4, named("lsq_plus", "lsq_plus")),
+    Row("TQT W4A4", 4, 4, named("tqt", "tqt")),
+    Row("LSQ+ W8A8", 8, 8, named("lsq_plus", "lsq_plus")),
+)
+BARRED = ("LSQ+ W2A2", "LSQ+ W4A4")
+MOST_CODES, LEAST_DB = 1e-4, 60.0
+NO_NOISE = 200.0  # dB that stand for equal outputs
+
+
+class Block(nn.Module):
+    """Two convolutions with BatchNorm, and a shortcut."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out))
+        self.second = nn.Sequential(nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out))
+        self.shortcut = nn.Sequential()
+        if stride > 1 or channels != out:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.second(self.first(x).relu()) + self.shortcut(x)).relu()
+
+
+class SmallResNet(nn.Module):
+    """Three residual blocks on images of 8 x 8 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.blocks = nn.Sequential(Block(16, 16, 1), Block(16, 32, 2), Block(32, 32, 1))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(self.stem(image)).mean((2, 3)))
+
+
+class DigitsNet(nn.Sequential):
+    """The digits sample's net with random weights."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10),
+        )  # fmt: skip
+
+
+NETS = {"digits": DigitsNet, "resnet": SmallResNet}
+
+
+def main() -> int:
+    """Run the benchmark; return 1 if a limit is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS])
+    parser.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS))
+    parser.add_argument("--epochs", type=int, default=6, help="of training with quantizers")
+    parser.add_argument("--unsettled", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    training, test = digits()
+    found: dict[str, Any] = {}
+    bars = []
+    print(f"{'net':7} {'row':20} {'top-1':>7} {'codes off':>10} {'median dB':>10} {'mean':>7} {'lowest':>7} {'biases':>9}")
+    for name in args.nets:
+        module = float_net(NETS[name], training)
+        for row in [r for r in ROWS if r.name in (args.rows or [r.name for r in ROWS])]:
+            result = measured(quantized(module, training, row, args.epochs, settle=not args.unsettled), test)
+            found[f"{name} {row.name}"] = result
+            line = "{top1:7.2%} {codes_off:10.6%} {median_db:10.1f} {mean_db:7.1f} {lowest_db:7.1f}"
+            print(f"{name:7} {row.name:20} {line.format(**result)} {result['biases_off']:>4} off", flush=True)
+            if row.name in BARRED and not args.unsettled:
+                label = f"{name} {row.name}"
+                bars += [
+                    Bar(f"{label}, share of codes off", result["codes_off"], MOST_CODES),
+                    Bar(f"{label}, median dB", result["median_db"], LEAST_DB, at_least=True),
+                    Bar(f"{label}, biases off", result["biases_off"], 0),
+                ]
+    print("\n" + "\n".join(map(str, bars)))
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return int(any(bar.verdict == "FAIL" for bar in bars))
+
+
+def digits() -> tuple[Dataset, Dataset]:
+    """Return training and test images of scikit-learn's digits."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    x = (pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8)
+    order = np.random.default_rng(0).permutation(len(x))
+    parts = order[:1280], order[1280:]
+    return tuple(Dataset(inputs={"image": x[p]}, labels=labels[p], name="digits") for p in parts)  # type: ignore[return-value]
+
+
+def float_net(make: type[nn.Module], training: Dataset) -> nn.Module:
+    """Return a float net after six epochs."""
+    torch.manual_seed(0)
+    module = make()
+    optimizer, batches = torch.optim.AdamW(module.parameters(), lr=3e-3), Shuffled(training)
+    for _ in range(6):
+        for x, y in batches:
+            loss = nn.functional.cross_entropy(module(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return module
+
+
+def quantized(module: nn.Module, training: Dataset, row: Row, epochs: int, *, settle: bool) -> Prepared:
+    """Return a copy of a net, trained with a row's quantizers."""
+    torch.manual_seed(0)
+    batches = Shuffled(training)
+    model = prepare(
+        copy.deepcopy(module), row.plan, example_inputs=(next(iter(batches))[0],), methods=row.methods,
+        placement=row.placement,
+    )  # fmt: skip
+    config = LoopConfig(epochs=epochs, rate=2e-3, quantizer_rate=row.quantizer_rate, settle=0.1 if settle else 0)
+    for _ in train(model, batches, config):
+        pass
+    return model.eval()
+
+
+def measured(model: Prepared, test: Dataset) -> dict[str, float]:
+    """Return the figures of one row."""
+    x, y = tensors(test)
+    wanted, wanted_codes = in_float64(model, x)
+    small = model.finalize()
+    written = stepped(small)
+    file = onnx.load_from_string(build(small).data)
+    names = {output for node in file.graph.node for output in node.output}
+    codes = {code_name(i): codes for i, codes in enumerate(wanted_codes) if code_name(i) in names}
+    logits = file.graph.output[0].name
+    file.graph.output.extend(onnx.ValueInfoProto(name=name) for name in codes)
+    got = outputs_of(file.SerializeToString(), [{file.graph.input[0].name: x.numpy()}], "deployed")
+    off = sum(int((got[name].ravel() != wanted_O.ravel()).sum()) for name, wanted_O in codes.items())
+    noise, signal = np.square(got[logits] - wanted).sum(1), np.square(wanted).sum(1)
+    db = 10 * np.log10(signal / np.maximum(noise, signal * 10 ** (-NO_NOISE / 10)))
+    same = (np.array_equal(written.artifacts[n].dequantize(), b) for n, b in biases_of(model))
+    return {
+        "top1": float((got[logits].argmax(1) == y.numpy()).mean()),
+        "codes_off": off / sum(c.size for c in codes.values()),
+        "median_db": float(np.median(db)),
+        "mean_db": float(db.mean()),
+        "lowest_db": float(db.min()),
+        "biases_off": sum(not equal for equal in same),
+    }
+
+
+def in_float64(model: Prepared, x: torch.Tensor) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the logits and the codes at all sites of a trained net that computes in float64."""
+    model, codes = copy.deepcopy(model).double().eval(), []
+    grids = [q.activation_grid(s.key) for q, s in zip(model.activations, model.parts.sites, strict=True)]
+    seen: dict[int, np.ndarray] = {}
+    for i, quantizer in enumerate(model.activations):
+        quantizer.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out.detach().numpy()))
+    with torch.no_grad():
+        logits = model(x.double()).numpy()
+    for i, grid in enumerate(grids):
+        codes.append(np.rint((seen[i] - float(grid.free_offset)) / float(grid.scale)) + grid.stored_zero_point)
+    return logits, codes
+
+
+def biases_of(model: Prepared) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the biases that a trained net computes with, BatchNorm folded, by name."""
+    for name, artifact in model.finalize().artifacts.items():
+        if name.endswith("bias"):
+            yield name, artifact.dequantize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
