@@ -142,7 +142,7 @@ class BiasSteps:
         scale_N = (joined(lambda b: scales.weights[b.weight]).double() * factor_N).float()
         scale_N = torch.where(scale_N == 0, 1, scale_N) / finer_N
         step_N = (joined(lambda b: scales.activations[b.site]) * scale_N).double()
-        return exact_N, ((exact_N / step_N).round() * step_N).float()
+        return exact_N, ((exact_N / step_N).round() * step_N).add(0.0).float()  # zero is +0.0
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns ε of each channel's BatchNorm, float64, and how much finer its steps are, float32."""

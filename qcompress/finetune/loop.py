@@ -48,8 +48,8 @@ class LoopConfig:
         stage: when regularizers are active, as in "bin regularization": "S1" always; "S2" after the first third of the
             epochs, rounded down; "S3" in every other epoch, in which the weights' scales do not change.
         snap_offsets: share of the steps, at the end, in which offsets stay at values that zero points can store.
-        settle: share of the steps, at the end, in which the model computes with what the file can hold; see
-            `Prepared.settle`.
+        settle: share of the steps, at the end, in which the model computes with the biases and offsets that the file
+            can hold; see `Prepared.settle`.
 
     Raises:
         ConfigError: an argument is invalid.
