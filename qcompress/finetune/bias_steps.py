@@ -99,7 +99,7 @@ class BiasSteps:
         if not self.biases:
             return {}
         _, rounded_N = self._rounded(tensors, scales)
-        return dict(zip((bias.name for bias in self.biases), rounded_N.split(self._channels), strict=True))
+        return dict(zip((bias.name for bias in self.biases), torch.split(rounded_N, self._channels), strict=True))
 
     def used(self, tensors: Mapping[str, Tensor], scales: Scales) -> dict[str, Tensor]:
         """Returns the tensors with which the program in training has these biases: its biases, and β of BatchNorms.
@@ -111,9 +111,9 @@ class BiasSteps:
         if not self.biases:
             return {}
         exact_N, rounded_N = self._rounded(tensors, scales)
-        found, moved_N = {}, rounded_N - exact_N
-        parts = zip(self.biases, rounded_N.split(self._channels), moved_N.split(self._channels), strict=True)
-        for bias, rounded_O, moved_O in parts:
+        found = {}
+        split = (torch.split(values_N, self._channels) for values_N in (rounded_N, rounded_N - exact_N))
+        for bias, rounded_O, moved_O in zip(self.biases, *split, strict=True):
             name = bias.name if bias.norm is None else bias.norm.beta
             value_O = rounded_O if bias.norm is None else tensors[name].detach() + moved_O
             found[name] = straight_through(tensors[name], value_O.to(tensors[name].dtype))

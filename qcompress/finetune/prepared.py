@@ -4,6 +4,7 @@ Quantizers of weights are `torch.nn.utils.parametrize` parametrizations. Activat
 program's graph, which runs instead of the model's own forward: operands of a sum are not the input of any module.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, final
 
@@ -22,6 +23,7 @@ from qcompress.finetune.methods import Methods, ObservedSite
 from qcompress.graph.batchnorm import unfolded_names
 from qcompress.graph.marks import mark
 from qcompress.graph.sites import OUTPUT
+from qcompress.graph.widths import activation_widths, widths_text
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import place_of
 
@@ -75,6 +77,21 @@ class Prepared(nn.Module):
         """Returns all quantizers: of weights by qualified name, of activations by the site's name."""
         sites = (f"{s.name} (activation)" for s in self.parts.sites)
         return self._weight_quantizers() | dict(zip(sites, self._activations, strict=True))
+
+    def activation_bits(self) -> dict[str, int | None]:
+        """Returns the bits at which each layer takes its activations, by its weight; None: it takes floats.
+
+        They are not always those that the plan asks for: operands of sums have 8, and so do all layers that share them.
+        """
+        return activation_widths(self.parts.folded, {site.key: site.bits for site in self.parts.sites})
+
+    def __repr__(self) -> str:
+        """Returns the widths of weights and activations in a line."""
+        bits = Counter(quantizer.bits for quantizer in self._planned_quantizers().values())
+        weights = ", ".join(f"{count} at {width}" for width, count in sorted(bits.items()))
+        asked = [t.activation_bits for t in self.parts.resolved.compressed if t.activation_bits is not None]
+        widths = f"; {widths_text(self.activation_bits(), asked)}" if asked else ""
+        return f"Prepared({type(self.model).__name__}; bits of weights: {weights or 'none'}{widths})"
 
     def quantizer_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters of all quantizers, which usually have their own learning rate."""

@@ -68,10 +68,9 @@ def absorbed_norms(program: FloatProgram) -> dict[str, NormTensors | None]:
         given, (mean, variance, epsilon) = arguments(fold.norm), statistics(fold.norm)
         gamma, beta = (state.get(given[name]) for name in ("weight", "bias"))
         bias = None if fold.bias is None else state[fold.bias]
-        alone = fold.layer.weight not in again and beta is not None
-        found[fold.layer.weight] = (
-            NormTensors(gamma, beta, state[mean], state[variance], epsilon, bias) if alone else None
-        )
+        found[fold.layer.weight] = None
+        if beta is not None and fold.layer.weight not in again:
+            found[fold.layer.weight] = NormTensors(gamma, beta, state[mean], state[variance], epsilon, bias)
     return found
 
 

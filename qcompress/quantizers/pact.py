@@ -104,7 +104,8 @@ class Pact(AbstractQuantizer):
 
     def activation_scale(self) -> Tensor:
         """Returns the distance of neighbouring levels."""
-        return (self.alpha().detach() / self.spec.limits.p).float()
+        alpha: Tensor = self.alpha()
+        return (alpha.detach() / self.spec.limits.p).float()
 
     def activation_grid(self, site: SiteKey) -> SiteGrid:
         """Returns the unsigned grid from 0 to alpha."""

@@ -125,7 +125,14 @@ def test_export_for_integer_compute(qcompress, model):
     result = qcompress("validate", model, "model.w4a4.onnx", "--data", "test.npz", "--no-timing", "--json")
     assert result.exit_code == 0
     assert all(key.startswith(("notes", "timing.")) for key in check("validate", result.stdout))
-    assert len(json.loads(result.stdout)["layers"]) == len(document["activations"])
+    validated = json.loads(result.stdout)
+    assert len(validated["layers"]) == len(document["activations"])
+    widths = {layer["weight"]: layer["activation_bits"] for layer in document["layers"]}
+    assert validated["activation_bits"] == widths
+    assert all(layer["activation_bits"] == widths.get(layer["layer"]) for layer in validated["layers"])
+    assert {4, 8} == set(widths.values())
+    said = qcompress("validate", model, "model.w4a4.onnx", "--data", "test.npz", "--no-timing").stdout
+    assert re.search(r"^\d of 4 layers takes? activations at 4 bits, \d at 8$", said, re.M)
 
 
 def test_what_may_be_null(qcompress, model):
