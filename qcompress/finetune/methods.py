@@ -12,7 +12,6 @@ from qcompress.plan.resolve import TensorPlan
 from qcompress.quantizers import QUANTIZERS, AbstractQuantizer, Way, supported, way
 
 _NAMED: Final = 3  # sites that a note names when there are many
-_DEFAULT_ACTIVATIONS: Final = "lsq_plus"
 # Scales that `per_channel` does not change.
 _OF_CHANNELS: Final[Mapping[str, str]] = {"channel": "a scale for each output channel", "palette": "palettes"}
 
@@ -54,7 +53,7 @@ class Methods:
     """
 
     weights: str = "lsq"
-    activations: str = _DEFAULT_ACTIVATIONS
+    activations: str = "lsq_plus"
     weight_options: Mapping[str, Any] = field(default_factory=dict)
     activation_options: Mapping[str, Any] = field(default_factory=dict)
     site_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -140,12 +139,9 @@ class Methods:
         ignored = []
         if not self.per_channel and scales in _OF_CHANNELS:
             ignored.append(f"per_channel = False had no effect: {self.weights} has {_OF_CHANNELS[scales]}.")
-        if not observed:
-            given = [f"activation_options ({', '.join(self.activation_options)})"] if self.activation_options else []
-            if self.activations != _DEFAULT_ACTIVATIONS:
-                given.append(f'activations = "{self.activations}"')
-            effects = [f"{' and '.join(given)} had no effect: no activation is quantized."] if given else []
-            return (*ignored, *effects)
+        if self.activation_options and not observed:
+            given = ", ".join(self.activation_options)
+            ignored.append(f"activation_options ({given}) had no effect: no activation is quantized.")
         replaced: dict[str, list[str]] = {}
         for site in observed:
             if (obstacle := found.obstacle(site.bits, site.has_negative)) is not None:

@@ -18,7 +18,8 @@ from qcompress.graph.layers import bias_of, weight_layers
 from qcompress.graph.marks import input_sites, mark
 from qcompress.graph.program import FloatProgram, state_nodes
 
-_COARSE: Final = 3  # bits of weights with which the steps of biases are large
+_SMALLEST: Final = np.float32(1e-30)  # smaller scales count as 0
+_COARSE: Final = 4  # bits of weights with which the steps of biases are large
 _FINEST: Final = 64  # of codes: CPUs without VNNI saturate the sums of products with larger ones
 
 
@@ -127,6 +128,7 @@ def fit_biases(
         finer = finer_steps(artifacts[bias.weight])
         largest = float(largest_bias) / (2 * finer if finer > 1 else 1)  # one channel shall not make all steps coarse
         least_O = (np.abs(bias.values) / (float(bias.grid.scale) * largest)).astype(np.float32)
+        least_O = np.maximum(least_O, _SMALLEST)  # γ = 0 makes a scale 0, of which no bias is a multiple
         if (least_O > np.abs(bias.scale)).any():
             found[bias.weight] = artifacts[bias.weight].raised(least_O)
     return found

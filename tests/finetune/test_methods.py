@@ -104,12 +104,9 @@ def test_settings_without_effect_are_named():
     assert Methods(weights="n2uq", per_channel=False).notes([site]) == (
         "per_channel = False had no effect: n2uq has a scale for each output channel.",
     )
-    assert Methods(weights="dkm", activations="pact", per_channel=False).notes([]) == (
+    assert Methods(weights="dkm", activation_options={"init": "lsq"}, per_channel=False).notes([]) == (
         "per_channel = False had no effect: dkm has palettes.",
-        'activations = "pact" had no effect: no activation is quantized.',
-    )
-    assert Methods(activations="pact", activation_options={"decay": 0}).notes([]) == (
-        'activation_options (decay) and activations = "pact" had no effect: no activation is quantized.',
+        "activation_options (init) had no effect: no activation is quantized.",
     )
     assert Methods().notes([]) == Methods(per_channel=False).notes([]) == ()
     assert Methods(weights="tqt", bias_bits=8).bias_notes([]) == Methods().bias_notes(["fc.weight"]) == ()
