@@ -6,11 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from _nets import DIGITS
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +21,7 @@ from qcompress.finetune.attach import Prepared, prepare
 from qcompress.finetune.config import LoopConfig
 from qcompress.finetune.loop import train
 from qcompress.finetune.methods import Methods
+from qcompress.graph.sites import Placement
 from qcompress.plan.plan import Plan
 from qcompress.plan.settings import Settings
 from qcompress_exporters import build
@@ -40,6 +43,7 @@ class Row:
         quantizer_rate: see `LoopConfig`.
         wide_ends: whether the first and the last layer have 8 bits.
         vector_dim: weights that share a code.
+        placement: which activations are quantized; see `activation_sites`.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Row:
     quantizer_rate: float = 1.0
     wide_ends: bool = False
     vector_dim: int = 1
+    placement: Placement = "deploy"
 
     @property
     def plan(self) -> Plan:
@@ -113,6 +118,19 @@ def tensors(data: Dataset) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(x), torch.from_numpy(np.concatenate([batch.labels for batch in batches])).long()
 
 
+def digits(folder: Path) -> Task:
+    """Return the sample's net with the images outside its test data for training."""
+    from sklearn.datasets import load_digits
+
+    test, module = DIGITS.test_data(folder), DIGITS.module(folder)
+    pixels, labels = load_digits(return_X_y=True)
+    x = (pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8)
+    tested = {image.tobytes() for image in next(iter(test.inputs.values()))}
+    kept = np.array([image.tobytes() not in tested for image in x])
+    training = Dataset(inputs={"image": x[kept]}, labels=labels[kept], name="digits")
+    return Task(module, training, test, epochs=20, rate=3e-3)
+
+
 def prepared(task: Task, row: Row, seed: int = 0) -> tuple[Prepared, Shuffled]:
     """Return a fresh copy of the net, prepared for training, and its batches."""
     torch.manual_seed(seed)
@@ -120,16 +138,23 @@ def prepared(task: Task, row: Row, seed: int = 0) -> tuple[Prepared, Shuffled]:
     first = [x for x, _ in itertools.islice(batches, 4)]
     model = prepare(
         copy.deepcopy(task.module), row.plan, example_inputs=(first[0],), calibration=first[1:], methods=row.methods,
-        regularizers=row.regularizers,
+        regularizers=row.regularizers, placement=row.placement,
     )  # fmt: skip
     return model, batches
 
 
-def tuned(task: Task, row: Row, seed: int = 0) -> tuple[Prepared, float]:
-    """Train; return the model before it is finalized, and the CPU seconds that preparing and training took."""
+def tuned(task: Task, row: Row, seed: int = 0, **options: Any) -> tuple[Prepared, float]:
+    """Train; return the model before it is finalized, and the CPU seconds that preparing and training took.
+
+    Args:
+        task: the net and its data.
+        row: the quantizers.
+        seed: of the order of the data.
+        options: further arguments of `LoopConfig`.
+    """
     start = time.process_time()
     model, batches = prepared(task, row, seed)
-    config = LoopConfig(epochs=task.epochs, rate=task.rate, warm_up=0.05, quantizer_rate=row.quantizer_rate)
+    config = LoopConfig(epochs=task.epochs, rate=task.rate, warm_up=0.05, quantizer_rate=row.quantizer_rate, **options)
     for _ in train(model, batches, config, teacher=task.teacher):
         pass
     return model, time.process_time() - start

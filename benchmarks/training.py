@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import _steps
-import numpy as np
 import torch
 from _common import Bar
-from _nets import DIGITS, NETS, trained_digits
+from _nets import NETS, trained_digits
 from _training import (
     Row,
     Shuffled,
     Task,
+    digits,
     interleaved,
     logits,
     named,
@@ -41,7 +41,7 @@ from _training import (
 )
 from torch.nn import functional
 
-from qcompress.data.dataset import Dataset, load_data
+from qcompress.data.dataset import load_data
 from qcompress.regularizers import BinRegularizer, RangeRegularizer
 
 LEAST_ERROR = {"activation_options": {"init": "lsq_plus"}}
@@ -60,6 +60,7 @@ ROWS = (
     Row("LSQ+ W4A4", 4, 4, named("lsq_plus", "lsq_plus")),
     Row("LSQ W2A2", 2, 2, named(**LEAST_ERROR)),
     Row("LSQ W2A2, 8-bit ends", 2, 2, named(**LEAST_ERROR), wide_ends=True),
+    Row("LSQ W2A2, paper sites", 2, 2, named(**LEAST_ERROR), placement="paper"),
     Row("LSQ+ W2A2", 2, 2, named("lsq_plus", "lsq_plus")),
     Row("EWGS W2A2", 2, 2, named("ewgs", "ewgs", **LEAST_ERROR)),
     Row("TQT W2A2", 2, 2, named("tqt", "tqt", **LEAST_ERROR)),
@@ -127,19 +128,6 @@ def main() -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return int(any(bar.verdict == "FAIL" for bar in bars))
-
-
-def digits(folder: Path) -> Task:
-    """Return the sample's net with the images outside its test data for training."""
-    from sklearn.datasets import load_digits
-
-    test, module = DIGITS.test_data(folder), DIGITS.module(folder)
-    pixels, labels = load_digits(return_X_y=True)
-    x = (pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8)
-    tested = {image.tobytes() for image in next(iter(test.inputs.values()))}
-    kept = np.array([image.tobytes() not in tested for image in x])
-    training = Dataset(inputs={"image": x[kept]}, labels=labels[kept], name="digits")
-    return Task(module, training, test, epochs=20, rate=3e-3)
 
 
 def resnet20(folder: Path, epochs: int) -> Task:

@@ -50,6 +50,7 @@ class LayerReport:
         offset: where its input's offset is: in the `zero point`; `folded` into the bias, or `added` to the float
             activation, both of which are exact; empty if the activation is float.
         saturation: share of the pairs of its weights that can saturate on CPUs without VNNI.
+        activation_bits: bits at which it takes its activations; None: it takes floats.
     """
 
     weight: str
@@ -57,6 +58,7 @@ class LayerReport:
     why: str = ""
     offset: str = ""
     saturation: float = 0.0
+    activation_bits: int | None = None
 
 
 @final

@@ -91,17 +91,19 @@ def prepare(
     state, layers = program.state(), weight_layers(folded)
     quantizers = _weight_quantizers(resolved, layers, state, methods)
     _check_batchnorm(quantizers, layers, state, factors)
+    without_bias: list[str] = []
     if methods.bias_bits is not None:
-        nodes = [bias_of(layers[name].node) for name in quantizers]
         names = state_nodes(folded.exported)
-        biases = [names[node] for node in nodes if node is not None and node in names]
-        quantizers |= _bias_quantizers(biases, state, methods)
+        biases = {name: names.get(node) for name in quantizers if (node := bias_of(layers[name].node)) is not None}
+        without_bias = [name for name in quantizers if biases.get(name) not in state]
+        quantizers |= _bias_quantizers((name for name in biases.values() if name in state), state, methods)
     widths = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
     sites = activation_sites(folded, widths, placement, deployment.fused)
     methods.check_sites([site.name for site in sites])
     parts = Parts(program, folded, resolved, sites, batchnorm, arguments, deployment)
     prepared = Prepared(model, parts)
     prepared.initialise(methods, [example_inputs, *calibration])
+    prepared.add_notes(methods.bias_notes(without_bias))
     prepared.quantize_weights(quantizers)
     prepared.regularizers.extend(make(model) for make in regularizers)
     return prepared
@@ -134,8 +136,8 @@ def _weight_quantizers(
 def _bias_quantizers(
     biases: Iterable[str], state: Mapping[str, Tensor], methods: Methods
 ) -> dict[str, AbstractQuantizer]:
-    """Returns the initialised quantizers of those biases that the model has before BatchNorm is folded."""
-    made = {name: methods.bias() for name in biases if name in state}
+    """Returns the initialised quantizers of biases."""
+    made = {name: methods.bias() for name in biases}
     for name, quantizer in made.items():
         quantizer.initialise(state[name].detach())
     return made

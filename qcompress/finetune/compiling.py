@@ -24,14 +24,23 @@ class CompiledFunction:
     """
 
     def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        self._function = function
+        self._function, self._options = function, options
         exact = {_EXACT: True} if _EXACT in _inductor.list_options() else {}
         self._compiled: Callable[..., Any] = torch.compile(function, options={**exact, **options})
         self.failure: str | None = None
+        self._next: CompiledFunction | None = None
 
     def __deepcopy__(self, memo: object) -> "CompiledFunction":
         """Returns itself: it has no state but what is compiled."""
         return self
+
+    def of(self, function: Callable[..., Any]) -> "CompiledFunction":
+        """Returns this one, or a compiled one with the same options if the function is another."""
+        if function is self._function:
+            return self
+        if self._next is None or self._next._function is not function:
+            self._next = CompiledFunction(function, self._options)
+        return self._next
 
     def __call__(self, *arguments: Any) -> Any:
         """Returns the function's result; after the first failure of the compiler, without it."""

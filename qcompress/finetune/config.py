@@ -19,7 +19,8 @@ _CHOICES: Final[dict[str, Any]] = {
 }
 _RANGES: Final = {
     "epochs": (1, math.inf), "rate": (0, math.inf), "quantizer_rate": (0, math.inf), "weight_decay": (0, math.inf),
-    "clip": (0, math.inf), "warm_up": (0, 1), "snap_offsets": (0, 1), "kd_weight": (0, 1), "temperature": (0, math.inf),
+    "clip": (0, math.inf), "warm_up": (0, 1), "snap_offsets": (0, 1), "settle": (0, 1),
+    "kd_weight": (0, 1), "temperature": (0, math.inf),
 }  # fmt: skip
 
 
@@ -41,6 +42,8 @@ class LoopConfig:
         stage: when regularizers are active, as in "bin regularization": "S1" always; "S2" after the first third of the
             epochs, rounded down; "S3" in every other epoch, in which the weights' scales do not change.
         snap_offsets: share of the steps, at the end, in which offsets stay at values that zero points can store.
+        settle: share of the steps, at the end, in which the model computes with the biases and offsets that the file
+            can hold; see `Prepared.settle`.
         kd_weight: with a teacher and labels, the weight of the teacher's outputs in the loss, in [0, 1]; the labels get
             the rest. 1: labels are not used.
         temperature: divides the logits of the teacher and of the model in `distillation`, > 0.
@@ -61,6 +64,7 @@ class LoopConfig:
     warm_up: float = 0.0
     stage: Stage = "S2"
     snap_offsets: float = 0.5
+    settle: float = 0.1
     kd_weight: float = 1.0
     temperature: float = 1.0
     precision: Precision = "float32"

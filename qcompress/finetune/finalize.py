@@ -57,6 +57,7 @@ def compressed(
     tensors: Mapping[str, torch.Tensor],
     weights: Mapping[str, Artifact],
     grids: Sequence[SiteGrid],
+    biases: Mapping[str, torch.Tensor],
     notes: tuple[str, ...] = (),
 ) -> CompressedModel:
     """Returns the compressed model.
@@ -66,6 +67,7 @@ def compressed(
         tensors: trained tensors of the program by qualified name; quantized weights as the forward uses them.
         weights: artifacts of the quantized weights, by qualified name.
         grids: one for each site.
+        biases: those that training rounded as the export would, with BatchNorm folded in, by qualified name.
         notes: what the user should know about the quantizers.
 
     Raises:
@@ -85,7 +87,7 @@ def compressed(
         found = weights.get(name)
         if found is not None and name in factors:
             found = found.rescaled(to_numpy(factors[name]), layers[name].axis)
-        values = to_numpy(value)
+        values = to_numpy(biases.get(name, value))
         if found is None:
             found = FloatWeight(values=values, reason=reasons.get(name) or _NOT_A_WEIGHT)
         elif found.nbytes >= values.nbytes:

@@ -4,7 +4,7 @@ The graph was traced in eval mode; BatchNorm and dropout behave as in the module
 Python code once, a function of the module's tensors, the inputs and what replaces operators: it holds no tensor itself.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import Any, Final, final
 
 from torch import Tensor, nn
@@ -81,6 +81,31 @@ class LiveGraph:
         watching = _Watching(self.function)
         watching.run(*arguments)
         return None if watching.found is None else self._names.get(watching.found, watching.found)
+
+
+@final
+class LiveGraphs:
+    """The graphs of a marked program: one for each choice of the BatchNorms that run as modules.
+
+    Args:
+        program: a marked program; not modified.
+    """
+
+    def __init__(self, program: FloatProgram) -> None:
+        self._program = program
+        self.tensors = [*state_nodes(program.exported).values()]
+        self._made: dict[tuple[str, ...], LiveGraph] = {}
+
+    def __deepcopy__(self, memo: object) -> "LiveGraphs":
+        """Returns itself: it holds no tensor of a module."""
+        return self
+
+    def with_norms(self, norms: Collection[str]) -> LiveGraph:
+        """Returns the graph for some BatchNorms, by the qualified names of their running means; it is made once."""
+        key = tuple(norms)
+        if key not in self._made:
+            self._made[key] = LiveGraph(self._program, norms)
+        return self._made[key]
 
 
 class _Watching(Interpreter):

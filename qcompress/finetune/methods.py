@@ -12,6 +12,8 @@ from qcompress.plan.resolve import TensorPlan
 from qcompress.quantizers import QUANTIZERS, AbstractQuantizer, Way, supported, way
 
 _NAMED: Final = 3  # sites that a note names when there are many
+# Scales that `per_channel` does not change.
+_OF_CHANNELS: Final[Mapping[str, str]] = {"channel": "a scale for each output channel", "palette": "palettes"}
 
 
 @final
@@ -124,24 +126,52 @@ class Methods:
         return {key: value for options in matching for key, value in options.items()}
 
     def notes(self, sites: Iterable[ObservedSite]) -> tuple[str, ...]:
-        """Returns what the user should know: sites that the fallback quantizes, options that have no effect.
+        """Returns what the user should know: sites that the fallback quantizes, settings that have no effect.
+
+        Args:
+            sites: all activations that are quantized.
 
         >>> Methods(activations="pact").notes([ObservedSite("x", 4, True), ObservedSite("relu", 4, False)])
         ('lsq_plus quantizes the activations at x, because pact has no codes for negative values.',)
         """
         found, observed = supported(self.activations, "activation"), list(sites)
+        scales = supported(self.weights, "weight").scales
+        ignored = []
+        if not self.per_channel and scales in _OF_CHANNELS:
+            ignored.append(f"per_channel = False had no effect: {self.weights} has {_OF_CHANNELS[scales]}.")
         if self.activation_options and not observed:
             given = ", ".join(self.activation_options)
-            return (f"activation_options ({given}) had no effect: no activation is quantized.",)
+            ignored.append(f"activation_options ({given}) had no effect: no activation is quantized.")
         replaced: dict[str, list[str]] = {}
         for site in observed:
             if (obstacle := found.obstacle(site.bits, site.has_negative)) is not None:
                 replaced.setdefault(obstacle, []).append(site.name)
-        return tuple(
+        return *ignored, *(
             f"{found.fallback} quantizes the activations at {_listed(names)}, because {self.activations} {obstacle}"
             f"{self._unused_at(names)}."
             for obstacle, names in replaced.items()
         )
+
+    def bias_notes(self, missing: Sequence[str]) -> tuple[str, ...]:
+        """Returns what the user should know about the quantizers of biases.
+
+        Args:
+            missing: weights of quantized layers that have no bias to quantize.
+
+        >>> Methods(weights="dkm", bias_bits=8).bias_notes(["conv.weight"])  # doctest: +NORMALIZE_WHITESPACE
+        ('lsq quantizes the biases of layers whose weights dkm quantizes.',
+         'bias_bits = 8 had no effect at conv.weight, whose layer has no bias in training.')
+        """
+        if self.bias_bits is None:
+            return ()
+        method, notes = QUANTIZERS[self.weights].bias, []
+        if method != self.weights:
+            notes.append(f"{method} quantizes the biases of layers whose weights {self.weights} quantizes.")
+        if missing:
+            whose = "whose layer has no bias" if len(missing) == 1 else "whose layers have no bias"
+            named = _listed([*missing], "weights")
+            notes.append(f"bias_bits = {self.bias_bits} had no effect at {named}, {whose} in training.")
+        return tuple(notes)
 
     def _unused_at(self, names: Iterable[str]) -> str:
         """Returns the part of a note that names the options of sites that a fallback quantizes."""
@@ -151,11 +181,11 @@ class Methods:
         return f"; {' and '.join(named)} had no effect there" if named else ""
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: list[str], what: str = "sites") -> str:
     """Lists names; of many, the number and the first ones.
 
     >>> _listed(["a", "b"]), _listed([*"abcdefgh"])
     ('a, b', '8 sites (a, b, c, …)')
     """
     few = len(names) <= 2 * _NAMED
-    return ", ".join(names) if few else f"{len(names)} sites ({', '.join(names[:_NAMED])}, …)"
+    return ", ".join(names) if few else f"{len(names)} {what} ({', '.join(names[:_NAMED])}, …)"

@@ -4,6 +4,7 @@ Quantizers of weights are `torch.nn.utils.parametrize` parametrizations. Activat
 program's graph, which runs instead of the model's own forward: operands of a sum are not the input of any module.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, final
@@ -16,14 +17,15 @@ from torch.utils import _pytree as pytree
 
 from qcompress.compressed.model import CompressedModel
 from qcompress.errors import DataError
+from qcompress.finetune.bias_steps import BiasSteps, Scales
 from qcompress.finetune.compiling import CompiledFunction
 from qcompress.finetune.finalize import Parts, compressed
-from qcompress.finetune.live_graph import AtSites, LiveGraph
+from qcompress.finetune.live_graph import AtSites, LiveGraph, LiveGraphs
 from qcompress.finetune.methods import Methods, ObservedSite
 from qcompress.graph.batchnorm import unfolded_names
 from qcompress.graph.marks import mark
-from qcompress.graph.program import state_nodes
 from qcompress.graph.sites import OUTPUT
+from qcompress.graph.widths import activation_widths, widths_text
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import place_of
 
@@ -48,15 +50,14 @@ class Prepared(nn.Module):
         self._attached: dict[str, AbstractQuantizer] = {}  # those of tensors, by qualified name
         self._compiled: CompiledFunction | None = None
         self._notes: tuple[str, ...] = ()
+        self._is_settled = False
+        self._bias_steps: BiasSteps | None = None  # made when they are first needed
         names = unfolded_names(parts.program, parts.folded)
         keys = [(names.get(s.name, s.name) if s.index == OUTPUT else s.name, s.index) for s in parts.sites]
-        marked = mark(parts.program, keys)
-        found = state_nodes(marked.exported).values()
-        self._places = {name: place for name in found if (place := place_of(model, name)) is not None}
-        trained = parts.batchnorm == "train"
-        self._norms = {n: p.module for n, p in self._places.items() if trained and isinstance(p.module, _BatchNorm)}
-        self._graph = LiveGraph(marked, self._norms)
-        for name in set(self._graph.tensors) - set(self._places):  # constants in the model's code
+        self._graphs = LiveGraphs(mark(parts.program, keys))
+        self._places = {n: place for n in self._graphs.tensors if (place := place_of(model, n)) is not None}
+        self._norms = {n: p.module for n, p in self._places.items() if isinstance(p.module, _BatchNorm)}
+        for name in set(self._graphs.tensors) - set(self._places):  # constants in the model's code
             constant = parts.program.state()[name].clone().to(next(model.parameters()).device)
             self.register_buffer(_constant(name), constant, persistent=False)
 
@@ -87,6 +88,21 @@ class Prepared(nn.Module):
         sites = (f"{s.name} (activation)" for s in self.parts.sites)
         return self._attached | dict(zip(sites, self._activations, strict=True))
 
+    def activation_bits(self) -> dict[str, int | None]:
+        """Returns the bits at which each layer takes its activations, by its weight; None: it takes floats.
+
+        They are not always those that the plan asks for: operands of sums have 8, and so do all layers that share them.
+        """
+        return activation_widths(self.parts.folded, {site.key: site.bits for site in self.parts.sites})
+
+    def __repr__(self) -> str:
+        """Returns the widths of weights and activations in a line."""
+        bits = Counter(quantizer.bits for quantizer in self._planned_quantizers().values())
+        weights = ", ".join(f"{count} at {width}" for width, count in sorted(bits.items()))
+        asked = [t.activation_bits for t in self.parts.resolved.compressed if t.activation_bits is not None]
+        widths = f"; {widths_text(self.activation_bits(), asked)}" if asked else ""
+        return f"Prepared({type(self.model).__name__}; bits of weights: {weights or 'none'}{widths})"
+
     def quantizer_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters of all quantizers, which usually have their own learning rate."""
         return [parameter for quantizer in self._all_quantizers() for parameter in quantizer.parameters()]
@@ -109,7 +125,8 @@ class Prepared(nn.Module):
     @torch.no_grad()
     def first_not_finite(self, batch: Inputs) -> str | None:
         """Returns the name of the first layer (its weight) or other value with NaN or Inf; None: all are finite."""
-        return self._graph.first_not_finite(self._arguments(self._batch(batch), self._activations))
+        graph, norms = self._live()
+        return graph.first_not_finite(self._arguments(graph, self._batch(batch), self._activations, norms))
 
     def step(self, done: float) -> None:
         """Advances the schedules of quantizers that have one; call it before each step of training.
@@ -139,6 +156,23 @@ class Prepared(nn.Module):
         for quantizer in self._activations:
             quantizer.snap_offset()
 
+    def settle(self) -> None:
+        """Computes from now on with what the file can hold: snapped offsets, biases of integer layers at whole steps.
+
+        Call it before the last steps. BatchNorms then stay at their stored statistics, since the biases that the file
+        holds have these folded in; γ and β train on. It does nothing where no activation is quantized.
+        """
+        self.snap_offsets()
+        self._is_settled = bool(self.parts.sites)
+
+    def get_extra_state(self) -> dict[str, bool]:
+        """Returns whether the model is settled, for the state dict."""
+        return {"is_settled": self._is_settled}
+
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        """Restores whether the model is settled."""
+        self._is_settled = state["is_settled"]
+
     def drops(self) -> dict[str, float]:
         """Returns by how much each weight will change in `finalize`, relative to its size, by qualified name.
 
@@ -162,20 +196,12 @@ class Prepared(nn.Module):
         """Returns the compressed model with the codes of the last step.
 
         Weights are stored bit for bit as the forward in eval mode uses them; γ/σ of a folded BatchNorm is multiplied
-        into their scales.
+        into their scales. So are the biases of integer layers if the model is settled.
 
         Raises:
             ConfigError: a trained tensor is not finite.
         """
-        quantizers = self._planned_quantizers()
-        floats = {name: self._places[name].weight().detach() for name in quantizers}
-        tensors = floats | {name: place.used() for name, place in self._places.items() if name not in quantizers}
-        weights = {name: quantizer.weight_artifact(floats[name]) for name, quantizer in quantizers.items()}
-        grids = [q.activation_grid(s.key) for q, s in zip(self._activations, self.parts.sites, strict=True)]
-        remarks = [
-            f"{name}: {said}." for name, q in quantizers.items() if (said := q.remark(weights[name])) is not None
-        ]
-        return compressed(self.parts, tensors, weights, grids, (*self.notes, *_drop_notes(self.drops()), *remarks))
+        return self._compressed(self._steps() if self._is_settled else None)
 
     def unwrap(self) -> nn.Module:
         """Removes the quantizers and returns the plain model with its current float weights."""
@@ -198,7 +224,8 @@ class Prepared(nn.Module):
             norm.reset_running_stats()
             norm.momentum, norm.training = None, True
         for batch in batches:
-            self._run(self._batch(batch), self._activations)
+            graph = self._graphs.with_norms(self._norms)
+            graph.function(*self._arguments(graph, self._batch(batch), self._activations, self._norms))
         for norm, momentum, training in kept:
             norm.momentum, norm.training = momentum, training
 
@@ -231,6 +258,10 @@ class Prepared(nn.Module):
             quantizer.initialise([v.float() for v in values])
             self.activations.append(quantizer.to(values[0].device))
 
+    def add_notes(self, notes: Iterable[str]) -> None:
+        """Adds what the user should know."""
+        self._notes += tuple(notes)
+
     def quantize_weights(self, quantizers: Mapping[str, AbstractQuantizer]) -> None:
         """Attaches quantizers to tensors of the model, by qualified name."""
         for name, quantizer in quantizers.items():
@@ -250,25 +281,62 @@ class Prepared(nn.Module):
             args: none.
             kwargs: options of the compiler, as in torch.compile(options=...).
         """
-        self._compiled = CompiledFunction(self._graph.function, kwargs)
+        self._compiled = CompiledFunction(self._live()[0].function, kwargs)
 
     @property
     def _activations(self) -> list[AbstractQuantizer]:
         return [part for part in self.activations if isinstance(part, AbstractQuantizer)]
 
+    def _live(self) -> tuple[LiveGraph, Mapping[str, nn.Module]]:
+        """Returns the graph that runs now, and the BatchNorms that run as modules in it: those that train."""
+        norms = self._norms if self.parts.batchnorm == "train" and not self._is_settled else {}
+        return self._graphs.with_norms(norms), norms
+
     def _run(self, inputs: list[Tensor], at_sites: AtSites) -> Any:
-        arguments = self._arguments(inputs, at_sites)
+        graph, norms = self._live()
+        arguments = self._arguments(graph, inputs, at_sites, norms)
         if self._compiled is not None and self.training and torch.is_grad_enabled():
-            outputs = self._compiled(*arguments)
+            outputs = self._compiled.of(graph.function)(*arguments)
         else:
-            outputs = self._graph.function(*arguments)
+            outputs = graph.function(*arguments)
         return pytree.tree_unflatten(outputs, self.parts.program.exported.call_spec.out_spec)
 
-    def _arguments(self, inputs: list[Tensor], at_sites: AtSites) -> list[Any]:
-        """Returns the arguments of the live graph's function."""
-        tensors = {name: getattr(self, _constant(name)) for name in self._graph.tensors if name not in self._places}
+    def _arguments(
+        self, graph: LiveGraph, inputs: list[Tensor], at_sites: AtSites, norms: Mapping[str, nn.Module]
+    ) -> list[Any]:
+        """Returns the arguments of a live graph's function."""
+        tensors = {name: getattr(self, _constant(name)) for name in self._graphs.tensors if name not in self._places}
         tensors |= self._used()
-        return self._graph.arguments(tensors, inputs, at_sites, self._norms, training=self.training)
+        if self._is_settled and not norms:
+            tensors |= self._steps().used(tensors, self._scales(self._steps()))
+        return graph.arguments(tensors, inputs, at_sites, norms, training=self.training)
+
+    def _compressed(self, steps: BiasSteps | None) -> CompressedModel:
+        quantizers = self._planned_quantizers()
+        floats = {name: self._places[name].weight().detach() for name in quantizers}
+        tensors = floats | {name: place.used() for name, place in self._places.items() if name not in quantizers}
+        weights = {name: quantizer.weight_artifact(floats[name]) for name, quantizer in quantizers.items()}
+        grids = [q.activation_grid(s.key) for q, s in zip(self._activations, self.parts.sites, strict=True)]
+        remarks = [
+            f"{name}: {said}." for name, q in quantizers.items() if (said := q.remark(weights[name])) is not None
+        ]
+        biases, notes = {}, [*self.notes, *_drop_notes(self.drops()), *remarks]
+        if steps is not None:
+            biases = steps.stored(tensors, self._scales(steps))
+            notes += _left_out_notes(steps.left_out)
+        return compressed(self.parts, tensors, weights, grids, biases, tuple(notes))
+
+    def _steps(self) -> BiasSteps:
+        """Returns the biases that are kept at whole steps; found once, in what training would end with now."""
+        if self._bias_steps is None:
+            self._bias_steps = BiasSteps.of(self.parts.program, self._compressed(None))
+        return self._bias_steps
+
+    def _scales(self, steps: BiasSteps) -> Scales:
+        places = {bias.weight: self._places[bias.weight] for bias in steps.biases}
+        quantizers = self._attached
+        weights = {name: quantizers[name].weight_scale(place.weight()) for name, place in places.items()}
+        return Scales(weights, [quantizer.activation_scale() for quantizer in self._activations])
 
     def _used(self) -> dict[str, Tensor]:
         """Returns the model's tensors as the forward uses them; weights whose quantizers have one class in one go."""
@@ -324,6 +392,15 @@ def _drop_notes(drops: Mapping[str, float]) -> list[str]:
     listed = ", ".join(f"{name} by {drops[name]:.1%}".replace("%", " %") for name in worst[:_NAMED])
     others = f"; {len(worst) - _NAMED} others by less" if len(worst) > _NAMED else ""
     return [f"Stored weights differ from those of the last training step: {listed} of its size{others}."]
+
+
+def _left_out_notes(biases: Sequence[str]) -> list[str]:
+    """Returns a note on biases that training could not keep at whole steps.
+
+    >>> _left_out_notes(["conv.bias"])
+    ['The export rounds conv.bias: its BatchNorm has no β, or is followed by another.']
+    """
+    return [f"The export rounds {name}: its BatchNorm has no β, or is followed by another." for name in biases]
 
 
 def _constant(name: str) -> str:

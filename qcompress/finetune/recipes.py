@@ -22,8 +22,8 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
     "epochs": 6, "batch_size": 64, "optimizer": "adamw", "nesterov": False, "quantizer_rate": 1.0, "weight_decay": 0.0,
     "clip": 0.0, "schedule": "cosine", "warm_up": 0.05, "precision": "float32", "loss": "cross_entropy",
     "teacher": "self", "kd_weight": 1.0, "temperature": 1.0, "regularizer": "none", "stage": "S2",
-    "placement": "deploy", "per_tensor": False, "fixed_offset": False, "snap_offsets": 0.5, "batchnorm": "train",
-    "reestimate": 0, "from_scratch": False,
+    "placement": "deploy", "per_tensor": False, "fixed_offset": False, "snap_offsets": 0.5, "settle": 0.1,
+    "batchnorm": "train", "reestimate": 0, "from_scratch": False,
 }  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def loop_config(training: Training) -> LoopConfig:
     """Returns the loop's settings of complete training settings."""
     names = (
         "epochs", "optimizer", "nesterov", "rate", "quantizer_rate", "weight_decay", "clip", "schedule", "warm_up",
-        "precision", "stage", "snap_offsets", "kd_weight", "temperature",
+        "precision", "stage", "snap_offsets", "settle", "kd_weight", "temperature",
     )  # fmt: skip
     return LoopConfig(**{name: getattr(training, name) for name in names})
 

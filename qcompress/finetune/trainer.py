@@ -126,6 +126,8 @@ class Trainer:
         self.prepared.step(self.step / self.total)
         if self.step >= (1 - config.snap_offsets) * self.total:
             self.prepared.snap_offsets()
+        if self.step >= (1 - config.settle) * self.total:
+            self.prepared.settle()
         with self._autocast():
             taught = None
             if self._teacher is not None:

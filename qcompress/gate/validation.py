@@ -48,7 +48,8 @@ class Validation:
         agreement: agreement of the first output that has one.
         sqnr_db: lowest SQNR of all outputs, in dB; None without noise.
         metric: result of the user's metric; None without labels.
-        layers: SQNR after each layer, or at each quantized activation.
+        layers: SQNR after each layer, or at each quantized activation, and the bits at which the layer takes its own.
+        activation_bits: bits at which each layer takes its activations, by its weight; None: it takes floats.
         runtime: shares of the noise that come from onnxruntime's own optimizations.
         timing: latency, load time and memory, compared with the original's; None if not measured.
         same_ops: whether onnxruntime's optimized graphs of file and original hold the same operators; None if unknown.
@@ -65,6 +66,7 @@ class Validation:
     sqnr_db: float | None = None
     metric: MetricResult | None = None
     layers: tuple[Mapping[str, Any], ...] = ()
+    activation_bits: Mapping[str, int | None] = field(default_factory=dict)
     runtime: Mapping[str, float] = field(default_factory=dict)
     timing: Mapping[str, Any] | None = None
     same_ops: bool | None = None
@@ -95,6 +97,7 @@ class Validation:
             "sqnr_db": self.sqnr_db,
             "metric": None if self.metric is None else asdict(self.metric),
             "layers": [dict(layer) for layer in self.layers],
+            "activation_bits": dict(self.activation_bits),
             "runtime": dict(self.runtime),
             "timing": None if self.timing is None else dict(self.timing),
             "same_ops": self.same_ops,
@@ -129,6 +132,7 @@ class Validation:
                 sqnr_db=document.get("sqnr_db"),
                 metric=None if metric is None else MetricResult.from_dict(metric),
                 layers=tuple(document.get("layers", ())),
+                activation_bits=dict(document.get("activation_bits", {})),
                 runtime=dict(document.get("runtime", {})),
                 timing=document.get("timing"),
                 same_ops=document.get("same_ops"),

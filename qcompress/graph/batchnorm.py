@@ -30,6 +30,50 @@ class _Fold:
     shift: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class NormTensors:
+    """A BatchNorm that a layer absorbs, by the qualified names of its tensors.
+
+    Args:
+        gamma: name of γ; None: 1.
+        beta: name of β.
+        mean: name of the stored mean.
+        variance: name of the stored variance.
+        epsilon: what is added to the variance.
+        bias: name of the bias of the layer in front of it; None: 0.
+    """
+
+    gamma: str | None
+    beta: str
+    mean: str
+    variance: str
+    epsilon: float
+    bias: str | None
+
+
+def absorbed_norms(program: FloatProgram) -> dict[str, NormTensors | None]:
+    """Return the BatchNorms that `fold_batchnorm` folds, by the qualified name of the layer's weight.
+
+    Args:
+        program: traced in eval mode; not modified.
+
+    Returns:
+        The tensors of each; None where there are two in a row, or where one has no β.
+    """
+    folds, _ = _find(program)
+    again = {fold.layer.weight for fold in _find(_folded(program, folds))[0]} if folds else set()
+    state = state_nodes(program.exported)
+    found: dict[str, NormTensors | None] = {}
+    for fold in folds:
+        given, (mean, variance, epsilon) = arguments(fold.norm), statistics(fold.norm)
+        gamma, beta = (state.get(given[name]) for name in ("weight", "bias"))
+        bias = None if fold.bias is None else state[fold.bias]
+        found[fold.layer.weight] = None
+        if beta is not None and fold.layer.weight not in again:
+            found[fold.layer.weight] = NormTensors(gamma, beta, state[mean], state[variance], epsilon, bias)
+    return found
+
+
 def fold_batchnorm(program: FloatProgram) -> FloatProgram:
     """Fold every BatchNorm that directly follows a layer; the program computes the same function.
 

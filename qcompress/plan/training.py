@@ -143,6 +143,12 @@ TRAINING_FIELDS: Final[Fields] = (
         unset="0.5",
     ),
     PlanField(
+        name="settle",
+        values=Number(0, 1),
+        meaning="Share of the steps, at the end, that compute with biases as the file holds them.",
+        unset="0.1",
+    ),
+    PlanField(
         name="batchnorm",
         values=OneOf(("train", "freeze", "fold")),
         meaning="Whether BatchNorm's statistics train, stay, or are folded into weights first.",

@@ -145,6 +145,21 @@ class AbstractQuantizer(nn.Module, abc.ABC):
         """
         raise ConfigError(f"{type(self).__name__} quantizes a weight here and has no activation grid.")
 
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        """Returns the scale of `weight_artifact(weight).integers()`, float32, 0-d or [O], on the weight's device.
+
+        Args:
+            weight: one whose artifact has integers.
+        """
+        integers = self.weight_artifact(weight.detach().float()).integers()
+        assert integers is not None
+        return torch.from_numpy(integers.scale).to(weight.device)
+
+    def activation_scale(self) -> Tensor:
+        """Returns the scale of `activation_grid`, float32, 0-d, on the parameters' device."""
+        device = next((p.device for p in self.parameters()), None)
+        return torch.tensor(float(self.activation_grid(("", 0)).scale), device=device)
+
     def snap_offset(self) -> None:
         """Keeps the offset, if there is one, at a multiple of the scale from now on, so that a zero point can store it.
 

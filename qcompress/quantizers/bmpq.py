@@ -95,3 +95,7 @@ class Bmpq(AbstractQuantizer):
         with torch.no_grad():
             found, scale = _codes_and_scale(weight.float(), self.bits)
         return IntegerWeight(codes=to_numpy(found).astype(np.int8), scale=to_numpy(scale).copy(), bits=self.bits)
+
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        """Returns the scale."""
+        return _codes_and_scale(weight.detach().float(), self.bits)[1]

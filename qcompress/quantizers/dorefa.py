@@ -100,3 +100,7 @@ class DoReFa(AbstractQuantizer):
         with torch.no_grad():
             weight = weight.float()
             return palettized(odd_codes(_unit(weight), self.bits), _step(weight, self.bits), self.bits)
+
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        """Returns the distance of neighbouring odd integers, halved."""
+        return _step(weight.detach().float(), self.bits)

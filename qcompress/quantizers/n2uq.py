@@ -212,6 +212,10 @@ class N2uqActivation(AbstractQuantizer):
             top = torch.where(scale > 0, scale * self.uniform.limits.p / 2, 1.0)
         self._set(top)
 
+    def activation_scale(self) -> Tensor:
+        """Returns the distance of neighbouring levels."""
+        return _level(self.output_scale(), self.intervals()).detach().float()
+
     def activation_grid(self, site: SiteKey) -> ThresholdGrid:
         """Returns the thresholds and the distance between levels."""
         intervals = self.intervals().detach()
@@ -274,3 +278,8 @@ class N2uqWeight(AbstractQuantizer):
             unit, step = _unit_and_step(rows, _mean_size(rows), self.bits)
             odd = odd_codes(unit, self.bits)
         return palettized(odd.movedim(0, self.axis), step.reshape(-1), self.bits, self.axis % weight.ndim)
+
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        """Returns the step of each output channel."""
+        rows = weight.detach().float().movedim(self.axis, 0)
+        return _unit_and_step(rows, _mean_size(rows), self.bits)[1].reshape(-1)

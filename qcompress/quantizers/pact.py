@@ -102,6 +102,11 @@ class Pact(AbstractQuantizer):
         """Sets alpha from batches of the activation."""
         self.alpha.set(self.spec.start(values)[0] * self.spec.limits.p)
 
+    def activation_scale(self) -> Tensor:
+        """Returns the distance of neighbouring levels."""
+        alpha: Tensor = self.alpha()
+        return (alpha.detach() / self.spec.limits.p).float()
+
     def activation_grid(self, site: SiteKey) -> SiteGrid:
         """Returns the unsigned grid from 0 to alpha."""
         return self.spec.activation_grid(site, self.alpha() / self.spec.limits.p)

@@ -233,6 +233,15 @@ class UniformQuantizer(AbstractQuantizer, abc.ABC):
         scale: Tensor = self.scale(weight)
         return scale
 
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        """Returns the learned scale."""
+        return self.activation_scale()
+
+    def activation_scale(self) -> Tensor:
+        """Returns the learned scale."""
+        scale: Tensor = self.scale.value()
+        return scale.detach().float()
+
     def learned_offset(self) -> Tensor | None:
         """Returns the current offset, 0-d; None: the codes have no offset."""
         return None

@@ -111,3 +111,7 @@ class Ternary(AbstractQuantizer):
         with torch.no_grad():
             signs, alpha = _signs_and_alpha(weight.float())
         return IntegerWeight(codes=to_numpy(signs).astype(np.int8), scale=to_numpy(alpha).copy(), bits=self.bits)
+
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        """Returns α."""
+        return _signs_and_alpha(weight.detach().float())[1]

@@ -50,6 +50,8 @@ def main() -> None:
     for epoch in range(EPOCHS):
         if epoch == EPOCHS // 2:
             tuned.snap_offsets()  # to values that integer kernels support
+        if epoch == EPOCHS - 1:
+            tuned.settle()  # biases at whole steps too, as the file holds them
         for i, part in enumerate(torch.randperm(len(x))[: steps * BATCH].split(BATCH)):
             tuned.step((epoch + i / steps) / EPOCHS)  # schedules of methods that have one, such as dkm
             task_loss = nn.functional.cross_entropy(tuned(x[part]), y[part])

@@ -97,7 +97,7 @@ def test_export_and_validate(qcompress, model):
     assert json.loads(result.stdout)["file"] == "model.w2.onnx"
     result = qcompress("validate", model, "model.w2.onnx", "--data", "test.npz", "--json")
     assert result.exit_code == 0
-    assert check("validate", result.stdout) == {"notes[]"}
+    assert check("validate", result.stdout) == {"activation_bits{}", "notes[]"}
     assert Path("model.w2.onnx.validation.json").read_text() == result.stdout
 
 
@@ -125,7 +125,14 @@ def test_export_for_integer_compute(qcompress, model):
     result = qcompress("validate", model, "model.w4a4.onnx", "--data", "test.npz", "--no-timing", "--json")
     assert result.exit_code == 0
     assert all(key.startswith(("notes", "timing.")) for key in check("validate", result.stdout))
-    assert len(json.loads(result.stdout)["layers"]) == len(document["activations"])
+    validated = json.loads(result.stdout)
+    assert len(validated["layers"]) == len(document["activations"])
+    widths = {layer["weight"]: layer["activation_bits"] for layer in document["layers"]}
+    assert validated["activation_bits"] == widths
+    assert all(layer["activation_bits"] == widths.get(layer["layer"]) for layer in validated["layers"])
+    assert set(widths.values()) == {4}
+    said = qcompress("validate", model, "model.w4a4.onnx", "--data", "test.npz", "--no-timing").stdout
+    assert re.search(r"^(\d) of \1 layers take activations at 4 bits$", said, re.M)
 
 
 def test_what_may_be_null(qcompress, model):
@@ -144,7 +151,9 @@ def test_what_may_be_null(qcompress, model):
     np.savez("unlabelled.npz", x=small_models.images(4))
     result = qcompress("validate", "small", "model.w8.onnx", "--data", "unlabelled.npz", "--no-timing", "--json")
     assert result.exit_code == 0
-    assert all(key.startswith(("metric.", "notes", "timing.")) for key in check("validate", result.stdout))
+    assert all(
+        key.startswith(("activation_bits", "metric.", "notes", "timing.")) for key in check("validate", result.stdout)
+    )
     assert json.loads(result.stdout)["metric"] is None
     assert json.loads(result.stdout)["timing"] is None
     assert json.loads(result.stdout)["same_source"] is True

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from qcompress.artifacts import FloatWeight, IntegerWeight
+from qcompress.compressed.model import CompressedModel
 from qcompress.errors import ConfigError, DataError
 from qcompress.finetune.attach import prepare
 from qcompress.finetune.methods import Methods
@@ -19,6 +20,7 @@ from qcompress.graph.marks import MarkedRunner, mark, rounding
 from qcompress.plan.plan import Plan, parse_plan
 from qcompress.quantizers import Lsq, LsqPlus, N2uqActivation
 from qcompress.regularizers import BinRegularizer, DistanceRegularizer, KurtosisRegularizer
+from qcompress_exporters import build
 
 MIN_MAX = Methods(weight_options={"init": "min_max"}, activation_options={"init": "min_max"})
 
@@ -215,6 +217,32 @@ def test_a_method_without_negative_codes_leaves_such_sites_to_lsq_plus_and_says_
         "activation_options (init) had no effect there."
     )
     assert tuned.notes == tuned.finalize().notes == (note,)
+
+
+def test_notes_on_methods_reach_the_export_of_a_saved_model(x, tmp_path):
+    """Weights and activations: what took another method's place, and what had no effect."""
+    methods = Methods(weights="n2uq", activations="pact", per_channel=False, bias_bits=8)
+    tuned = prepare(Residual(), plan(2, 2), example_inputs=(x,), methods=methods)
+    assert tuned.notes == (
+        "per_channel = False had no effect: n2uq has a scale for each output channel.",
+        "lsq_plus quantizes the activations at x, conv2d_1, because pact has no codes for negative values.",
+        "lsq quantizes the biases of layers whose weights n2uq quantizes.",
+        "bias_bits = 8 had no effect at conv1.weight, conv2.weight, whose layers have no bias in training.",
+    )
+    tuned.finalize().save(tmp_path / "ckpt")
+    assert set(tuned.notes) <= set(build(CompressedModel.load(tmp_path / "ckpt")).report.notes)
+
+
+def test_the_widths_of_activations_are_counted(x):
+    tuned = prepare(Residual(), plan(2, 2), example_inputs=(x,))
+    assert tuned.activation_bits() == {"conv1.weight": 2, "conv2.weight": 8, "fc.weight": 2}
+    text = "2 of 3 layers take activations at 2 bits, 1 at 8"
+    assert repr(tuned) == f"Prepared(Residual; bits of weights: 3 at 2; {text})"
+    assert repr(prepare(Residual(), plan(4), example_inputs=(x,))) == "Prepared(Residual; bits of weights: 3 at 4)"
+    paper = prepare(Residual(), plan(2, 2), example_inputs=(x,), placement="paper")
+    assert set(paper.activation_bits().values()) == {2}
+    report = build(tuned.finalize()).report
+    assert {layer.weight: layer.activation_bits for layer in report.layers} == tuned.activation_bits()
 
 
 def test_sites_have_options_of_their_own(x):

@@ -154,8 +154,15 @@ def test_offsets_keep_to_zero_points_at_the_end(batches):
     list(train(tuned, batches, LoopConfig(epochs=2, rate=0.01)))
     assert all(grid.zero_point is not None for grid in tuned.finalize().activations.values())
     free = prepared(batches)
-    list(train(free, batches, LoopConfig(epochs=2, rate=0.01, snap_offsets=0)))
+    list(train(free, batches, LoopConfig(epochs=2, rate=0.01, snap_offsets=0, settle=0)))
     assert any(grid.zero_point is None for grid in free.finalize().activations.values())
+
+
+@pytest.mark.parametrize(("share", "settled"), [(0.5, [False, False, True, True]), (0, 4 * [False]), (1, 4 * [True])])
+def test_the_model_settles_for_a_share_of_the_steps(batches, share, settled):
+    tuned = prepared(batches)
+    records = train(tuned, batches, LoopConfig(epochs=1, settle=share))
+    assert [tuned.get_extra_state()["is_settled"] for _ in records] == settled
 
 
 def test_a_loss_that_is_not_finite_ends_training(batches):

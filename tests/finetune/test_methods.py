@@ -97,3 +97,16 @@ def test_many_sites_are_counted():
         "lsq_plus quantizes the activations at 9 sites (silu_0, silu_1, silu_2, …), because pact has no codes for "
         "negative values.",
     )
+
+
+def test_settings_without_effect_are_named():
+    site = ObservedSite("x", 4, has_negative=False)
+    assert Methods(weights="n2uq", per_channel=False).notes([site]) == (
+        "per_channel = False had no effect: n2uq has a scale for each output channel.",
+    )
+    assert Methods(weights="dkm", activation_options={"init": "lsq"}, per_channel=False).notes([]) == (
+        "per_channel = False had no effect: dkm has palettes.",
+        "activation_options (init) had no effect: no activation is quantized.",
+    )
+    assert Methods().notes([]) == Methods(per_channel=False).notes([]) == ()
+    assert Methods(weights="tqt", bias_bits=8).bias_notes([]) == Methods().bias_notes(["fc.weight"]) == ()

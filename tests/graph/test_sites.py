@@ -7,6 +7,7 @@ from torch import nn
 from qcompress.errors import ConfigError
 from qcompress.graph.marks import mark
 from qcompress.graph.sites import OUTPUT, activation_sites
+from qcompress.graph.widths import activation_widths
 from tests.helpers.nets import image, traced
 
 
@@ -48,3 +49,13 @@ def test_sites_follow_what_the_deployment_fuses(fused: set[str], at_branch: list
     sites = {site.name: site.bits for site in activation_sites(program, bits, fused=frozenset(fused))}
     assert list(sites) == ["x", "conv2d", *at_branch, "add", "conv2d_2"]
     assert sites == {"x": 4, "conv2d": 8, **dict.fromkeys(at_branch, 8), "add": 4, "conv2d_2": 8}
+
+
+def test_widths_are_those_of_the_values_that_layers_take() -> None:
+    program = traced(_Sum().eval(), x=image(2))
+    asked = dict.fromkeys(("a.weight", "b.weight", "c.weight"), 4)
+    for placement, widths in (("deploy", [4, 8, 4]), ("paper", [4, 4, 4])):
+        sites = activation_sites(program, asked, placement)  # type: ignore[arg-type]
+        found = activation_widths(program, {site.key: site.bits for site in sites})
+        assert found == dict(zip(asked, widths, strict=True))
+    assert activation_widths(program, {("add", OUTPUT): 2}) == {"a.weight": None, "b.weight": None, "c.weight": 2}

@@ -98,6 +98,8 @@ def test_a_weight_artifact_is_the_forward(quantizer, shape, special):
     assert torch.equal(weight, before)
     assert artifact.bits == quantizer.bits
     assert len(np.unique(artifact.codes)) <= 2**quantizer.bits
+    if (integers := artifact.integers()) is not None:
+        same_bits(quantizer.weight_scale(weight).numpy(), integers.scale)
 
 
 @pytest.mark.parametrize(("name", "found"), WEIGHTS, ids=[name for name, _ in WEIGHTS])
@@ -125,6 +127,7 @@ def test_an_activation_grid_is_the_forward(quantizer, batches, moved):
     same_bits(grid.dequantize(grid.quantize(x.numpy())), quantizer(x).detach().numpy())
     assert type(grid).from_dict(grid.as_dict()).as_dict() == grid.as_dict()
     assert grid.bits == quantizer.bits
+    same_bits(quantizer.activation_scale().numpy(), grid.scale)
 
 
 @pytest.mark.parametrize("configuration", [3, 4])

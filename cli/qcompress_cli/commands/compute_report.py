@@ -1,6 +1,5 @@
 """The part of `export`'s report on integer compute: how each layer computes, and the grids of activations."""
 
-from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -30,12 +29,14 @@ class ComputeReport:
         report: the report of its file.
         format: how int8 compute is written; None for other compute.
         widened: the grids that have more bits than the plan asks for.
+        asked: the widths of activations that the plan asks for.
     """
 
     small: "CompressedModel"
     report: "ExportReport"
     format: str | None
     widened: Collection[SiteGrid]
+    asked: Collection[int] = ()
 
     @classmethod
     def of(
@@ -46,7 +47,7 @@ class ComputeReport:
 
         asked = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
         wider = widened(small.program, list(small.activations.values()), asked) if small.compute == "int8" else []
-        return cls(small=small, report=report, format=format, widened=wider)
+        return cls(small=small, report=report, format=format, widened=wider, asked=set(asked.values()))
 
     def as_dict(self) -> dict[str, Any]:
         """Return its part of the JSON document."""
@@ -73,7 +74,7 @@ class ComputeReport:
 
     def lines(self) -> list[str]:
         """Return lines for people; nothing where all layers compute in float."""
-        layers, grids = self.report.layers, list(self.small.activations.values())
+        layers = self.report.layers
         if self.report.compute == "float":
             return []
         integer = sum(layer.compute != "float" for layer in layers)
@@ -81,8 +82,10 @@ class ComputeReport:
         if self.report.compute == "dynamic8":
             lines = [f"{first}, their inputs quantized at run time (dynamic8)."]
         else:
-            widths = " and ".join(f"{counted(n, 'activation')} at {counted(bits, 'bit')}" for bits, n in _widths(grids))
-            lines = [f"{first} (format {self.format}), {widths}."]
+            from qcompress.graph.widths import widths_text
+
+            widths = widths_text({layer.weight: layer.activation_bits for layer in layers}, self.asked)
+            lines = [f"{first} (format {self.format}); {widths}."]
         if self.widened:
             lines.append(
                 f"{counted(len(self.widened), 'activation')} at 8 bits although the plan asks for fewer: sums, "
@@ -133,10 +136,6 @@ def _site(grid: SiteGrid) -> str:
     """Return the name of the value that a grid quantizes, or of the layer whose input it is."""
     name, index = grid.site
     return name if index < 0 else f"input of {name}"
-
-
-def _widths(grids: Iterable[SiteGrid]) -> list[tuple[int, int]]:
-    return sorted(Counter(grid.bits for grid in grids).items())
 
 
 def _grouped(layers: "Iterable[LayerReport]", by: str) -> "list[tuple[str, list[LayerReport]]]":

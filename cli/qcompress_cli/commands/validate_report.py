@@ -78,6 +78,10 @@ def lines(report: "ParityReport", compute: str) -> list[str]:
     found.append(f"onnxruntime's optimised graph holds {same}")
     if report.timing is not None:
         found += _timing(report.timing)
+    if report.activation_bits:
+        from qcompress.graph.widths import widths_text
+
+        found.append(widths_text(report.activation_bits))
     if compute != "float":
         found.append(_cpu(report.cpu))
     return found + [f"note: {note}" for note in report.notes]

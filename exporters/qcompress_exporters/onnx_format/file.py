@@ -1,6 +1,7 @@
 """Builds the ONNX file of a compressed model: chooses its opset, counts its bytes, fills in its metadata."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib import metadata as package_metadata
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from qcompress.compressed.model import CompressedModel
 from qcompress.graph.conversion import to_numpy
 from qcompress.graph.marks import input_sites, mark
 from qcompress.graph.sites import layer_input_sites
+from qcompress.graph.widths import activation_widths
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.encodings.codes import choose
 from qcompress_exporters.onnx_format.encodings.native import Native
@@ -26,7 +28,7 @@ from qcompress_exporters.onnx_format.small_integers import shorten_integers
 from qcompress_exporters.onnx_format.targets import Target
 from qcompress_exporters.onnx_format.trace import Trace, trace
 from qcompress_exporters.options import BuildOptions
-from qcompress_exporters.report import Built, ExportReport, TensorReport
+from qcompress_exporters.report import Built, ExportReport, LayerReport, TensorReport
 
 # A newer opset brings smaller types; it is taken where these save this share of the file.
 _WORTH_AN_OPSET: Final = 0.01
@@ -77,10 +79,19 @@ def build(model: CompressedModel, target: Target, options: BuildOptions) -> Buil
         ),
         notes=(*model.notes, *graph.notes),
         compute=model.compute,
-        layers=lowered.layers,
+        layers=_with_widths(model, lowered.layers),
         saturation={name: share for (name, _), share in model.saturation.items()},
     )
     return Built(data, report)
+
+
+def _with_widths(model: CompressedModel, layers: Iterable[LayerReport]) -> tuple[LayerReport, ...]:
+    """Return the reports with the bits at which each layer takes its activations."""
+    if model.compute == "dynamic8":
+        return tuple(replace(layer, activation_bits=8 if layer.compute == "dynamic8" else None) for layer in layers)
+    bits = {site: grid.bits for site, grid in model.activations.items()}
+    widths = activation_widths(model.program, bits) if model.compute == "int8" else {}
+    return tuple(replace(layer, activation_bits=widths.get(layer.weight)) for layer in layers)
 
 
 def sites_of(model: CompressedModel) -> list[tuple[str, int]]:

@@ -1,7 +1,7 @@
 """The measurements of `validate`: the records behind FILE.validation.json."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qcompress.gate.validation import Check, Validation
@@ -38,6 +38,8 @@ class ParityReport:
         layers: noise after each layer, or at each quantized activation, in the graph's order.
         runtime: shares of the noise at the outputs that come from onnxruntime's own optimizations.
         timing: latency, load time and memory, compared with the original's; None if not measured.
+        activation_bits: bits at which each layer takes its activations, by its weight, None for floats; empty unless
+            the file holds the grids of its activations.
         same_ops: whether onnxruntime's optimized graph of the file holds the same operators as the float file's.
         same_source: whether the file was exported from this model file; None if unknown.
         cpu: features that integer kernels depend on.
@@ -55,6 +57,7 @@ class ParityReport:
     same_ops: bool
     same_source: bool | None
     cpu: Mapping[str, bool | None]
+    activation_bits: Mapping[str, int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -83,7 +86,10 @@ class ParityReport:
             agreement=self.agreement,
             sqnr_db=self.sqnr_db,
             metric=self.metric,
-            layers=tuple(asdict(layer) for layer in self.layers),
+            layers=tuple(
+                {**asdict(layer), "activation_bits": self.activation_bits.get(layer.layer)} for layer in self.layers
+            ),
+            activation_bits=self.activation_bits,
             runtime=self.runtime,
             timing=None if self.timing is None else asdict(self.timing),
             same_ops=self.same_ops,

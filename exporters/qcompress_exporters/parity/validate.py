@@ -18,6 +18,7 @@ from qcompress.graph.batchnorm import fold_batchnorm
 from qcompress.graph.conversion import to_numpy
 from qcompress.graph.marks import mark
 from qcompress.graph.program import FloatProgram, Runner
+from qcompress.graph.widths import activation_widths
 from qcompress.metrics.metric import compare
 from qcompress.metrics.similarity import agreement, is_constant, sqnr_db
 from qcompress.progress import Track
@@ -73,8 +74,10 @@ def validate(program: FloatProgram, file: metadata.CompressedFile, data: Dataset
     weights, values = check_weights(graph, file.model)
     checks = [weights]
     layers: tuple[LayerNoise, ...] = ()
+    widths: dict[str, int | None] = {}
     if values is not None and sites:
         grids = file_grids(file.model, sites) if compute == "int8" else []
+        widths = activation_widths(folded, {g.grid.site: g.grid.bits for g in grids}) if grids else {}
         state = reference_state(marked, values, grids)
         for mode in _MODES:
             found = replay(marked, file.model, sites, state, grids, head, mode)
@@ -109,6 +112,7 @@ def validate(program: FloatProgram, file: metadata.CompressedFile, data: Dataset
         same_ops=optimized_ops(packed) == optimized_ops(original),
         same_source=made_from == how.source_digest if made_from and how.source_digest else None,
         cpu=cpu_features(),
+        activation_bits=widths,
         notes=tuple(_notes(file, made_from, how.source_digest, outputs)),
     )
 

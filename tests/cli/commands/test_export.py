@@ -238,8 +238,11 @@ def test_integer_compute_through_the_command_line(qcompress, exported, nothing_n
     data = (folder / "model.w4a4.onnx").read_bytes()
     assert len(data) == dry["bytes"]["file"]
     assert re.search(
-        r"^4 of 4 layers compute in int8 \(format qdq\), \d activations? at 4 bits and ", result.stdout, re.M
+        r"^4 of 4 layers compute in int8 \(format qdq\); 1 of 4 layers takes activations at 4 bits, 3 at 8\.",
+        result.stdout,
+        re.M,
     )
+    assert sorted(layer["activation_bits"] for layer in dry["layers"]) == [4, 8, 8, 8]
     wide = sum(a["widened"] for a in dry["activations"])
     assert wide == sum(a["bits"] == 8 for a in dry["activations"]) > 0
     assert f"{wide} activations at 8 bits although the plan asks for fewer: sums, pooling, " in result.stdout
@@ -327,6 +330,8 @@ def test_names_and_reports_of_other_ways_to_compute(qcompress, exported, model, 
     assert "1 of 4 layers compute in int8, their inputs quantized at run time (dynamic8)." in result.stdout
     why = "only inputs of matrix products can be quantized at run time"
     assert f"computed in float, {why}: 3 layers (stem.weight, left.weight, right.weight)" in result.stdout
+    dynamic = exported("model.pt", "--bits", "2", "--compute", "dynamic8", "--dry-run")
+    assert [layer["activation_bits"] for layer in dynamic["layers"]].count(8) == 1
     (folder / "plan.toml").write_text("version = 1\n[default]\nbits = 4\n[kind.last]\nactivation_bits = 8\n")
     mixed = exported("model.pt", "--plan", "plan.toml", "--scheme", "uniform", "--calibration", "test.npz")
     assert (mixed["file"], mixed["compute"]) == ("model.mixed.onnx", "int8")

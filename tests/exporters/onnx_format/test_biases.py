@@ -23,7 +23,7 @@ def trained(bits):
     return net, prepare(net, plan, example_inputs=(torch.randn(32, 64),))
 
 
-@pytest.mark.parametrize(("bits", "finer"), [(2, 32), (3, 16), (4, 1)])
+@pytest.mark.parametrize(("bits", "finer"), [(2, 32), (3, 16), (4, 8), (5, 1)])
 def test_few_bits_get_finer_steps_for_their_biases(bits, finer):
     """With steps of s_x * s_w, 2-bit weights behind 2-bit activations lost biases, and ResNet-20 0.9 points."""
     net, tuned = trained(bits)
