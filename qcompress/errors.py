@@ -45,7 +45,7 @@ class DependencyError(QCompressError, ImportError):
     """A required package is not installed."""
 
 
-_EXTRA_OF: Final = {"onnxruntime": "validate", "pillow": "images"}
+_EXTRA_OF: Final = {"onnxruntime": "validate", "pillow": "images"}  # others belong to `all`
 
 
 def missing(package: str, what: str) -> DependencyError:

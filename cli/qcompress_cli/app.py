@@ -20,6 +20,7 @@ from qcompress_cli.terminal.text import printable
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "analyze": ("qcompress_cli.commands.analyze", "Show what is in a model, and its bytes at each width."),
     "inspect": ("qcompress_cli.commands.inspect", "List names, kinds and shapes of all tensors."),
+    "finetune": ("qcompress_cli.commands.finetune", "Train a model with quantized weights."),
     "export": ("qcompress_cli.commands.export", "Compress a model and write it as ONNX."),
     "validate": ("qcompress_cli.commands.validate", "Compare a compressed file with its original."),
     "gate": ("qcompress_cli.commands.gate", "Fail when a file breaks a limit on size or accuracy."),

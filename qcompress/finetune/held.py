@@ -48,7 +48,12 @@ class Teacher(nn.Module):
         self._program, self._graph = program, LiveGraph(mark(program, []))
         self._names = {name: f"tensor_{i}" for i, name in enumerate(program.state())}
         for name, value in program.state().items():
-            self.register_buffer(self._names[name], value.detach())
+            self.register_buffer(self._names[name], value.detach().clone())
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the program's inputs."""
+        return self._program.input_names
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """Returns the program's outputs for its inputs, by position in its order or by its names."""

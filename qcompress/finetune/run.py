@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Final, final
 
@@ -12,11 +12,13 @@ from qcompress.compressed.folder import WEIGHTS
 from qcompress.data.training import TrainingBatches
 from qcompress.files import write_whole
 from qcompress.finetune.checkpoints import Checkpoints
-from qcompress.finetune.history import EpochRow, QuantizerRow, quantizer_values
+from qcompress.finetune.history import QUANTIZER_COLUMNS, EpochRow, QuantizerRow, csv_text, quantizer_values
 from qcompress.finetune.prepared import Prepared
-from qcompress.finetune.run_folder import HISTORY, QUANTIZERS, TRAINING, write_compressed
+from qcompress.finetune.processes import Processes
+from qcompress.finetune.run_folder import FLOAT, HISTORY, QUANTIZERS, TRAINING, write_compressed, write_float
 from qcompress.finetune.trainer import StepRecord, Trainer, TrainingState
 
+_AGREED_EVERY: Final = 10  # steps after which several processes tell each other whether to stop
 _TIMED: Final = 20  # steps whose time tells how many fit into the limit
 
 
@@ -83,7 +85,8 @@ class Run:
         validation: how epochs are compared; None: the last one counts.
         reestimate: batches over which BatchNorm's statistics are computed anew at the end.
         stop: asked after each step whether to stop.
-        writes: whether this process writes files.
+        saves_float: whether the float model is saved in place of a compressed one.
+        processes: those that train together; the first one writes files.
 
     Attributes:
         rows: the history.
@@ -100,10 +103,14 @@ class Run:
         validation: Validation | None = None,
         reestimate: int = 0,
         stop: Callable[[], bool] = lambda: False,
-        writes: bool = True,
+        saves_float: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         self._trainer, self._batches, self._folder, self._pace = trainer, batches, folder, pace
-        self._validation, self._reestimate, self._stop, self._writes = validation, reestimate, stop, writes
+        self._validation, self._reestimate, self._stop = validation, reestimate, stop
+        self._save, self._weights = (write_float, FLOAT) if saves_float else (write_compressed, WEIGHTS)
+        self._processes = processes or Processes(str(next(trainer.prepared.parameters()).device))
+        self._writes = self._processes.is_first
         self._checkpoints = Checkpoints(folder / TRAINING, pace.keep)
         self._progress = _Progress()
         device = next(trainer.prepared.parameters()).device
@@ -166,7 +173,7 @@ class Run:
                 if ended or self._is_due():
                     self.checkpoint()
                 yield record
-                if self._stop():
+                if self._is_told_to_stop():
                     self.checkpoint()
                     raise Interruption
                 if trainer.step >= trainer.total:
@@ -174,7 +181,7 @@ class Run:
         if self._reestimate:
             self._reestimate_batchnorm()
         if self._validation is None or self._reestimate:
-            self._write_compressed()
+            self._write_model()
 
     def checkpoint(self) -> None:
         """Writes a checkpoint.
@@ -198,8 +205,8 @@ class Run:
         }
         sums = {"run.sums": self._sums.detach().cpu().clone()}
         self._checkpoints.write(TrainingState(state.tensors | sums, {**state.values, "run": values}))
-        if not (self._folder / WEIGHTS).exists():
-            self._write_compressed()
+        if not (self._folder / self._weights).exists():
+            self._write_model()
 
     @property
     def seconds(self) -> float:
@@ -212,17 +219,24 @@ class Run:
         by_time = pace.seconds is not None and time.monotonic() - self._last_checkpoint >= pace.seconds
         return by_steps or by_time
 
+    def _is_told_to_stop(self) -> bool:
+        """Returns whether any process was told to stop; several agree on the step, every few steps."""
+        if self._processes.size > 1 and self._trainer.step % _AGREED_EVERY:
+            return False
+        return self._processes.any(self._stop())
+
     def _limit(self) -> None:
         """Finds, once, how many steps fit into the time."""
         if self._pace.most_seconds is None or self._trainer.step != _TIMED:
             return
         fitting = int(self._pace.most_seconds / self.seconds * _TIMED)
-        self._trainer.total = max(_TIMED, min(self._trainer.total, fitting))
+        self._trainer.total = self._processes.first_of(max(_TIMED, min(self._trainer.total, fitting)))
 
     def _end_epoch(self, epoch: int) -> None:
         trainer, kept = self._trainer, self._progress
         trainer.check()
         steps = trainer.step - epoch * trainer.steps_per_epoch
+        self._processes.average([self._sums])
         loss, task_loss = (self._sums / steps).tolist()
         self._sums.zero_()
         score = self._score()
@@ -236,7 +250,7 @@ class Run:
         if self._validation is not None and score is not None and self._validation.better(score, kept.best):
             kept.best, kept.best_epoch = score, epoch + 1
             if not self._reestimate:
-                self._write_compressed()
+                self._write_model()
 
     def _score(self) -> float | None:
         if self._validation is None:
@@ -256,11 +270,11 @@ class Run:
         batches = self._batches.epoch(0)
         prepared.reestimate_batchnorm(inputs for _, (inputs, _) in zip(range(few), batches, strict=False))
 
-    def _write_compressed(self) -> None:
+    def _write_model(self) -> None:
         if self._writes:
             prepared = self._trainer.prepared
             prepared.eval()
-            write_compressed(prepared.finalize(), self._folder)
+            self._save(prepared, self._folder)
             prepared.train()
 
     def _write_history(self) -> None:

@@ -1,20 +1,24 @@
 """The folder of a training run: what began it, its compressed model, and the names of its files."""
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from qcompress.compressed.folder import PLAN, PROGRAM, REPORT, WEIGHTS
-from qcompress.compressed.model import CompressedModel
 from qcompress.errors import ConfigError, OutputError
 from qcompress.files import write_whole
+from qcompress.finetune.prepared import Prepared
 
 TRAINING: Final = "training"  # folder of the checkpoints
 RUN: Final = "run.json"
+FLOAT: Final = "model.pt2"
 HISTORY: Final = "history.csv"
 QUANTIZERS: Final = "quantizers.csv"
 
@@ -60,20 +64,42 @@ def start_folder(folder: Path, run: Mapping[str, Any], *, resume: bool) -> None:
     write_whole(path, (json.dumps(run, indent=1) + "\n").encode())
 
 
-def write_compressed(small: CompressedModel, folder: Path) -> None:
-    """Writes a compressed model into an existing folder, file by file, its weights last.
+def write_compressed(prepared: Prepared, folder: Path) -> None:
+    """Writes the compressed model into an existing folder, file by file, its weights last.
 
     All models of a run have the same program and plan, so that files of two of them fit each other.
 
     Raises:
         OutputError: it cannot be written.
     """
-    part: Path | None = None
-    try:
-        part = Path(tempfile.mkdtemp(prefix=".compressed.", dir=folder))
-        small.save(part / "model")
+    with _part_of(folder) as part:
+        prepared.finalize().save(part / "model")
         for name in (PROGRAM, PLAN, REPORT, WEIGHTS):
             os.replace(part / "model" / name, folder / name)
+
+
+def write_float(prepared: Prepared, folder: Path) -> None:
+    """Writes the trained float model into an existing folder: `model.pt2`, and `state.pt`, its state dict.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    small = prepared.finalize()
+    trained = small.program.with_state({name: a.dequantize() for name, a in small.artifacts.items()})
+    with _part_of(folder) as part:
+        torch.save(prepared.model.state_dict(), part / "state.pt")
+        torch.export.save(trained.exported, part / FLOAT)
+        for name in ("state.pt", FLOAT):
+            os.replace(part / name, folder / name)
+
+
+@contextlib.contextmanager
+def _part_of(folder: Path) -> Iterator[Path]:
+    """Yields a new folder inside one, for files on their way there; it is removed afterwards."""
+    part: Path | None = None
+    try:
+        part = Path(tempfile.mkdtemp(prefix=".model.", dir=folder))
+        yield part
     except OSError as e:
         raise OutputError(f"{folder} cannot be written: {e.strerror}.") from None
     finally:

@@ -7,7 +7,7 @@ folded, never shortened.
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar, final
 
@@ -15,7 +15,7 @@ import click
 from rich import box
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from qcompress.errors import OutputError
@@ -41,11 +41,12 @@ class Ui:
         json: stdout is one JSON document, written by `emit`; `show` writes nothing, and what the user's own code
             prints until the command ends goes to stderr.
         quiet: no progress and no notes.
+        silent: no results either: another process reports.
     """
 
-    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
-        self.json = json
-        self.quiet = quiet
+    def __init__(self, *, json: bool = False, quiet: bool = False, silent: bool = False) -> None:
+        self.json = json or silent
+        self.quiet, self._silent = quiet, silent
         self.out = _console(sys.stdout)
         self.err = _console(sys.stderr)
         self._written: list[Path] = []
@@ -66,7 +67,7 @@ class Ui:
 
     def emit(self, report: Mapping[str, Any]) -> None:
         """Write the JSON document to stdout, if --json asks for it."""
-        if self.json:
+        if self.json and not self._silent:
             with self._to_stdout():
                 # Line by line: a single write of more than a pipe holds does not report that its reader is gone.
                 self.out.file.writelines(json_text(report).splitlines(keepends=True))
@@ -88,6 +89,25 @@ class Ui:
             return
         with Progress(console=self.err, transient=True) as bar:
             yield from bar.track(items, description=what)
+
+    @contextlib.contextmanager
+    def bar(self, done: int, total: int) -> Iterator[Callable[[int, int, str], None]]:
+        """Show a progress bar on stderr where that is a terminal.
+
+        Args:
+            done: what is done already.
+            total: what there is to do.
+
+        Yields:
+            A function that is called with what is done, the total, and a text.
+        """
+        if self.quiet or not self.err.is_terminal:
+            yield lambda done, total, text: None
+            return
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.err, transient=True) as shown:
+            task = shown.add_task("training", total=total, completed=done)
+            yield lambda done, total, text: shown.update(task, completed=done, total=total, description=text)
 
     @contextlib.contextmanager
     def _to_stdout(self) -> Iterator[None]:

@@ -84,6 +84,11 @@ class CheckpointSource(AbstractFile):
         where = repr(self._chosen.where) if self._chosen.where else "the top level"
         return f"{self.label}: tensors taken from {where}; not read: {', '.join(map(repr, self._chosen.others))}."
 
+    @property
+    def holds_module(self) -> bool:
+        """Whether the file holds a pickled module, not a state dict."""
+        return self._chosen.is_module
+
     def tensors(self) -> Iterator[SourceTensor]:
         """Yield every tensor in the file's order, tied ones once; unknown classes are skipped, and no code is run."""
         if self._chosen.is_module:

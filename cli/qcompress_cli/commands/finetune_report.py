@@ -1,0 +1,161 @@
+"""The report of `finetune`: a line per epoch, the table at the end, JSON, and the picture of the curves."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+from rich.console import RenderableType
+
+from qcompress.metrics.metric import unit_of
+from qcompress.plan.training import Training
+from qcompress_cli.terminal.console import new_table
+from qcompress_cli.terminal.numbers import number
+
+if TYPE_CHECKING:
+    from qcompress.finetune.history import EpochRow
+    from qcompress.finetune.prepared import Prepared
+
+_LONG_S: Final = 100
+_LONG_MIN: Final = 120
+
+
+def time_text(seconds: float) -> str:
+    """Return a time in words.
+
+    >>> time_text(42), time_text(600), time_text(7320)
+    ('42 s', '10 min', '2 h 2 min')
+    """
+    if seconds < _LONG_S:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < _LONG_MIN else f"{minutes // 60} h {minutes % 60} min"
+
+
+def epoch_line(row: "EpochRow", epochs: int, seconds: float) -> str:
+    """Return what is said of an epoch when it ends."""
+    scored = "" if row.score is None else f", metric {number(row.score)}"
+    return f"epoch {row.epoch}/{epochs}: loss {number(row.loss)}{scored}, {time_text(seconds)}"
+
+
+def dry_run(settings: Training, prepared: "Prepared", steps: int) -> list[RenderableType]:
+    """Return what would be done."""
+    table = new_table("setting", ["value"], left=["value"])
+    for name, value in settings.given().items():
+        table.add_row(name, str(value).lower() if isinstance(value, bool) else str(value))
+    planned = prepared.parts.resolved.compressed
+    widths = ", ".join(sorted({f"{t.bits} bits" for t in planned})) or "float"
+    return [
+        table,
+        f"{len(planned)} weights at {widths}; {settings.epochs} epochs of {steps} steps",
+        "nothing written (--dry-run)",
+    ]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished run.
+
+    Args:
+        folder: of the run.
+        settings: how it was trained.
+        rows: the history.
+        best_epoch: the one that was kept; None without validation data: the last.
+        original: the metric of the float model; None without validation data.
+        metric: its name.
+    """
+
+    folder: Path
+    settings: Training
+    rows: "tuple[EpochRow, ...]"
+    best_epoch: int | None
+    original: float | None
+    metric: str
+
+    @property
+    def kept(self) -> "EpochRow":
+        """The epoch whose weights are in the folder."""
+        return self.rows[-1] if self.best_epoch is None else self.rows[self.best_epoch - 1]
+
+    def tables(self) -> list[RenderableType]:
+        """Return the epochs, the kept one marked."""
+        table = new_table("epoch", ["loss", "weights' error", *([self.metric] if self.original is not None else [])])
+        for row in self.rows:
+            mark = " *" if row is self.kept and self.best_epoch is not None else ""
+            score = [] if self.original is None else [self._scored(row.score)]
+            table.add_row(f"{row.epoch}{mark}", number(row.loss), f"{100 * row.error:.2f} %", *score)
+        if self.original is not None:
+            table.add_row("float", "", "", self._scored(self.original))
+        return [table]
+
+    def lines(self, data: str) -> list[str]:
+        """Return the verdict and the next commands."""
+        if self.original is None or self.kept.score is None:
+            said = f"trained {len(self.rows)} epochs, loss {number(self.rows[-1].loss)}: {self.folder}"
+        else:
+            said = (
+                f"{self.metric} {self._scored(self.kept.score)} with the weights of epoch {self.kept.epoch} as stored, "
+                f"{self._scored(self.original)} in float: {self.folder}"
+            )
+        bits = " --bits 2" if self.settings.method == "none" else ""
+        return [said, f"Next: qcompress export {self.folder}{bits}"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the document of --json; docs/json.md lists its keys."""
+        return {
+            "format_version": 1,
+            "folder": str(self.folder),
+            "settings": self.settings.given(),
+            "metric": None if self.original is None else self.metric,
+            "original": self.original,
+            "kept_epoch": self.kept.epoch,
+            "history": [asdict(row) for row in self.rows],
+        }
+
+    def _scored(self, value: float | None) -> str:
+        if value is None:
+            return "–"
+        return f"{100 * value:.2f} %" if unit_of(self.metric) == "fraction" else number(value)
+
+
+_WIDTH, _HEIGHT, _MARGIN = 640, 280, 56
+
+
+def curves(done: Done) -> str:
+    """Return an SVG of the loss over the epochs, and of the metric where there is one."""
+    series = [("loss", [row.loss for row in done.rows])]
+    if done.original is not None:
+        series.append((done.metric, [row.score or 0.0 for row in done.rows]))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT * len(series)}" '
+        'font-family="sans-serif" font-size="13">',
+        f'<rect width="{_WIDTH}" height="{_HEIGHT * len(series)}" fill="white"/>',
+    ]
+    for i, (name, values) in enumerate(series):
+        parts += _curve(name, values, i * _HEIGHT)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _curve(name: str, values: Sequence[float], top: int) -> list[str]:
+    low, high = min(values), max(values)
+    spread = (high - low) or 1.0
+    left, right, bottom = _MARGIN, _WIDTH - 20, top + _HEIGHT - 36
+
+    def point(i: int, value: float) -> tuple[float, float]:
+        x = left + (right - left) * (i / max(1, len(values) - 1))
+        return x, bottom - (bottom - top - 40) * (value - low) / spread
+
+    points = [point(i, value) for i, value in enumerate(values)]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return [
+        f'<text x="{left}" y="{top + 22}" font-weight="bold">{escape(name)}</text>',
+        f'<line x1="{left}" y1="{bottom}" x2="{right}" y2="{bottom}" stroke="#999"/>',
+        f'<text x="{left - 6}" y="{point(0, low)[1] + 4:.1f}" text-anchor="end">{number(low)}</text>',
+        f'<text x="{left - 6}" y="{point(0, high)[1] + 4:.1f}" text-anchor="end">{number(high)}</text>',
+        f'<polyline points="{path}" fill="none" stroke="#0969da" stroke-width="2"/>',
+        *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#0969da"/>' for x, y in points),
+        f'<text x="{left}" y="{bottom + 20}">epoch 1</text>',
+        f'<text x="{right}" y="{bottom + 20}" text-anchor="end">epoch {len(values)}</text>',
+    ]
