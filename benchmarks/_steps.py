@@ -61,7 +61,7 @@ def measure(task: Task, rows: Sequence[Row], device: str, *, compiles: bool, pai
     found = {}
     for row, is_compiled in [(row, c) for row in rows for c in ([False, True] if compiles else [False])]:
         model, name = prepared(task, row)[0].to(device).train(), f"{row.name}{', compiled' if is_compiled else ''}"
-        step, seconds = stepper(model, x, y), None
+        step, seconds, notes = stepper(model, x, y), None, model.notes
         if is_compiled:
             model.compile(**REPORTED)
             start = time.perf_counter()
@@ -69,7 +69,7 @@ def measure(task: Task, rows: Sequence[Row], device: str, *, compiles: bool, pai
             seconds = time.perf_counter() - start
         counts = counted(step, device)
         ratio = paired(plain, step, pairs, device)
-        if is_compiled and model.notes:
+        if model.notes != notes:
             print(f"{name}: {model.notes[-1]}")
         else:
             kernels, operators = counts.kernels / floats.kernels, counts.operators / floats.operators
