@@ -1,5 +1,7 @@
 """A training run that can be left alone: epochs, validation, checkpoints, a history, and the compressed folder."""
 
+import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Final, final
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qcompress.compressed.folder import WEIGHTS
 from qcompress.data.training import TrainingBatches
@@ -56,7 +59,7 @@ class Validation:
     lower_is_better: bool = False
 
     def better(self, new: float, old: float | None) -> bool:
-        """Returns whether a score is better than an older one."""
+        """Returns whether a score is better than an older one; None: there is no older one."""
         return old is None or (new < old if self.lower_is_better else new > old)
 
 
@@ -81,7 +84,7 @@ class Run:
         folder: becomes a compressed folder, with the training's files beside.
         pace: checkpoints and limits.
         validation: how epochs are compared; None: the last one counts.
-        reestimate: batches over which BatchNorm's statistics are computed anew at the end.
+        reestimate: batches over which BatchNorm's statistics are computed anew for models that are scored or written.
         stop: asked after each step whether to stop.
         saves_float: whether the float model is saved in place of a compressed one.
         writes: whether this process writes files.
@@ -132,8 +135,12 @@ class Run:
         return self._trainer.total
 
     def resume(self) -> bool:
-        """Goes on from the last checkpoint; returns whether there is one."""
-        self._checkpoints.sweep()
+        """Goes on from the last checkpoint; returns whether there is one.
+
+        Raises:
+            ConfigError: the checkpoint belongs to another model or plan.
+            SourceError: no checkpoint can be read.
+        """
         state = self._checkpoints.latest()
         if state is None:
             return False
@@ -151,7 +158,7 @@ class Run:
         """Trains to the end while the caller iterates over the steps.
 
         Raises:
-            DivergenceError: the last checkpoint is good.
+            DivergenceError: a loss or a gradient is not finite, or a scale collapsed. The last checkpoint is good.
             Interruption: `stop` asked for it.
             OutputError: a file cannot be written. The last checkpoint is good.
         """
@@ -174,10 +181,6 @@ class Run:
                     raise Interruption
                 if trainer.step >= trainer.total:
                     break
-        if self._reestimate:
-            self._reestimate_batchnorm()
-        if self._validation is None or self._reestimate:
-            self._write_model()
 
     def checkpoint(self) -> None:
         """Writes a checkpoint.
@@ -202,7 +205,8 @@ class Run:
         sums = {"run.sums": self._sums.detach().cpu().clone()}
         self._checkpoints.write(TrainingState(state.tensors | sums, {**state.values, "run": values}))
         if not (self._folder / self._weights).exists():
-            self._write_model()
+            with self._as_stored():
+                self._write_model()
 
     @property
     def seconds(self) -> float:
@@ -228,7 +232,11 @@ class Run:
         steps = trainer.step - epoch * trainer.steps_per_epoch
         loss, task_loss = (self._sums / steps).tolist()
         self._sums.zero_()
-        score = self._score()
+        with self._as_stored():
+            score = None if self._validation is None else self._validation.score(trainer.prepared)
+            if self._validation is None or self._validation.better(score, kept.best):
+                kept.best, kept.best_epoch = score, None if score is None else epoch + 1
+                self._write_model()
         listed = quantizer_values(trainer.prepared)
         kept.quantizers += [(epoch + 1, *values) for values in listed]
         errors = [value for _, what, value in listed if what == "error"]
@@ -236,35 +244,28 @@ class Run:
         error = sum(errors) / len(errors) if errors else 0.0
         kept.rows.append(EpochRow(epoch + 1, trainer.step, loss, task_loss, rate, score, error))
         self._write_history()
-        if self._validation is not None and score is not None and self._validation.better(score, kept.best):
-            kept.best, kept.best_epoch = score, epoch + 1
-            if not self._reestimate:
-                self._write_model()
 
-    def _score(self) -> float | None:
-        if self._validation is None:
-            return None
+    @contextlib.contextmanager
+    def _as_stored(self) -> Iterator[None]:
+        """Puts the model for a while into the state in which it is scored and written."""
         prepared = self._trainer.prepared
         prepared.eval()
+        norms = [m for m in prepared.model.modules() if isinstance(m, _BatchNorm)] if self._reestimate else []
+        trained = [copy.deepcopy(norm.state_dict()) for norm in norms]
         try:
             with torch.no_grad():
-                return self._validation.score(prepared)
+                if norms:
+                    batches = zip(range(self._reestimate), self._batches.epoch(0), strict=False)
+                    prepared.reestimate_batchnorm(inputs for _, (inputs, _) in batches)
+                yield
         finally:
+            for norm, state in zip(norms, trained, strict=True):
+                norm.load_state_dict(state)
             prepared.train()
-
-    def _reestimate_batchnorm(self) -> None:
-        few = min(self._reestimate, len(self._batches))
-        prepared = self._trainer.prepared
-        prepared.eval()
-        batches = self._batches.epoch(0)
-        prepared.reestimate_batchnorm(inputs for _, (inputs, _) in zip(range(few), batches, strict=False))
 
     def _write_model(self) -> None:
         if self._writes:
-            prepared = self._trainer.prepared
-            prepared.eval()
-            self._save(prepared, self._folder)
-            prepared.train()
+            self._save(self._trainer.prepared, self._folder)
 
     def _write_history(self) -> None:
         if self._writes:

@@ -13,15 +13,18 @@ import torch
 
 from qcompress.compressed.folder import PLAN, PROGRAM, REPORT, WEIGHTS
 from qcompress.errors import ConfigError, OutputError
-from qcompress.files import write_whole
+from qcompress.files import sync, write_whole
 from qcompress.finetune.prepared import Prepared
 
 TRAINING: Final = "training"  # folder of the checkpoints
 RUN: Final = "run.json"
 FLOAT: Final = "model.pt2"
+STATE: Final = "state.pt"
 HISTORY: Final = "history.csv"
 QUANTIZERS: Final = "quantizers.csv"
 
+# Files and folders on their way there, as `_part_of` and `write_whole` name them.
+_BEGUN: Final = (".model.*", ".*.json.*", ".*.csv.*", ".*.svg.*", f"{TRAINING}/.*")
 _SHOWN: Final = 60  # characters of a value in a message
 
 
@@ -54,6 +57,7 @@ def start_folder(folder: Path, run: Mapping[str, Any], *, resume: bool) -> None:
                     f"--resume needs the command that started the run in {folder}: {key} was {_shown(was)}, now it is "
                     f"{_shown(value)}; use the same, or name another folder by -o."
                 )
+        _sweep(folder)
         return
     if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise OutputError(f"{folder} exists and holds no training run: name another folder by -o.")
@@ -87,10 +91,21 @@ def write_float(prepared: Prepared, folder: Path) -> None:
     small = prepared.finalize()
     trained = small.program.with_state({name: a.dequantize() for name, a in small.artifacts.items()})
     with _part_of(folder) as part:
-        torch.save(prepared.model.state_dict(), part / "state.pt")
+        torch.save(prepared.model.state_dict(), part / STATE)
         torch.export.save(trained.exported, part / FLOAT)
-        for name in ("state.pt", FLOAT):
+        for name in (STATE, FLOAT):
+            sync(part / name)
             os.replace(part / name, folder / name)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a killed run left half written."""
+    for part in (found for name in _BEGUN for found in folder.glob(name)):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 @contextlib.contextmanager
@@ -109,4 +124,4 @@ def _part_of(folder: Path) -> Iterator[Path]:
 
 def _shown(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "…"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
