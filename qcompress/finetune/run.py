@@ -134,6 +134,11 @@ class Run:
         """Steps of the whole run."""
         return self._trainer.total
 
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole run, the last one perhaps cut short."""
+        return -(-self.total // self._trainer.steps_per_epoch)
+
     def resume(self) -> bool:
         """Goes on from the last checkpoint; returns whether there is one.
 

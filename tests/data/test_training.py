@@ -174,8 +174,9 @@ def test_the_fingerprint_tells_what_decides_the_batches() -> None:
         batches(**base | {"size": 5}), batches(**base | {"seed": 1}), batches(**base | {"augment": "crop:1"}),
         batches(**base, drop_last=False), batches(**base, shuffle=False), batches(reader(X[1:], Y[1:]), **base),
         batches(reader(X.astype(np.float64)), **base), batches(reader(transform=np.abs, transform_name="abs"), **base),
+        batches(reader(X + 1), **base), batches(reader(X, Y[::-1].copy()), **base),
     ]  # fmt: skip
-    assert len({same, *(other.fingerprint for other in others)}) == 9
+    assert len({same, *(other.fingerprint for other in others)}) == 11
 
 
 def test_a_worker_that_is_killed_is_one_message() -> None:

@@ -283,7 +283,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_what_a_killed_run_left_is_swept_and_nothing_else(tmp_path):
     identity = {"version": 1}
-    start_folder(tmp_path / "run", identity, resume=True)
+    start_folder(tmp_path / "run", identity)
     folder = tmp_path / "run"
     (folder / ".model.abc").mkdir()
     (folder / ".model.abc" / "model").mkdir()
@@ -292,7 +292,7 @@ def test_what_a_killed_run_left_is_swept_and_nothing_else(tmp_path):
     for name in left:
         (folder / name).write_text("half")
     (folder / ".gitignore").write_text("*")
-    start_folder(folder, identity, resume=True)
+    start_folder(folder, identity)
     assert {p.name for p in folder.iterdir()} == {"run.json", "training", ".gitignore"}
     assert list((folder / "training").iterdir()) == []
 

@@ -1,5 +1,6 @@
 """The report of `finetune`: a line per epoch, the table at the end, JSON, and the picture of the curves."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -11,7 +12,7 @@ from rich.console import RenderableType
 from qcompress.metrics.metric import unit_of
 from qcompress.plan.training import Training
 from qcompress_cli.terminal.console import new_table
-from qcompress_cli.terminal.numbers import number
+from qcompress_cli.terminal.numbers import counted, number
 
 if TYPE_CHECKING:
     from qcompress.finetune.history import EpochRow
@@ -45,10 +46,11 @@ def dry_run(settings: Training, prepared: "Prepared", steps: int) -> list[Render
     for name, value in settings.given().items():
         table.add_row(name, str(value).lower() if isinstance(value, bool) else str(value))
     planned = prepared.parts.resolved.compressed
-    widths = ", ".join(sorted({f"{t.bits} bits" for t in planned})) or "float"
+    widths = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(Counter(t.bits for t in planned).items()))
+    weights = f"{counted(len(planned), 'weight')}: {widths}" if planned else "all weights in float"
     return [
         table,
-        f"{len(planned)} weights at {widths}; {settings.epochs} epochs of {steps} steps",
+        f"{weights}; {counted(settings.epochs, 'epoch')} of {counted(steps, 'step')}",
         "nothing written (--dry-run)",
     ]
 
