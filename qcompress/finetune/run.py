@@ -125,6 +125,14 @@ class Run:
         return self._progress.best_epoch
 
     @property
+    def errors(self) -> dict[str, float]:
+        """The relative distance of each weight as stored from its float value, at the end of the kept epoch."""
+        kept = self.best_epoch or len(self.rows)
+        return {
+            name: value for epoch, name, what, value in self._progress.quantizers if (epoch, what) == (kept, "error")
+        }
+
+    @property
     def step(self) -> int:
         """Steps that are done."""
         return self._trainer.step

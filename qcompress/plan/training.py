@@ -104,7 +104,7 @@ TRAINING_FIELDS: Final[Fields] = (
         name="teacher",
         values=Text(("self", "none"), "FILE"),
         meaning="A model whose outputs are learned: self is MODEL before training.",
-        unset="self",
+        unset="self; none with the method none or from_scratch",
     ),
     PlanField(
         name="kd_weight",
@@ -176,7 +176,7 @@ TRAINING_FIELDS: Final[Fields] = (
     PlanField(
         name="reestimate",
         values=Integer(0),
-        meaning="Batches over which BatchNorm's statistics are computed anew at the end.",
+        meaning="Batches over which BatchNorm's statistics are computed anew for models that are scored or stored.",
         unset="0",
     ),
     PlanField(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from qcompress.graph.program import FloatProgram
     from qcompress.plan.training import Training
 
+_METRIC: Final = "top1"
 _SHOWN_EVERY: Final = 10  # steps
 _CALIBRATION: Final = 4  # batches on which quantizers of activations start
 
@@ -100,14 +101,14 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
 
     torch.manual_seed(wanted.seed)
     task = _task(plan, wanted, given, source, ui)
-    settings, teacher = task.settings, task.teacher
+    settings, teacher, metric = task.settings, task.teacher, given.metric or _METRIC
     plan = replace(plan, training=settings)
     for note in task.prepared.notes:
         ui.note(note)
     if not recipes.is_tuned(settings, plan.default.bits) and plan.default.bits is not None:
         ui.note(f"The defaults of {settings.method} at {plan.default.bits} bits are untuned; compare a few of --rate.")
     if wanted.dry_run:
-        ui.emit({"format_version": 1, "settings": settings.given()})
+        ui.emit(finetune_report.Done(None, settings, (), None, task.original, metric).as_dict())
         ui.show(*finetune_report.dry_run(settings, task.prepared, len(task.batches)))
         return
     start_folder(folder, _identity(plan, wanted, task, source))
@@ -132,7 +133,7 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
         if wanted.resume and run.resume():
             ui.note(f"going on at step {run.step:,} of {run.total:,}")
         try:
-            _train(run, ui)
+            _train(run, metric, ui)
         except Interruption:
             again = shlex.join(["qcompress", *_arguments(), *([] if wanted.resume else ["--resume"])])
             click.echo(f"interrupted: {folder} is at step {run.step:,} of {run.total:,}.\nNext: {again}", err=True)
@@ -140,12 +141,10 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
         except DivergenceError as e:
             raise DivergenceError(f"{e} {_left_by(folder)}") from None
     ui.wrote(folder)
-    done = finetune_report.Done(
-        folder, settings, tuple(run.rows), run.best_epoch, task.original, given.metric or "top1"
-    )
+    done = finetune_report.Done(folder, settings, tuple(run.rows), run.best_epoch, task.original, metric, run.errors)
     write_whole(folder / "curves.svg", finetune_report.curves(done).encode())
     ui.emit(done.as_dict())
-    ui.show(*done.tables(), *done.lines(given.data or ""))
+    ui.show(*done.tables(), *done.lines())
 
 
 def _check(wanted: FinetuneOptions, given: RunOptions) -> Path:
@@ -356,7 +355,7 @@ def _validation(wanted: FinetuneOptions, given: RunOptions, program: "FloatProgr
     data = load_data(wanted.val, transform=given.transform, what="--val")
     if data.labels is None:
         raise ConfigError(f"--val {wanted.val} needs labels, to compare epochs by the metric; add them as y.")
-    metric = load_metric(given.metric or "top1", lower_is_better=given.lower_is_better)
+    metric = load_metric(given.metric or _METRIC, lower_is_better=given.lower_is_better)
     original = score(program.runner(where), data, metric)
     found = Validation(score=scorer(program, data, metric, where), lower_is_better=metric.lower_is_better)
     return {
@@ -379,13 +378,13 @@ def _identity(plan: Plan, wanted: FinetuneOptions, task: _Task, source: Source) 
     }
 
 
-def _train(run: "Run", ui: Ui) -> None:
+def _train(run: "Run", metric: str, ui: Ui) -> None:
     epochs = len(run.rows)
     with ui.bar(run.step, run.total) as update:
         for record in run.steps():
             if len(run.rows) > epochs:
                 epochs = len(run.rows)
-                ui.note(finetune_report.epoch_line(run.rows[-1], run.epochs, run.seconds))
+                ui.note(finetune_report.epoch_line(run.rows[-1], run.epochs, run.seconds, metric))
             if record.step % _SHOWN_EVERY == 0:  # reading a loss waits for the device
                 update(run.step, run.total, f"epoch {record.epoch + 1}, loss {record.loss:.4g}")
 
