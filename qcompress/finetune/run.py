@@ -247,8 +247,10 @@ class Run:
         self._sums.zero_()
         with self._as_stored():
             score = None if self._validation is None else self._validation.score(trainer.prepared)
-            if self._validation is None or self._validation.better(score, kept.best):
-                kept.best, kept.best_epoch = score, None if score is None else epoch + 1
+            if self._validation is None or score is None:
+                self._write_model()
+            elif self._validation.better(score, kept.best):
+                kept.best, kept.best_epoch = score, epoch + 1
                 self._write_model()
         listed = quantizer_values(trainer.prepared)
         kept.quantizers += [(epoch + 1, *values) for values in listed]

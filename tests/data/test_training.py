@@ -211,7 +211,7 @@ def test_every_source_of_the_same_samples_gives_the_same_batches() -> None:
     np.savez("plain.npz", x=X, y=Y, names=np.array(["a"] * N))
     np.savez_compressed("packed.npz", train_x=X, train_y=Y)
     code(
-        "import torch\nd = np.load('plain.npz')\n"
+        "import torch\nwith np.load('plain.npz') as file:\n    d = {key: file[key] for key in 'xy'}\n"
         "def pairs(): return [(x, y) for x, y in zip(d['x'], d['y'])]\n"
         "def dicts(): return [{'x': torch.from_numpy(x), 'y': y} for x, y in zip(d['x'], d['y'])]\n"
         "def drawn(): return iter(pairs())\n"
