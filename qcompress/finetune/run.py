@@ -59,8 +59,8 @@ class Validation:
     lower_is_better: bool = False
 
     def better(self, new: float, old: float | None) -> bool:
-        """Returns whether a score is better than an older one; None: there is no older one."""
-        return old is None or (new < old if self.lower_is_better else new > old)
+        """Returns whether a score is at least as good as an older one; None: there is no older one."""
+        return old is None or (new <= old if self.lower_is_better else new >= old)
 
 
 @final

@@ -110,7 +110,7 @@ class Done:
             )
         worst = sorted(self.errors, key=lambda name: -self.errors[name])[:_NAMED]
         listed = ", ".join(f"{name} {100 * self.errors[name]:.1f} %" for name in worst)
-        largest = [f"largest errors of weights: {listed}"] if worst else []
+        largest = [f"largest errors: {listed}"] if worst else []
         bits = " --bits 2" if self.settings.method == "none" else ""
         return [*largest, said, f"Next: qcompress export {self.folder}{bits}"]
 
