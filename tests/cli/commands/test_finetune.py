@@ -146,6 +146,13 @@ def test_a_dry_run_writes_nothing(finetune, folder):
     assert sorted(folder.iterdir()) == before
 
 
+def test_untuned_defaults_are_named(finetune, qcompress):
+    assert "untuned: other methods and widths" in " ".join(qcompress("finetune", "--help").stdout.split())
+    command = ("model.pt2", "--data", "train.npz", "--bits", "2", *SHORT[:-1], "--dry-run")
+    assert "The defaults of tqt at 2 bits are untuned; compare" in finetune(*command, "--method", "tqt").stderr
+    assert "untuned" not in finetune(*command, "--method", "dkm").stderr
+
+
 def test_a_saved_plan_gives_the_same_weights(finetune):
     given = ("--bits", "2", "--activation-bits", "2", "--ends", "8", "--method", "n2uq", "--rate", "1e-3")
     common = ("model.pt2", "--data", "train.npz", *SHORT)
