@@ -1,4 +1,4 @@
-"""Writes docs/plan.md from the table of plan fields: python docs/make_plan.py"""
+"""Writes docs/plan.md from the tables of plan fields: python docs/make_plan.py"""
 
 import textwrap
 from pathlib import Path
@@ -7,9 +7,10 @@ from typing import get_args
 from qcompress.plan.fields import FIELDS, Fields, PlanField, Scheme
 from qcompress.plan.plan import TABLE_KINDS
 from qcompress.plan.toml import value_text
+from qcompress.plan.training import TRAINING_FIELDS
 
 HEAD = f"""\
-<!-- Written by docs/make_plan.py from qcompress/plan/fields.py. -->
+<!-- Written by docs/make_plan.py from qcompress/plan/fields.py and qcompress/plan/training.py. -->
 # The plan
 
 A plan says what happens to each weight. It is a TOML file (`--plan FILE`), a `Plan` in Python, or options:
@@ -28,6 +29,9 @@ bits = 4
 
 [name."layer1.*"]    # weights whose names match a pattern: *, ? and [abc]
 skip = true
+
+[training]           # how `finetune` trains; nothing else reads it
+epochs = 12
 ```
 
 Kinds are {", ".join(f"`{kind}`" for kind in TABLE_KINDS)}.
@@ -45,13 +49,29 @@ the resolved plan, which gives the same file again. [combinations.md](combinatio
 """
 
 
+TRAINING = """
+## Training
+
+The fields of `[training]`, which `qcompress finetune` reads, and its options. What is unset has the default of its
+method and width; `--save-plan` writes all of them. [finetuning.md](finetuning.md) shows how they are used.
+
+| field | option | values | if unset | meaning |
+|---|---|---|---|---|
+"""
+
+
 def page(fields: Fields = FIELDS) -> str:
     """Return the page for a table of fields."""
-    rows = "".join(
-        f"| `{f.name}` | {f'`{f.option}`' if f.has_option else '-'} | {f.values} | {f.unset or 'must be set'} |\n"
-        for f in fields
-    )
-    return f"{HEAD}{rows}\n" + "\n".join(section(field) for field in fields)
+    rows = "".join(f"{row(field)}\n" for field in fields)
+    training = "".join(f"{row(field)} {field.meaning} |\n" for field in TRAINING_FIELDS)
+    return f"{HEAD}{rows}\n" + "\n".join(section(field) for field in fields) + TRAINING + training
+
+
+def row(field: PlanField) -> str:
+    """Return the row of a field: its name, option, values and default."""
+    option = f"`{field.option}`" if field.has_option else "-"
+    values = str(field.values).replace("|", "\\|")
+    return f"| `{field.name}` | {option} | {values} | {field.unset or 'must be set'} |"
 
 
 def section(field: PlanField) -> str:

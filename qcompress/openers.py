@@ -38,6 +38,10 @@ def _legacy(path: Path, options: SourceOptions) -> Source:
     return CheckpointSource(path, options, legacy=True)
 
 
+def _trained(path: Path, options: SourceOptions) -> Source:
+    return ExportedSource(path / "model.pt2", options)
+
+
 # The table of kinds of files. To add one, write a module with a Source and add a line here, or in the caller's table.
 DEFAULT_OPENERS: Final[tuple[Opener, ...]] = (
     Opener(".safetensors", _is("safetensors"), SafetensorsSource),
@@ -45,6 +49,7 @@ DEFAULT_OPENERS: Final[tuple[Opener, ...]] = (
     Opener("torch checkpoint", _is("checkpoint"), CheckpointSource),
     Opener("torch checkpoint before 1.6", _is("legacy_checkpoint"), _legacy),
     Opener("compressed model", _is("compressed_folder"), CompressedSource),
+    Opener("training run without quantizers", _is("float_folder"), _trained),
 )
 
 # Models of kinds that qcompress cannot read.

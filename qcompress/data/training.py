@@ -123,7 +123,7 @@ class TrainingBatches:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all that decides which batches come, but for the values of the samples.
+        """A digest of all that decides which batches come; of the samples' values it knows the first and the last.
 
         The number of processes, the workers and the device are not in it: batches do not depend on them.
         """
@@ -132,7 +132,11 @@ class TrainingBatches:
         kinds = [f"{name} {values.dtype} {values.shape}" for name, values in sorted(first.inputs.items())]
         order = f"{settings.size} {settings.seed} {settings.shuffle} {settings.drop_last}"
         texts = [order, augment, self._data.transform_name, str(len(self._data)), *kinds]
-        return short_digest(*(text.encode() for text in texts))
+        ends = np.array([0, len(self._data) - 1])
+        with self._data.named_errors():
+            raw, labels = self._data.samples.take(ends, seeds_of(2, SAMPLES, 0, 0, 0))
+        values = [part for name in sorted(raw) for part in raw[name]] + ([] if labels is None else [labels])
+        return short_digest(*(text.encode() for text in texts), *(np.asarray(value).tobytes() for value in values))
 
     def check(self) -> None:
         """Refuse, before training starts, what would fail later or teach nothing.

@@ -59,12 +59,6 @@ class Checkpoints:
             raise SourceError(f"{paths[0]} is damaged, and so are older checkpoints; start over in another folder.")
         return None
 
-    def sweep(self) -> None:
-        """Removes what a killed run left half written."""
-        for part in self._folder.glob(f".{_STEM}*"):
-            with contextlib.suppress(OSError):
-                part.unlink()
-
     def _paths(self) -> list[Path]:
         """Returns the files, the newest first."""
         return sorted(self._folder.glob(f"{_STEM}*.safetensors"), reverse=True)

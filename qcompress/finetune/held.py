@@ -41,23 +41,20 @@ class Teacher(nn.Module):
 
     Args:
         program: the program.
+        names: names of its inputs in calls, in its order; None: its own.
     """
 
-    def __init__(self, program: FloatProgram) -> None:
+    def __init__(self, program: FloatProgram, names: Sequence[str] | None = None) -> None:
         super().__init__()
         self._program, self._graph = program, LiveGraph(mark(program, []))
+        self._inputs = tuple(names or program.input_names)
         self._names = {name: f"tensor_{i}" for i, name in enumerate(program.state())}
         for name, value in program.state().items():
             self.register_buffer(self._names[name], value.detach().clone())
 
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names of the program's inputs."""
-        return self._program.input_names
-
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        """Returns the program's outputs for its inputs, by position in its order or by its names."""
-        inputs: Sequence[Tensor] = args or [kwargs[name] for name in self._program.input_names]
+        """Returns the program's outputs for its inputs, by position in its order or by name."""
+        inputs: Sequence[Tensor] = args or [kwargs[name] for name in self._inputs]
         tensors = {name: getattr(self, key) for name, key in self._names.items()}
         outputs = self._graph.function(*self._graph.arguments(tensors, inputs, (), {}, training=False))
         return pytree.tree_unflatten(outputs, self._program.exported.call_spec.out_spec)

@@ -10,7 +10,7 @@ from torch import nn
 from qcompress.errors import ConfigError
 from qcompress.finetune.config import LoopConfig
 from qcompress.finetune.methods import Methods
-from qcompress.plan.training import Training
+from qcompress.plan.training import TUNED, Training
 from qcompress.quantizers import QUANTIZERS
 from qcompress.regularizers import BinRegularizer, DistanceRegularizer, KurtosisRegularizer, RangeRegularizer
 
@@ -23,7 +23,7 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
     "clip": 0.0, "schedule": "cosine", "warm_up": 0.05, "precision": "float32", "loss": "cross_entropy",
     "teacher": "self", "kd_weight": 1.0, "temperature": 1.0, "regularizer": "none", "stage": "S2",
     "placement": "deploy", "per_tensor": False, "fixed_offset": False, "snap_offsets": 0.5, "settle": 0.1,
-    "batchnorm": "train", "reestimate": 0, "from_scratch": False,
+    "batchnorm": "train", "reestimate": 0, "compile": False, "from_scratch": False,
 }  # fmt: skip
 
 
@@ -37,18 +37,16 @@ class Recipe:
         activations: that of activations.
         few: settings up to 3 bits per weight that differ from those of all methods.
         many: settings above.
-        tuned: widths at which the settings were chosen by measuring; empty: none was.
     """
 
     weights: str
     activations: str
     few: Mapping[str, Any] = field(default_factory=lambda: {"rate": 2e-3})
     many: Mapping[str, Any] = field(default_factory=lambda: {"rate": 5e-4})
-    tuned: tuple[int, ...] = ()
 
 
 RECIPES: Final[Mapping[str, Recipe]] = {
-    "lsq": Recipe(weights="lsq", activations="lsq", tuned=(2,)),
+    "lsq": Recipe(weights="lsq", activations="lsq"),
     "lsq_plus": Recipe(weights="lsq_plus", activations="lsq_plus"),
     "pact": Recipe(weights="dorefa", activations="pact"),
     "dorefa": Recipe(weights="dorefa", activations="lsq_plus"),
@@ -60,7 +58,7 @@ RECIPES: Final[Mapping[str, Recipe]] = {
         weights="n2uq", activations="n2uq",
         few={"rate": 2e-3, "quantizer_rate": 0.1}, many={"rate": 5e-4, "quantizer_rate": 0.1},
     ),
-    "dkm": Recipe(weights="dkm", activations="lsq_plus", tuned=(1, 2)),
+    "dkm": Recipe(weights="dkm", activations="lsq_plus"),
 }  # fmt: skip
 _FLOAT: Final = {"rate": 1e-3, "stage": "S1", "teacher": "none"}  # the method none
 
@@ -83,20 +81,26 @@ def complete(training: Training, bits: int | None, *, has_labels: bool) -> Train
         own: Mapping[str, Any] = _FLOAT
     else:
         own = recipe.few if bits is not None and bits <= _FEW else recipe.many
-    found = Training(**{"method": method, **_DEFAULTS, **own, **training.given()})
+    scratch = {"teacher": "none"} if training.from_scratch else {}
+    found = Training(**{"method": method, **_DEFAULTS, **own, **scratch, **training.given()})
+    if found.from_scratch and found.teacher == "self":
+        raise ConfigError("--from-scratch has no trained model to learn from; use --teacher none, or a file.")
+    if found.nesterov and found.optimizer != "sgd":
+        raise ConfigError(
+            f"--nesterov applies to the optimizer sgd only, but this is {found.optimizer}; add --optimizer sgd, or "
+            "remove --nesterov."
+        )
     if not has_labels and found.teacher == "none":
         raise ConfigError(
-            "Training needs labels or a teacher, but the data has no labels; add them as y, or use --teacher self."
+            "Training needs labels or a teacher, but the data has no labels; add them as y, or use --teacher self or "
+            "FILE."
         )
-    if found.method == "none" and found.from_scratch and found.teacher == "self":
-        raise ConfigError("--from-scratch has no trained model to learn from; use --teacher none, or a file.")
     return found
 
 
 def is_tuned(training: Training, bits: int | None) -> bool:
-    """Returns whether the defaults of a method were chosen by measuring at a width."""
-    recipe = RECIPES.get(training.method or "lsq")
-    return recipe is not None and bits in recipe.tuned
+    """Returns whether a method's defaults were chosen by measuring at a width; those of `none` are the usual ones."""
+    return training.method == "none" or bits in TUNED.get(training.method or "lsq", ())
 
 
 def loop_config(training: Training) -> LoopConfig:

@@ -1,5 +1,7 @@
 """A training run that can be left alone: epochs, validation, checkpoints, a history, and the compressed folder."""
 
+import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Final, final
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qcompress.compressed.folder import WEIGHTS
 from qcompress.data.training import TrainingBatches
@@ -58,8 +61,8 @@ class Validation:
     lower_is_better: bool = False
 
     def better(self, new: float, old: float | None) -> bool:
-        """Returns whether a score is better than an older one."""
-        return old is None or (new < old if self.lower_is_better else new > old)
+        """Returns whether a score is at least as good as an older one; None: there is no older one."""
+        return old is None or (new <= old if self.lower_is_better else new >= old)
 
 
 @final
@@ -83,7 +86,7 @@ class Run:
         folder: becomes a compressed folder, with the training's files beside.
         pace: checkpoints and limits.
         validation: how epochs are compared; None: the last one counts.
-        reestimate: batches over which BatchNorm's statistics are computed anew at the end.
+        reestimate: batches over which BatchNorm's statistics are computed anew for models that are scored or written.
         stop: asked after each step whether to stop.
         saves_float: whether the float model is saved in place of a compressed one.
         processes: those that train together; the first one writes files.
@@ -126,6 +129,14 @@ class Run:
         return self._progress.best_epoch
 
     @property
+    def errors(self) -> dict[str, float]:
+        """The relative distance of each weight as stored from its float value, at the end of the kept epoch."""
+        kept = self.best_epoch or len(self.rows)
+        return {
+            name: value for epoch, name, what, value in self._progress.quantizers if (epoch, what) == (kept, "error")
+        }
+
+    @property
     def step(self) -> int:
         """Steps that are done."""
         return self._trainer.step
@@ -135,9 +146,18 @@ class Run:
         """Steps of the whole run."""
         return self._trainer.total
 
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole run, the last one perhaps cut short."""
+        return -(-self.total // self._trainer.steps_per_epoch)
+
     def resume(self) -> bool:
-        """Goes on from the last checkpoint; returns whether there is one."""
-        self._checkpoints.sweep()
+        """Goes on from the last checkpoint; returns whether there is one.
+
+        Raises:
+            ConfigError: the checkpoint belongs to another model or plan.
+            SourceError: no checkpoint can be read.
+        """
         state = self._checkpoints.latest()
         if state is None:
             return False
@@ -155,7 +175,7 @@ class Run:
         """Trains to the end while the caller iterates over the steps.
 
         Raises:
-            DivergenceError: the last checkpoint is good.
+            DivergenceError: a loss or a gradient is not finite, or a scale collapsed. The last checkpoint is good.
             Interruption: `stop` asked for it.
             OutputError: a file cannot be written. The last checkpoint is good.
         """
@@ -178,10 +198,6 @@ class Run:
                     raise Interruption
                 if trainer.step >= trainer.total:
                     break
-        if self._reestimate:
-            self._reestimate_batchnorm()
-        if self._validation is None or self._reestimate:
-            self._write_model()
 
     def checkpoint(self) -> None:
         """Writes a checkpoint.
@@ -206,7 +222,8 @@ class Run:
         sums = {"run.sums": self._sums.detach().cpu().clone()}
         self._checkpoints.write(TrainingState(state.tensors | sums, {**state.values, "run": values}))
         if not (self._folder / self._weights).exists():
-            self._write_model()
+            with self._as_stored():
+                self._write_model()
 
     @property
     def seconds(self) -> float:
@@ -239,7 +256,13 @@ class Run:
         self._processes.average([self._sums])
         loss, task_loss = (self._sums / steps).tolist()
         self._sums.zero_()
-        score = self._score()
+        with self._as_stored():
+            score = None if self._validation is None else self._validation.score(trainer.prepared)
+            if self._validation is None or score is None:
+                self._write_model()
+            elif self._competes() and self._validation.better(score, kept.best):
+                kept.best, kept.best_epoch = score, epoch + 1
+                self._write_model()
         listed = quantizer_values(trainer.prepared)
         kept.quantizers += [(epoch + 1, *values) for values in listed]
         errors = [value for _, what, value in listed if what == "error"]
@@ -247,35 +270,36 @@ class Run:
         error = sum(errors) / len(errors) if errors else 0.0
         kept.rows.append(EpochRow(epoch + 1, trainer.step, loss, task_loss, rate, score, error))
         self._write_history()
-        if self._validation is not None and score is not None and self._validation.better(score, kept.best):
-            kept.best, kept.best_epoch = score, epoch + 1
-            if not self._reestimate:
-                self._write_model()
 
-    def _score(self) -> float | None:
-        if self._validation is None:
-            return None
+    def _competes(self) -> bool:
+        """Returns whether the model can be the best one: its offsets are those that zero points can store, if any will.
+
+        Layers that pad their input compute in float with other offsets, and the file would be slower.
+        """
+        share = self._trainer.config.snap_offsets if self._trainer.prepared.parts.sites else 0.0
+        return share == 0 or self._trainer.step > (1 - share) * self._trainer.total
+
+    @contextlib.contextmanager
+    def _as_stored(self) -> Iterator[None]:
+        """Puts the model for a while into the state in which it is scored and written."""
         prepared = self._trainer.prepared
         prepared.eval()
+        norms = [m for m in prepared.model.modules() if isinstance(m, _BatchNorm)] if self._reestimate else []
+        trained = [copy.deepcopy(norm.state_dict()) for norm in norms]
         try:
             with torch.no_grad():
-                return self._validation.score(prepared)
+                if norms:
+                    batches = zip(range(self._reestimate), self._batches.epoch(0), strict=False)
+                    prepared.reestimate_batchnorm(inputs for _, (inputs, _) in batches)
+                yield
         finally:
+            for norm, state in zip(norms, trained, strict=True):
+                norm.load_state_dict(state)
             prepared.train()
-
-    def _reestimate_batchnorm(self) -> None:
-        few = min(self._reestimate, len(self._batches))
-        prepared = self._trainer.prepared
-        prepared.eval()
-        batches = self._batches.epoch(0)
-        prepared.reestimate_batchnorm(inputs for _, (inputs, _) in zip(range(few), batches, strict=False))
 
     def _write_model(self) -> None:
         if self._writes:
-            prepared = self._trainer.prepared
-            prepared.eval()
-            self._save(prepared, self._folder)
-            prepared.train()
+            self._save(self._trainer.prepared, self._folder)
 
     def _write_history(self) -> None:
         if self._writes:

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,50 +14,48 @@ import torch
 
 from qcompress.compressed.folder import PLAN, PROGRAM, REPORT, WEIGHTS
 from qcompress.errors import ConfigError, OutputError
-from qcompress.files import write_whole
+from qcompress.files import sync, write_whole
 from qcompress.finetune.prepared import Prepared
 
 TRAINING: Final = "training"  # folder of the checkpoints
 RUN: Final = "run.json"
 FLOAT: Final = "model.pt2"
+STATE: Final = "state.pt"
 HISTORY: Final = "history.csv"
 QUANTIZERS: Final = "quantizers.csv"
 
+# Files and folders on their way there, as `_part_of` and `write_whole` name them.
+_BEGUN: Final = (".model.*", ".*.json.*", ".*.csv.*", ".*.svg.*", f"{TRAINING}/.*")
 _SHOWN: Final = 60  # characters of a value in a message
 
 
-def start_folder(folder: Path, run: Mapping[str, Any], *, resume: bool) -> None:
+def start_folder(folder: Path, run: Mapping[str, Any]) -> None:
     """Makes the folder of a run, or checks that a run to go on with is the same.
 
     Args:
-        folder: of the run.
+        folder: of the run; missing, empty, or of the same run.
         run: what decides the result, which JSON can hold.
-        resume: whether a run may be there already.
 
     Raises:
         ConfigError: another run is there.
-        OutputError: the folder cannot be made, or holds something else.
+        OutputError: the folder cannot be made or read.
     """
     path = folder / RUN
     if path.exists():
-        if not resume:
-            raise OutputError(
-                f"{folder} holds a training run: go on with it by --resume, or name another folder by -o."
-            )
         try:
             old = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise OutputError(f"{path} cannot be read; name another folder by -o.") from None
+        kept = old if isinstance(old, dict) else {}
         for key, value in run.items():
-            if not isinstance(old, dict) or old.get(key) != value:
-                was = old.get(key) if isinstance(old, dict) else None
+            if kept.get(key) != value:
+                was, now = _changed(kept.get(key), value)
                 raise ConfigError(
-                    f"--resume needs the command that started the run in {folder}: {key} was {_shown(was)}, now it is "
-                    f"{_shown(value)}; use the same, or name another folder by -o."
+                    f"--resume needs the command that started the run in {folder}: {key} was {was}, now it is {now}. "
+                    "Use the same, or name another folder by -o."
                 )
+        _sweep(folder)
         return
-    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise OutputError(f"{folder} exists and holds no training run: name another folder by -o.")
     try:
         folder.mkdir(exist_ok=True)
     except OSError as e:
@@ -87,10 +86,21 @@ def write_float(prepared: Prepared, folder: Path) -> None:
     small = prepared.finalize()
     trained = small.program.with_state({name: a.dequantize() for name, a in small.artifacts.items()})
     with _part_of(folder) as part:
-        torch.save(prepared.model.state_dict(), part / "state.pt")
+        torch.save(prepared.model.state_dict(), part / STATE)
         torch.export.save(trained.exported, part / FLOAT)
-        for name in ("state.pt", FLOAT):
+        for name in (STATE, FLOAT):
+            sync(part / name)
             os.replace(part / name, folder / name)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a killed run left half written."""
+    for part in (found for name in _BEGUN for found in folder.glob(name)):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 @contextlib.contextmanager
@@ -107,6 +117,18 @@ def _part_of(folder: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
+def _changed(old: object, new: object) -> tuple[str, str]:
+    """Returns two values as text; of texts of many lines, the first lines that differ.
+
+    >>> _changed("a = 1\\nb = 2", "a = 1\\nb = 3"), _changed(0, None)
+    (('b = 2', 'b = 3'), ('0', 'null'))
+    """
+    if isinstance(old, str) and isinstance(new, str):
+        lines = zip_longest(old.splitlines(), new.splitlines(), fillvalue="unset")
+        old, new = next(((a, b) for a, b in lines if a != b), (old, new))
+    return _shown(old), _shown(new)
+
+
 def _shown(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "…"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

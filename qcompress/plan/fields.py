@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, final, get_args
 
-from qcompress.errors import ConfigError
+from qcompress.errors import ConfigError, did_you_mean
 from qcompress.plan.values import Integer, OneOf, Values
 
 Scheme = Literal["palette", "uniform", "auto"]
@@ -35,6 +35,7 @@ class PlanField:
         kinds: the kinds of weights that it applies to; empty for all. Such a field, set in [default], is ignored for
             other weights; it is an error only where it applies to no weight.
         trains: whether `prepare` supports it; "palette": with methods that train palettes.
+        synonyms: words that users may type for a legal word, for messages.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PlanField:
     schemes: tuple[str, ...] = get_args(Scheme)
     kinds: tuple[str, ...] = ()
     trains: bool | Literal["palette"] = True
+    synonyms: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def option(self) -> str:
@@ -61,7 +63,17 @@ class PlanField:
         'must be an integer in [1, 8], got 9.'
         """
         shown = repr(value)
-        return f"must be {self.values}, got {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '…'}."
+        return (
+            f"must be {self.values}, got {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '…'}.{self._near(value)}"
+        )
+
+    def _near(self, value: Any) -> str:
+        """Return a sentence that names the word that was meant, or an empty text."""
+        words = [word for word in getattr(self.values, "values", ()) if isinstance(word, str)]
+        if not isinstance(value, str) or not words:
+            return ""
+        meant = self.synonyms.get(value.lower())
+        return f" Did you mean {meant}?" if meant else did_you_mean(value.lower(), words)
 
     def checked(self, value: Any) -> Any:
         """Return a legal value as it is.

@@ -18,14 +18,38 @@ REGULARIZERS: Final = (
     "kl",
 )  # fmt: skip
 
+# What users may call them.
+_METHODS_MEANT: Final = {
+    "lsq+": "lsq_plus", "qat": "lsq", "palette": "dkm", "palettes": "dkm", "kmeans": "dkm", "k-means": "dkm",
+    "twn": "ternary", "ttq": "ternary", "float": "none", "fp32": "none", "float32": "none",
+}  # fmt: skip
+_REGULARIZERS_MEANT: Final = {
+    "r2": "range:margin", "range": "range:margin", "br": "bin", "bins": "bin", "kure": "kurtosis",
+}  # fmt: skip
+
+# Widths of weights at which a method's defaults were chosen by measuring.
+TUNED: Final = {"lsq": (2,), "dkm": (1, 2)}
+
+
+def tuned_text() -> str:
+    """Return which defaults are tuned, in a sentence.
+
+    >>> tuned_text()
+    'Tuned: lsq at 2 bits, dkm at 1 or 2 bits; untuned: other methods and widths.'
+    """
+    listed = (f"{method} at {' or '.join(map(str, widths))} bits" for method, widths in TUNED.items())
+    return f"Tuned: {', '.join(listed)}; untuned: other methods and widths."
+
+
 _BY_METHOD: Final = "by method and width"
 
 TRAINING_FIELDS: Final[Fields] = (
     PlanField(
         name="method",
         values=OneOf(METHODS),
-        meaning="How weights and activations are quantized in training; none trains the float model.",
+        meaning="How weights and activations are quantized in training; none trains the float model. " + tuned_text(),
         unset="lsq",
+        synonyms=_METHODS_MEANT,
     ),
     PlanField(name="epochs", values=Integer(1), meaning="Passes over the data.", unset="6"),
     PlanField(name="batch_size", values=Integer(1), meaning="Samples of a step, over all processes.", unset="64"),
@@ -71,6 +95,12 @@ TRAINING_FIELDS: Final[Fields] = (
         unset="float32",
     ),
     PlanField(
+        name="compile",
+        values=OneOf((True, False)),
+        meaning="Whether torch.compile makes few kernels of a step, which takes minutes at the start.",
+        unset="false",
+    ),
+    PlanField(
         name="loss",
         values=Text(("cross_entropy", "mse"), "MODULE:FN"),
         meaning="The loss of outputs and labels; a function runs your code.",
@@ -80,7 +110,7 @@ TRAINING_FIELDS: Final[Fields] = (
         name="teacher",
         values=Text(("self", "none"), "FILE"),
         meaning="A model whose outputs are learned: self is MODEL before training.",
-        unset="self",
+        unset="self; none with the method none or from_scratch",
     ),
     PlanField(
         name="kd_weight",
@@ -99,6 +129,7 @@ TRAINING_FIELDS: Final[Fields] = (
         values=OneOf(REGULARIZERS),
         meaning="A penalty on weights: R² (range), bin regularization, kurtosis, L2 or KL.",
         unset="none",
+        synonyms=_REGULARIZERS_MEANT,
     ),
     PlanField(
         name="regularizer_weight",
@@ -157,7 +188,7 @@ TRAINING_FIELDS: Final[Fields] = (
     PlanField(
         name="reestimate",
         values=Integer(0),
-        meaning="Batches over which BatchNorm's statistics are computed anew at the end.",
+        meaning="Batches over which BatchNorm's statistics are computed anew for models that are scored or stored.",
         unset="0",
     ),
     PlanField(

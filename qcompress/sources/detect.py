@@ -21,6 +21,7 @@ Content = Literal[
     "zip",
     "onnx",
     "compressed_folder",
+    "float_folder",
     "folder",
     "text",
     "unknown",
@@ -40,6 +41,7 @@ DESCRIPTIONS: Final[dict[Content, str]] = {
     "zip": "a zip archive that holds no model",
     "onnx": "an ONNX file",
     "compressed_folder": "a folder that qcompress wrote",
+    "float_folder": "a folder of a training run without quantizers",
     "folder": "a folder",
     "text": "a text file",
     "unknown": "a file of an unknown kind",
@@ -49,7 +51,11 @@ _LEGACY_MAGIC: Final = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _TEXT: Final = frozenset(string.printable.encode()) | frozenset(range(0x80, 0x100))
 # Fields that can follow the IR version in a protobuf ModelProto: producer's name or version, domain, graph, opset.
 _ONNX_FIELDS: Final = (0x12, 0x1A, 0x22, 0x3A, 0x42)
-_COMPRESSED: Final = ("weights.safetensors", "plan.toml")
+# The folders that qcompress writes, by the files that they hold.
+_FOLDERS: Final[dict[Content, tuple[str, ...]]] = {
+    "compressed_folder": ("weights.safetensors", "plan.toml"),
+    "float_folder": ("run.json", "model.pt2"),
+}
 
 
 def content_of(path: Path) -> Content:
@@ -66,7 +72,8 @@ def content_of(path: Path) -> Content:
     """
     try:
         if path.is_dir():
-            return "compressed_folder" if all((path / name).is_file() for name in _COMPRESSED) else "folder"
+            kinds = (kind for kind, names in _FOLDERS.items() if all((path / name).is_file() for name in names))
+            return next(kinds, "folder")
         if path.exists() and not path.is_file():  # reading it could wait, or go on, without end
             raise SourceError(f"{path} must be a file, but it is a pipe, a device or a socket: name a model file.")
         with path.open("rb") as f:

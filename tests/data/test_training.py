@@ -174,8 +174,9 @@ def test_the_fingerprint_tells_what_decides_the_batches() -> None:
         batches(**base | {"size": 5}), batches(**base | {"seed": 1}), batches(**base | {"augment": "crop:1"}),
         batches(**base, drop_last=False), batches(**base, shuffle=False), batches(reader(X[1:], Y[1:]), **base),
         batches(reader(X.astype(np.float64)), **base), batches(reader(transform=np.abs, transform_name="abs"), **base),
+        batches(reader(X + 1), **base), batches(reader(X, Y[::-1].copy()), **base),
     ]  # fmt: skip
-    assert len({same, *(other.fingerprint for other in others)}) == 9
+    assert len({same, *(other.fingerprint for other in others)}) == 11
 
 
 def test_a_worker_that_is_killed_is_one_message() -> None:
@@ -210,7 +211,7 @@ def test_every_source_of_the_same_samples_gives_the_same_batches() -> None:
     np.savez("plain.npz", x=X, y=Y, names=np.array(["a"] * N))
     np.savez_compressed("packed.npz", train_x=X, train_y=Y)
     code(
-        "import torch\nd = np.load('plain.npz')\n"
+        "import torch\nwith np.load('plain.npz') as file:\n    d = {key: file[key] for key in 'xy'}\n"
         "def pairs(): return [(x, y) for x, y in zip(d['x'], d['y'])]\n"
         "def dicts(): return [{'x': torch.from_numpy(x), 'y': y} for x, y in zip(d['x'], d['y'])]\n"
         "def drawn(): return iter(pairs())\n"

@@ -435,7 +435,8 @@ def test_a_saved_plan_gives_what_some_lack_to_no_one_else():
         ),
         (
             'version = 1\n[default]\nlut_dtype = "float64"',
-            r"p:3 \[default\] lut_dtype must be 'float32', 'float16' or 'int8', got 'float64'\.",
+            r"p:3 \[default\] lut_dtype must be 'float32', 'float16' or 'int8', got 'float64'\. "
+            r"Did you mean float16 or float32\?",
         ),
         ("version = 1\n[default]\nskip = 1", r"p:3 \[default\] skip must be true or false, got 1\."),
     ],

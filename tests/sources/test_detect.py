@@ -36,6 +36,14 @@ def refusal(path) -> str:
     return str(caught.value)
 
 
+def test_a_folder_of_a_float_run(tmp_path, pt2):
+    model = pt2.save(tmp_path, "model.pt2")
+    assert content_of(tmp_path) == "folder"
+    (tmp_path / "run.json").write_text("{}")
+    assert content_of(tmp_path) == "float_folder"
+    assert [t.name for t in load_source(tmp_path).tensors()] == [t.name for t in load_source(model).tensors()]
+
+
 def test_messages(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"")

@@ -1,6 +1,7 @@
 """`qcompress finetune MODEL --data train.npz -o ckpt/`: train a model with quantized weights."""
 
 import copy
+import os
 import shlex
 import signal
 import threading
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from qcompress.compressed.source import CompressedSource
-from qcompress.errors import ConfigError, DivergenceError
+from qcompress.errors import ConfigError, DataError, DivergenceError, OutputError
 from qcompress.files import check_writable, write_whole
 from qcompress.plan.plan import Plan
 from qcompress.plan.settings import Settings
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from qcompress.graph.program import FloatProgram
     from qcompress.plan.training import Training
 
+_METRIC: Final = "top1"
 _SHOWN_EVERY: Final = 10  # steps
 _CALIBRATION: Final = 4  # batches on which quantizers of activations start
 
@@ -54,8 +56,9 @@ _CALIBRATION: Final = 4  # batches on which quantizers of activations start
 def command(json: bool, quiet: bool, **params: Any) -> None:
     """Train MODEL with quantized weights, and leave a folder that export takes.
 
-    Where the data has labels they are learned; else, or with --kd-weight, the outputs of MODEL itself. The folder
-    holds checkpoints: --resume goes on with a run that was interrupted, to the same weights bit for bit on a CPU.
+    The outputs of MODEL itself are learned, and with --kd-weight below 1 the labels too; with --teacher none the labels
+    alone. The folder holds checkpoints: --resume beside the same command goes on with a run that was interrupted, to
+    the same weights bit for bit on a CPU.
     """
     ui = Ui(json=json, quiet=quiet)
     _finetune(FinetuneOptions.of(params), run_options(params), ui)
@@ -69,17 +72,21 @@ class _Task:
         prepared: the model with its quantizers.
         batches: the training data.
         settings: how it is trained.
+        objective: the loss.
         validation: how epochs are compared; None: there is no such data.
         teacher: takes the inputs by name; None: labels are learned.
         original: the metric of the float model; None: there is no validation data.
+        compared_on: names the validation data and the metric; None: there is no such data.
     """
 
     prepared: "Prepared"
     batches: "TrainingBatches"
     settings: "Training"
+    objective: "Objective"
     validation: "Validation | None"
     teacher: "torch.nn.Module | None"
     original: float | None
+    compared_on: str | None
 
 
 def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
@@ -100,16 +107,18 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
         ui = Ui(quiet=True, silent=True)
     torch.manual_seed(wanted.seed + processes.rank)
     task = _task(plan, wanted, given, source, processes, ui)
-    settings, teacher = task.settings, task.teacher
+    settings, teacher, metric = task.settings, task.teacher, given.metric or _METRIC
     plan = replace(plan, training=settings)
     for note in task.prepared.notes:
         ui.note(note)
+    if not recipes.is_tuned(settings, plan.default.bits) and plan.default.bits is not None:
+        ui.note(f"The defaults of {settings.method} at {plan.default.bits} bits are untuned; compare a few of --rate.")
     if wanted.dry_run:
-        ui.emit({"format_version": 1, "settings": settings.given()})
+        ui.emit(finetune_report.Done(None, settings, (), None, task.original, metric).as_dict())
         ui.show(*finetune_report.dry_run(settings, task.prepared, len(task.batches)))
         return
     if processes.is_first:
-        start_folder(folder, _identity(plan, wanted, task, source), resume=wanted.resume)
+        start_folder(folder, _identity(plan, wanted, task, source))
     if wanted.save_plan is not None and processes.is_first:
         write_whole(wanted.save_plan, plan.to_toml().encode())
         ui.wrote(wanted.save_plan)
@@ -117,7 +126,7 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
         task.prepared,
         recipes.loop_config(settings),
         len(task.batches),
-        _objective(settings),
+        task.objective,
         forward=lambda model, inputs: model(**inputs),
         teacher=None if teacher is None else lambda inputs: teacher(**inputs),
         average=processes.average if processes.size > 1 else None,
@@ -132,47 +141,53 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
         if wanted.resume and run.resume():
             ui.note(f"going on at step {run.step:,} of {run.total:,}")
         try:
-            _train(run, settings, ui)
+            _train(run, metric, ui)
         except Interruption:
             again = shlex.join(["qcompress", *_arguments(), *([] if wanted.resume else ["--resume"])])
-            ui.note(f"interrupted: the checkpoint in {folder} is at step {run.step:,} of {run.total:,}. Next: {again}")
+            click.echo(f"interrupted: {folder} is at step {run.step:,} of {run.total:,}.\nNext: {again}", err=True)
             click.get_current_context().exit(INTERRUPTED)
         except DivergenceError as e:
-            raise DivergenceError(f"{e} The last checkpoint in {folder} is good.") from None
+            raise DivergenceError(f"{e} {_left_by(folder)}") from None
     processes.close()
     if not processes.is_first:
         return
     ui.wrote(folder)
-    done = finetune_report.Done(
-        folder, settings, tuple(run.rows), run.best_epoch, task.original, given.metric or "top1"
-    )
+    done = finetune_report.Done(folder, settings, tuple(run.rows), run.best_epoch, task.original, metric, run.errors)
     write_whole(folder / "curves.svg", finetune_report.curves(done).encode())
     ui.emit(done.as_dict())
-    ui.show(*done.tables(), *done.lines(given.data or ""))
+    ui.show(*done.tables(), *done.lines())
 
 
 def _check(wanted: FinetuneOptions, given: RunOptions) -> Path:
     """Refuse what cannot work, before anything is imported; return the folder."""
     missing = []
+    has_bits = given.bits is not None or given.plan is not None or wanted.training["method"] == "none"
+    if not has_bits and not (given.model is not None and given.model.is_dir()):
+        missing.append("bits per weight: --bits N (or --plan FILE, or --method none)")
     if given.data is None:
         missing.append("training data: --data train.npz (x, and y where there are labels)")
     if given.output is None and not wanted.dry_run:
         missing.append("a folder for the run: -o ckpt")
     if missing:
-        raise ConfigError(f"finetune needs {', and '.join(missing)}.")
+        raise ConfigError(f"finetune needs {'; '.join(missing)}.")
     folder = given.output or Path("ckpt")
-    if not wanted.dry_run:
-        if folder.is_file():
-            raise ConfigError(f"-o {folder} is a file: finetune writes a folder; name another one.")
-        if not (folder / "run.json").exists():
-            check_writable(folder / "probe" if folder.is_dir() else folder, flag="-o")
-        elif not wanted.resume:
-            raise ConfigError(
-                f"{folder} holds a training run: go on with it by --resume, or name another folder by -o."
-            )
+    if not wanted.dry_run and os.environ.get("RANK", "0") == "0":  # the first of several processes makes the folder
+        _check_folder(folder, resume=wanted.resume)
     if wanted.save_plan is not None:
-        check_writable(wanted.save_plan, force=given.force, flag="--save-plan")
+        inputs = [path for path in (given.model, given.plan) if path is not None]
+        check_writable(wanted.save_plan, force=given.force or wanted.resume, inputs=inputs, flag="--save-plan")
     return folder
+
+
+def _check_folder(folder: Path, *, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"-o {folder} must be a folder, but it is a file: name another one.")
+    check_writable(folder / "run" if folder.is_dir() else folder, flag="-o")
+    if (folder / "run.json").exists():
+        if not resume:
+            raise OutputError(f"{folder} holds a training run: add --resume to go on with it, or name another by -o.")
+    elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise OutputError(f"{folder} holds other files than those of a training run: name another folder by -o.")
 
 
 def _plan(wanted: FinetuneOptions, given: RunOptions, source: Source) -> Plan:
@@ -206,6 +221,7 @@ def _task(
     for note in data.notes:
         ui.note(note)
     settings = recipes.complete(plan.training, plan.default.bits, has_labels=data.has_labels)
+    objective = _objective(settings)
     methods, regularizers = recipes.methods(settings), recipes.regularizers(settings)
     module = module_of(source, _source_options(given), untrained=settings.from_scratch)
     if settings.from_scratch and module is None:
@@ -215,7 +231,9 @@ def _task(
     program = open_program(traced, given, ui)
     if module is None:
         ui.note("MODEL is a graph: BatchNorm keeps its statistics, and dropout stays off, as export left them.")
-    teacher = _teacher(settings, program, given, ui)
+    outputs = _first_shape(program, data)
+    _check_outputs(outputs, settings)
+    teacher = _teacher(settings, program, data, given, ui)
     if isinstance(source, CompressedSource):
         small = source.model()
         program = program.with_state({name: a.dequantize() for name, a in small.artifacts.items()})
@@ -233,7 +251,7 @@ def _task(
             world_size=processes.size,
         ),
         program=program,
-        classes=_classes(program, settings, data),
+        classes=_classes(outputs, settings, data),
         augment=parse_augment(settings.augment) if settings.augment else None,
     )
     batches.check()
@@ -252,8 +270,10 @@ def _task(
         placement=settings.placement,
         batchnorm=settings.batchnorm,
     ).to(where)
-    validation, original = _validation(wanted, given, program, where)
-    return _Task(prepared, batches, settings, validation, None if teacher is None else teacher.to(where), original)
+    if settings.compile:
+        prepared.compile()
+    teacher = None if teacher is None else teacher.to(where)
+    return _Task(prepared, batches, settings, objective, teacher=teacher, **_validation(wanted, given, program, where))
 
 
 def _source_options(given: RunOptions) -> SourceOptions:
@@ -265,7 +285,23 @@ def _source_options(given: RunOptions) -> SourceOptions:
     )
 
 
-def _teacher(settings: "Training", program: "FloatProgram", given: RunOptions, ui: Ui) -> "torch.nn.Module | None":
+def _first_shape(program: "FloatProgram", data: "DataReader") -> tuple[int, ...]:
+    """Return the shape of a model's first output for an example batch."""
+    return next(iter(program.run(data.example()).values())).shape
+
+
+def _check_outputs(shape: tuple[int, ...], settings: "Training") -> None:
+    """Refuse outputs from which cross entropy, or the distance from a teacher's classes, teaches nothing."""
+    if settings.loss == "cross_entropy" and (len(shape) < 2 or shape[1] < 2):
+        raise ConfigError(
+            f"--loss cross_entropy needs a score for each class, but the model's first output has shape {list(shape)}; "
+            "use --loss mse, or module:fn."
+        )
+
+
+def _teacher(
+    settings: "Training", program: "FloatProgram", data: "DataReader", given: RunOptions, ui: Ui
+) -> "torch.nn.Module | None":
     from qcompress.finetune.held import Teacher
     from qcompress.openers import load_source
 
@@ -276,23 +312,29 @@ def _teacher(settings: "Training", program: "FloatProgram", given: RunOptions, u
     path = Path(settings.teacher)
     if not path.exists():
         raise ConfigError(f"--teacher must be self, none or a model file, but {path} does not exist.")
-    found = Teacher(open_program(load_source(path, options=_source_options(given)), given, ui))
-    if found.input_names != program.input_names:
+    try:
+        taught = open_program(load_source(path, options=_source_options(given)), given, ui)
+    except DataError as e:
+        raise DataError(f"--teacher {path} must take the inputs of the model: {e}") from None
+    is_same = set(taught.input_names) == set(program.input_names)
+    if not is_same and len(taught.input_names) != len(program.input_names):
         raise ConfigError(
-            f"--teacher {path} takes {', '.join(found.input_names)}, the model {', '.join(program.input_names)}: both "
-            "need the same inputs."
+            f"--teacher {path} must take the inputs of the model, {', '.join(program.input_names)}, but it takes "
+            f"{', '.join(taught.input_names)}; name another teacher."
         )
-    return found
+    wanted, shape = _first_shape(program, data), _first_shape(taught, data)
+    if shape != wanted:
+        raise ConfigError(
+            f"--teacher {path} must have outputs of the model's shape, {list(wanted)}, but they have shape "
+            f"{list(shape)}; name another teacher."
+        )
+    return Teacher(taught, taught.input_names if is_same else program.input_names)
 
 
-def _classes(program: "FloatProgram", settings: "Training", data: "DataReader") -> int | None:
-    """Return how many classes labels can name; None where the loss is not about classes."""
+def _classes(outputs: tuple[int, ...], settings: "Training", data: "DataReader") -> int | None:
+    """Return how many classes labels can name; None where labels are not used, or are not classes."""
     uses_labels = settings.teacher == "none" or settings.kd_weight < 1
-    if settings.loss != "cross_entropy" or not data.has_labels or not uses_labels:
-        return None
-    outputs = program.run(data.example())
-    shape = next(iter(outputs.values())).shape
-    return shape[1] if len(shape) > 1 else None
+    return outputs[1] if settings.loss == "cross_entropy" and data.has_labels and uses_labels else None
 
 
 def _objective(settings: "Training") -> "Objective":
@@ -304,14 +346,32 @@ def _objective(settings: "Training") -> "Objective":
     known: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": squared_error}
     task = known.get(settings.loss) or find_function(settings.loss, "--loss")[1]
     distance = squared_error if settings.loss == "mse" else partial(distillation, temperature=settings.temperature)
-    return Objective(task, distance, settings.kd_weight)
+    return Objective(_named(task, settings.loss), distance, settings.kd_weight)
 
 
-def _validation(
-    wanted: FinetuneOptions, given: RunOptions, program: "FloatProgram", where: str
-) -> tuple["Validation | None", float | None]:
+def _named(task: "Loss", name: str) -> "Loss":
+    """Return a loss whose failures are one message about the user's labels or function."""
+    import torch
+
+    from qcompress.user_code import one_line
+
+    def loss(outputs: Any, target: Any) -> "torch.Tensor":
+        try:
+            found = task(outputs, target)
+        except Exception as e:
+            raise DataError(f"--loss {name} failed with the model's outputs and the labels: {one_line(e)}.") from e
+        if not isinstance(found, torch.Tensor) or found.ndim or not found.requires_grad:
+            got = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise DataError(f"--loss {name} must return a tensor of shape [] that depends on the outputs, got {got}.")
+        return found
+
+    return loss
+
+
+def _validation(wanted: FinetuneOptions, given: RunOptions, program: "FloatProgram", where: str) -> dict[str, Any]:
+    """Return the fields of `_Task` that validation data decides."""
     if wanted.val is None:
-        return None, None
+        return {"validation": None, "original": None, "compared_on": None}
     from qcompress.data.dataset import load_data
     from qcompress.finetune.run import Validation
     from qcompress.finetune.scoring import score, scorer
@@ -320,9 +380,14 @@ def _validation(
     data = load_data(wanted.val, transform=given.transform, what="--val")
     if data.labels is None:
         raise ConfigError(f"--val {wanted.val} needs labels, to compare epochs by the metric; add them as y.")
-    metric = load_metric(given.metric or "top1", lower_is_better=given.lower_is_better)
+    metric = load_metric(given.metric or _METRIC, lower_is_better=given.lower_is_better)
     original = score(program.runner(where), data, metric)
-    return Validation(score=scorer(program, data, metric, where), lower_is_better=metric.lower_is_better), original
+    found = Validation(score=scorer(program, data, metric, where), lower_is_better=metric.lower_is_better)
+    return {
+        "validation": found,
+        "original": original,
+        "compared_on": f"{data.digest} {metric.name} {metric.lower_is_better}",
+    }
 
 
 def _identity(plan: Plan, wanted: FinetuneOptions, task: _Task, source: Source) -> dict[str, Any]:
@@ -331,21 +396,29 @@ def _identity(plan: Plan, wanted: FinetuneOptions, task: _Task, source: Source) 
         "version": 1,
         "model": source.sha256[:11],
         "data": task.batches.fingerprint,
+        "val": task.compared_on,
         "seed": wanted.seed,
         "max_time": wanted.max_time,
         "plan": plan.to_toml(),
     }
 
 
-def _train(run: "Run", settings: "Training", ui: Ui) -> None:
+def _train(run: "Run", metric: str, ui: Ui) -> None:
     epochs = len(run.rows)
     with ui.bar(run.step, run.total) as update:
         for record in run.steps():
             if len(run.rows) > epochs:
                 epochs = len(run.rows)
-                ui.note(finetune_report.epoch_line(run.rows[-1], settings.epochs, run.seconds))
+                ui.note(finetune_report.epoch_line(run.rows[-1], run.epochs, run.seconds, metric))
             if record.step % _SHOWN_EVERY == 0:  # reading a loss waits for the device
                 update(run.step, run.total, f"epoch {record.epoch + 1}, loss {record.loss:.4g}")
+
+
+def _left_by(folder: Path) -> str:
+    """Return what a run that diverged leaves, and what to type."""
+    if not any((folder / name).exists() for name in ("weights.safetensors", "model.pt2")):
+        return f"There was no checkpoint yet: remove {folder} or name another folder by -o."
+    return f"The checkpoint in {folder} is good: export it, or pass {folder} as MODEL with another -o to go on from it."
 
 
 def _arguments() -> list[str]:

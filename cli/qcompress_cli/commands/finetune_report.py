@@ -1,7 +1,8 @@
 """The report of `finetune`: a line per epoch, the table at the end, JSON, and the picture of the curves."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
@@ -11,12 +12,14 @@ from rich.console import RenderableType
 from qcompress.metrics.metric import unit_of
 from qcompress.plan.training import Training
 from qcompress_cli.terminal.console import new_table
-from qcompress_cli.terminal.numbers import number
+from qcompress_cli.terminal.numbers import counted, number
 
 if TYPE_CHECKING:
     from qcompress.finetune.history import EpochRow
     from qcompress.finetune.prepared import Prepared
 
+_SHOWN: Final = 12  # epochs in a table
+_NAMED: Final = 3  # weights with the largest errors
 _LONG_S: Final = 100
 _LONG_MIN: Final = 120
 
@@ -33,9 +36,9 @@ def time_text(seconds: float) -> str:
     return f"{minutes} min" if minutes < _LONG_MIN else f"{minutes // 60} h {minutes % 60} min"
 
 
-def epoch_line(row: "EpochRow", epochs: int, seconds: float) -> str:
+def epoch_line(row: "EpochRow", epochs: int, seconds: float, metric: str) -> str:
     """Return what is said of an epoch when it ends."""
-    scored = "" if row.score is None else f", metric {number(row.score)}"
+    scored = "" if row.score is None else f", {metric} {_scored(metric, row.score)}"
     return f"epoch {row.epoch}/{epochs}: loss {number(row.loss)}{scored}, {time_text(seconds)}"
 
 
@@ -45,10 +48,11 @@ def dry_run(settings: Training, prepared: "Prepared", steps: int) -> list[Render
     for name, value in settings.given().items():
         table.add_row(name, str(value).lower() if isinstance(value, bool) else str(value))
     planned = prepared.parts.resolved.compressed
-    widths = ", ".join(sorted({f"{t.bits} bits" for t in planned})) or "float"
+    widths = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(Counter(t.bits for t in planned).items()))
+    weights = f"{counted(len(planned), 'weight')}: {widths}" if planned else "all weights in float"
     return [
         table,
-        f"{len(planned)} weights at {widths}; {settings.epochs} epochs of {steps} steps",
+        f"{weights}; {counted(settings.epochs, 'epoch')} of {counted(steps, 'step')}",
         "nothing written (--dry-run)",
     ]
 
@@ -56,23 +60,25 @@ def dry_run(settings: Training, prepared: "Prepared", steps: int) -> list[Render
 @final
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A finished run.
+    """A finished run, or a dry run, which has no history.
 
     Args:
-        folder: of the run.
+        folder: of the run; None for a dry run.
         settings: how it was trained.
         rows: the history.
         best_epoch: the one that was kept; None without validation data: the last.
         original: the metric of the float model; None without validation data.
         metric: its name.
+        errors: of each weight: the relative distance of the stored one from the float one.
     """
 
-    folder: Path
+    folder: Path | None
     settings: Training
     rows: "tuple[EpochRow, ...]"
     best_epoch: int | None
     original: float | None
     metric: str
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def kept(self) -> "EpochRow":
@@ -80,44 +86,51 @@ class Done:
         return self.rows[-1] if self.best_epoch is None else self.rows[self.best_epoch - 1]
 
     def tables(self) -> list[RenderableType]:
-        """Return the epochs, the kept one marked."""
+        """Return the epochs, the kept one marked; of many, some."""
         table = new_table("epoch", ["loss", "weights' error", *([self.metric] if self.original is not None else [])])
+        spread = -(-len(self.rows) // _SHOWN)
         for row in self.rows:
+            if row.epoch % spread and row not in (self.kept, self.rows[-1]):
+                continue
             mark = " *" if row is self.kept and self.best_epoch is not None else ""
-            score = [] if self.original is None else [self._scored(row.score)]
+            score = [] if self.original is None else [_scored(self.metric, row.score)]
             table.add_row(f"{row.epoch}{mark}", number(row.loss), f"{100 * row.error:.2f} %", *score)
         if self.original is not None:
-            table.add_row("float", "", "", self._scored(self.original))
+            table.add_row("float", "", "", _scored(self.metric, self.original))
         return [table]
 
-    def lines(self, data: str) -> list[str]:
+    def lines(self) -> list[str]:
         """Return the verdict and the next commands."""
         if self.original is None or self.kept.score is None:
             said = f"trained {len(self.rows)} epochs, loss {number(self.rows[-1].loss)}: {self.folder}"
         else:
             said = (
-                f"{self.metric} {self._scored(self.kept.score)} with the weights of epoch {self.kept.epoch} as stored, "
-                f"{self._scored(self.original)} in float: {self.folder}"
+                f"{self.metric} {_scored(self.metric, self.kept.score)} with the weights of epoch {self.kept.epoch} as "
+                f"stored, {_scored(self.metric, self.original)} in float: {self.folder}"
             )
+        worst = sorted(self.errors, key=lambda name: -self.errors[name])[:_NAMED]
+        listed = ", ".join(f"{name} {100 * self.errors[name]:.1f} %" for name in worst)
+        largest = [f"largest errors: {listed}"] if worst else []
         bits = " --bits 2" if self.settings.method == "none" else ""
-        return [said, f"Next: qcompress export {self.folder}{bits}"]
+        return [*largest, said, f"Next: qcompress export {self.folder}{bits}"]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the document of --json; docs/json.md lists its keys."""
         return {
             "format_version": 1,
-            "folder": str(self.folder),
+            "folder": None if self.folder is None else str(self.folder),
             "settings": self.settings.given(),
             "metric": None if self.original is None else self.metric,
             "original": self.original,
-            "kept_epoch": self.kept.epoch,
+            "kept_epoch": self.kept.epoch if self.rows else None,
             "history": [asdict(row) for row in self.rows],
         }
 
-    def _scored(self, value: float | None) -> str:
-        if value is None:
-            return "–"
-        return f"{100 * value:.2f} %" if unit_of(self.metric) == "fraction" else number(value)
+
+def _scored(metric: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.2f} %" if unit_of(metric) == "fraction" else number(value)
 
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 280, 56

@@ -12,6 +12,7 @@ from qcompress.deployment import Compute
 from qcompress.errors import ConfigError
 from qcompress.plan.fields import Fields, PlanField
 from qcompress.plan.settings import Settings
+from qcompress.plan.values import OneOf
 from qcompress.posthoc.calibration import METHODS
 from qcompress.posthoc.settings import DEFAULTS, Effort, PosthocSettings
 from qcompress_cli.inputs import options
@@ -181,6 +182,9 @@ def export_options(plan_fields: Fields) -> Callable[[options.F], options.F]:
 def _plan_option(field: PlanField) -> Callable[[Any], Any]:
     default = f" Default: {field.unset}." if field.unset else ""
     kinds = f" Applies to {' and '.join(field.kinds)} weights." if field.kinds else ""
+    if field.values == OneOf((True, False)):
+        switch = f"{field.option}/--no-{field.option.removeprefix('--')}"
+        return click.option(switch, default=None, help=field.meaning + kinds + default)
     return click.option(
         field.option,
         type=options.Parsed(field.name, lambda text: field.checked(field.values.parse(text))),

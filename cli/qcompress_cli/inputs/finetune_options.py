@@ -166,5 +166,8 @@ _OWN: Final = options.together(
     click.option(
         "--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that load data ahead."
     ),
+    click.option(
+        "--force", is_flag=True, help="Replace the file of --save-plan if it exists; no run is ever replaced."
+    ),
     click.option("--dry-run", is_flag=True, help="Show the settings and the sizes; train nothing, write nothing."),
 )
