@@ -141,8 +141,9 @@ def test_the_compiler_takes_the_graph_in_one_piece(x, name, snapped):
     tuned = prepared(name, x)
     if snapped:
         tuned.snap_offsets()
-    function = torch.compile(tuned._graph.function, backend="aot_eager", fullgraph=True)
-    out = function(*tuned._arguments([x], tuned._activations))
+    graph, norms = tuned._live()
+    function = torch.compile(graph.function, backend="aot_eager", fullgraph=True)
+    out = function(*tuned._arguments(graph, [x], tuned._activations, norms))
     out[0].sum().backward()
     assert all(p.grad is not None for p in tuned.quantizer_parameters())
 
