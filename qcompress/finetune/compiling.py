@@ -1,5 +1,6 @@
 """A function that torch.compile compiles, and that runs as it is where that is not possible."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final, final
 
@@ -26,7 +27,9 @@ class CompiledFunction:
     def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
         self._function, self._options = function, options
         exact = {_EXACT: True} if _EXACT in _inductor.list_options() else {}
-        self._compiled: Callable[..., Any] = torch.compile(function, options={**exact, **options})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of what the compiler imports
+            self._compiled: Callable[..., Any] = torch.compile(function, options={**exact, **options})
         self.failure: str | None = None
         self._next: CompiledFunction | None = None
 
