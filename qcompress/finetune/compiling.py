@@ -1,4 +1,4 @@
-"""A function that torch.compile compiles, and that runs as it is where that is not possible."""
+"""Functions that torch.compile compiles, and that run as they are where that is not possible."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,44 +12,46 @@ _EXACT: Final = "eager_numerics.division_rounding"
 
 
 @final
-class CompiledFunction:
-    """Runs a function compiled.
+class Compiler:
+    """Runs functions compiled.
 
     Args:
-        function: without a state of its own.
         options: as in torch.compile.
 
-    >>> double = CompiledFunction(lambda x: x + x, {})
-    >>> double.failure is None
+    Attributes:
+        failure: why nothing is compiled any more; None: all is well.
+
+    >>> Compiler({}).failure is None
     True
     """
 
-    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        self._function, self._options = function, options
+    def __init__(self, options: Mapping[str, Any]) -> None:
         exact = {_EXACT: True} if _EXACT in _inductor.list_options() else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of what the compiler imports
-            self._compiled: Callable[..., Any] = torch.compile(function, options={**exact, **options})
+        self._options = {**exact, **options}
+        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
         self.failure: str | None = None
-        self._next: CompiledFunction | None = None
 
-    def __deepcopy__(self, memo: object) -> "CompiledFunction":
+    def __deepcopy__(self, memo: object) -> "Compiler":
         """Returns itself: it has no state but what is compiled."""
         return self
 
-    def of(self, function: Callable[..., Any]) -> "CompiledFunction":
-        """Returns this one, or a compiled one with the same options if the function is another."""
-        if function is self._function:
-            return self
-        if self._next is None or self._next._function is not function:
-            self._next = CompiledFunction(function, self._options)
-        return self._next
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Returns a function's result; after the first failure of the compiler, without it.
 
-    def __call__(self, *arguments: Any) -> Any:
-        """Returns the function's result; after the first failure of the compiler, without it."""
+        Args:
+            function: without a state of its own.
+            arguments: its arguments.
+        """
         if self.failure is None:
             try:
-                return self._compiled(*arguments)
+                return self._made(function)(*arguments)
             except torch._dynamo.exc.TorchDynamoException as e:
                 self.failure = str(e).strip().partition("\n")[0]
-        return self._function(*arguments)
+        return function(*arguments)
+
+    def _made(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if function not in self._compiled:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of what the compiler imports
+                self._compiled[function] = torch.compile(function, options=self._options)
+        return self._compiled[function]

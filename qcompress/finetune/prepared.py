@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from qcompress.compressed.model import CompressedModel
 from qcompress.errors import DataError
 from qcompress.finetune.bias_steps import BiasSteps, Scales
-from qcompress.finetune.compiling import CompiledFunction
+from qcompress.finetune.compiling import Compiler
 from qcompress.finetune.finalize import Parts, compressed
 from qcompress.finetune.live_graph import AtSites, LiveGraph, LiveGraphs
 from qcompress.finetune.methods import Methods, ObservedSite
@@ -48,7 +48,7 @@ class Prepared(nn.Module):
         self.model, self.parts, self.training = model, parts, model.training
         self.activations, self.regularizers = nn.ModuleList(), nn.ModuleList()
         self._attached: dict[str, AbstractQuantizer] = {}  # those of tensors, by qualified name
-        self._compiled: CompiledFunction | None = None
+        self._compiler: Compiler | None = None
         self._notes: tuple[str, ...] = ()
         self._is_settled = False
         self._bias_steps: BiasSteps | None = None  # made when they are first needed
@@ -64,7 +64,7 @@ class Prepared(nn.Module):
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know about the quantizers and about `compile`."""
-        failed = None if self._compiled is None else self._compiled.failure
+        failed = None if self._compiler is None else self._compiler.failure
         return self._notes if failed is None else (*self._notes, f"Training runs without torch.compile: {failed}")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -281,7 +281,7 @@ class Prepared(nn.Module):
             args: none.
             kwargs: options of the compiler, as in torch.compile(options=...).
         """
-        self._compiled = CompiledFunction(self._live()[0].function, kwargs)
+        self._compiler = Compiler(kwargs)
 
     @property
     def _activations(self) -> list[AbstractQuantizer]:
@@ -295,8 +295,8 @@ class Prepared(nn.Module):
     def _run(self, inputs: list[Tensor], at_sites: AtSites) -> Any:
         graph, norms = self._live()
         arguments = self._arguments(graph, inputs, at_sites, norms)
-        if self._compiled is not None and self.training and torch.is_grad_enabled():
-            outputs = self._compiled.of(graph.function)(*arguments)
+        if self._compiler is not None and self.training and torch.is_grad_enabled():
+            outputs = self._compiler.run(graph.function, *arguments)
         else:
             outputs = graph.function(*arguments)
         return pytree.tree_unflatten(outputs, self.parts.program.exported.call_spec.out_spec)

@@ -1,7 +1,7 @@
 """What `finetune` does by default, for each method and width, and how a plan's [training] table becomes settings."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Final, final
 
@@ -17,14 +17,6 @@ from qcompress.regularizers import BinRegularizer, DistanceRegularizer, Kurtosis
 Regularizer = Callable[[nn.Module], nn.Module]
 
 _FEW: Final = 3  # bits up to which weights move far
-# Of all methods, whatever the width.
-_DEFAULTS: Final[Mapping[str, Any]] = {
-    "epochs": 6, "batch_size": 64, "optimizer": "adamw", "nesterov": False, "quantizer_rate": 1.0, "weight_decay": 0.0,
-    "clip": 0.0, "schedule": "cosine", "warm_up": 0.05, "precision": "float32", "loss": "cross_entropy",
-    "teacher": "self", "kd_weight": 1.0, "temperature": 1.0, "regularizer": "none", "stage": "S2",
-    "placement": "deploy", "per_tensor": False, "fixed_offset": False, "snap_offsets": 0.5, "settle": 0.1,
-    "batchnorm": "train", "reestimate": 0, "compile": False, "from_scratch": False,
-}  # fmt: skip
 
 
 @final
@@ -82,7 +74,7 @@ def complete(training: Training, bits: int | None, *, has_labels: bool) -> Train
     else:
         own = recipe.few if bits is not None and bits <= _FEW else recipe.many
     scratch = {"teacher": "none"} if training.from_scratch else {}
-    found = Training(**{"method": method, **_DEFAULTS, **own, **scratch, **training.given()})
+    found = Training(**{**Training.defaults().given(), "method": method, **own, **scratch, **training.given()})
     if found.from_scratch and found.teacher == "self":
         raise ConfigError("--from-scratch has no trained model to learn from; use --teacher none, or a file.")
     if found.nesterov and found.optimizer != "sgd":
@@ -105,11 +97,7 @@ def is_tuned(training: Training, bits: int | None) -> bool:
 
 def loop_config(training: Training) -> LoopConfig:
     """Returns the loop's settings of complete training settings."""
-    names = (
-        "epochs", "optimizer", "nesterov", "rate", "quantizer_rate", "weight_decay", "clip", "schedule", "warm_up",
-        "precision", "stage", "snap_offsets", "settle", "kd_weight", "temperature",
-    )  # fmt: skip
-    return LoopConfig(**{name: getattr(training, name) for name in names})
+    return LoopConfig(**{f.name: getattr(training, f.name) for f in fields(LoopConfig)})
 
 
 def methods(training: Training) -> Methods:

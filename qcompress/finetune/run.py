@@ -112,11 +112,11 @@ class Run:
         self._trainer, self._batches, self._folder, self._pace = trainer, batches, folder, pace
         self._validation, self._reestimate, self._stop = validation, reestimate, stop
         self._save, self._weights = (write_float, FLOAT) if saves_float else (write_compressed, WEIGHTS)
-        self._processes = processes or Processes(str(next(trainer.prepared.parameters()).device))
+        device = next(trainer.prepared.parameters()).device
+        self._processes = processes or Processes(str(device))
         self._writes = self._processes.is_first
         self._checkpoints = Checkpoints(folder / TRAINING, pace.keep)
         self._progress = _Progress()
-        device = next(trainer.prepared.parameters()).device
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._last_checkpoint, self._spent, self._started = time.monotonic(), 0.0, time.monotonic()
 

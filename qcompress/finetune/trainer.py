@@ -98,8 +98,8 @@ class Trainer:
         self._optimizer = _optimizer(prepared, config)
         device = next(prepared.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type) if config.precision == "float16" else None
+        self._device = device
         self._check_every = _KEPT_EVERY if device.type != "cpu" else 1  # a check waits for the device
-        self._first_bad = torch.full((), -1, device=device)
         self._loss = torch.zeros((), device=device)
         prepared.train()
         self._good = copy.deepcopy(prepared.state_dict())
@@ -135,11 +135,10 @@ class Trainer:
                     taught = self._teacher(inputs)
             outputs = self._forward(self.prepared, inputs)
             task = self._objective(outputs, target, taught)
-        whole = task + self.prepared.penalty(regularizers=config.regularizes(epoch)).to(task.device)
+        whole = task + self.prepared.penalty(regularizers=config.regularizes(epoch))
         self._optimizer.zero_grad(set_to_none=True)
-        gradients = self._backward(whole)
+        self._backward(whole)
         self._loss = whole.detach()
-        self._note_whether_good(gradients)
         if self.step % self._check_every == 0:
             self.check(inputs)
         if config.holds_scales(epoch):
@@ -155,7 +154,7 @@ class Trainer:
         return StepRecord(epoch, self.step - 1, whole.detach(), task.detach())
 
     def check(self, inputs: Any = None) -> None:
-        """Checks that all is well so far. It waits for the device.
+        """Checks that all is well after the last step: what is not finite stays so. It waits for the device.
 
         Args:
             inputs: of the last step, with which the layer at fault is searched.
@@ -163,16 +162,17 @@ class Trainer:
         Raises:
             DivergenceError: see `take`.
         """
-        first_bad, collapsed = int(self._first_bad), _collapsed(self.prepared)
-        if first_bad < 0 and collapsed is None:
+        # A scaler skips steps whose gradients overflow.
+        is_good = self.prepared.is_good(self._loss) if self._scaler is None else self._loss.isfinite()
+        if bool(is_good):
             if self.step % _KEPT_EVERY == 0:
                 self._good = copy.deepcopy(self.prepared.state_dict())
             return
-        wrong = collapsed if first_bad < 0 else self._what_is_wrong(inputs)
+        wrong = self._what_is_wrong(inputs)
         self.prepared.load_state_dict(self._good)
         raise DivergenceError(
-            f"Step {self.step if first_bad < 0 else first_bad}: {wrong}. The model is back in its last good state; try "
-            "a lower learning rate, a longer warm-up, or more bits for that layer."
+            f"Step {self.step}: {wrong}. The model is back in its last good state; try a lower learning rate, a longer "
+            "warm-up, or more bits for that layer."
         )
 
     def state(self) -> TrainingState:
@@ -200,7 +200,7 @@ class Trainer:
         Raises:
             ConfigError: it belongs to another model, or to other settings.
         """
-        own, values, device = self.prepared.state_dict(), state.values, self._first_bad.device
+        own, values, device = self.prepared.state_dict(), state.values, self._device
         loaded = _under("model.", state.tensors)
         wanted = {key: value for key, value in own.items() if isinstance(value, Tensor)}
         if {k: v.shape for k, v in loaded.items()} != {k: v.shape for k, v in wanted.items()}:
@@ -222,45 +222,35 @@ class Trainer:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = _DTYPES.get(self.config.precision)
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self._first_bad.device.type, dtype)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self._device.type, dtype)
 
-    def _backward(self, whole: Tensor) -> list[Tensor]:
-        """Runs the backward pass, and returns the gradients, averaged over processes."""
+    def _backward(self, whole: Tensor) -> None:
+        """Computes the gradients, averaged over processes."""
         if self._scaler is None:
             whole.backward()  # type: ignore[no-untyped-call]
         else:
             self._scaler.scale(whole).backward()  # type: ignore[no-untyped-call]
             self._scaler.unscale_(self._optimizer)
-        gradients = [p.grad for p in self.prepared.parameters() if p.grad is not None]
         if self._average is not None:
-            self._average(gradients)
-        return gradients
-
-    def _note_whether_good(self, gradients: list[Tensor]) -> None:
-        """Notes on the device whether this is the first step with a number that is not finite."""
-        sizes = [self._loss]
-        if self._scaler is None:  # which skips steps whose gradients overflow
-            sizes += torch._foreach_norm(gradients, torch.inf)
-        is_bad = ~torch.stack(sizes).isfinite().all() & (self._first_bad < 0)
-        self._first_bad.masked_fill_(is_bad, self.step)
+            self._average([p.grad for p in self.prepared.parameters() if p.grad is not None])
 
     def _what_is_wrong(self, inputs: Any) -> str:
         prepared = self.prepared
-        weights_are_good = all(p.isfinite().all() for p in prepared.parameters())
-        where = None if inputs is None else prepared.first_not_finite(inputs)
-        wrong = [name for name, p in prepared.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        if where is None and weights_are_good and wrong:
-            return f"the gradient of {wrong[0]} is not finite"
-        return f"the loss is {float(self._loss)}" + (f"; the first NaN or Inf appears at {where}" if where else "")
+        gradients = {name: p.grad for name, p in prepared.named_parameters() if p.grad is not None}
+        wrong = next((name for name, gradient in gradients.items() if not gradient.isfinite().all()), None)
+        if not self._loss.isfinite():
+            where = None if inputs is None else prepared.first_not_finite(inputs)
+            return f"the loss is {float(self._loss)}" + (f"; the first NaN or Inf appears at {where}" if where else "")
+        if wrong is not None:
+            return f"the gradient of {wrong} is not finite"
+        collapsed = next((name for name, quantizer in prepared.quantizers().items() if quantizer.collapsed), None)
+        if collapsed is not None:
+            return f"the scale of {collapsed} collapsed to a thousandth of its start"
+        return "the gradients are too large to be added"
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _collapsed(prepared: Prepared) -> str | None:
-    name = next((name for name, quantizer in prepared.quantizers().items() if quantizer.collapsed), None)
-    return None if name is None else f"the scale of {name} collapsed to a thousandth of its start"
 
 
 def _optimizer(prepared: Prepared, config: LoopConfig) -> torch.optim.Optimizer:

@@ -84,7 +84,7 @@ class AbstractQuantizer(nn.Module, abc.ABC):
             x_N: their weights.
             rows: how the weights lie in x_N.
         """
-        raise NotImplementedError
+        raise TypeError(f"{cls.__name__}.shared must return None, because the class has no quantize_rows.")
 
     def _rows_of(self, weights: Sequence[Tensor], axes: Sequence[int | None]) -> Rows:
         """Returns the rows of weights, the first of which is this quantizer's; they are kept for the next step."""

@@ -34,7 +34,7 @@ from qcompress.quantizers.soft_kmeans.forms import Exact, Form, exact_form, soft
 from qcompress.quantizers.soft_kmeans.function import DIMS, DRIFT, choose_form, dkm
 from qcompress.quantizers.soft_kmeans.groups import Groups
 from qcompress.quantizers.soft_kmeans.hard import assigned, stored
-from qcompress.quantizers.soft_kmeans.table import Recipe, Table
+from qcompress.quantizers.soft_kmeans.table import Table, TableSpec
 from qcompress.quantizers.ste import straight_through
 
 __all__ = ["Dkm", "choose_form", "dkm"]
@@ -186,7 +186,7 @@ class Dkm(AbstractQuantizer):
         """Restores what `get_extra_state` returned."""
         kind, self._joint = state["form"], None
         if isinstance(kind, Mapping):
-            self._form = table(Recipe.from_dict(kind, self.centroids.device))
+            self._form = table(TableSpec.from_dict(kind, self.centroids.device))
         else:
             self._form = None if kind is None else Exact(kind[0], getattr(torch, kind[1]))
         self._is_settled, self._steps = state["is_settled"], state["steps"]

@@ -18,11 +18,11 @@ from qcompress.errors import ConfigError, DataError, DivergenceError, OutputErro
 from qcompress.files import check_writable, write_whole
 from qcompress.plan.plan import Plan
 from qcompress.plan.settings import Settings
-from qcompress.sources.base import Source, SourceOptions
+from qcompress.sources.base import Source
 from qcompress_cli.commands import finetune_report
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.finetune_options import FinetuneOptions, finetune_options
-from qcompress_cli.inputs.open_model import open_model
+from qcompress_cli.inputs.open_model import open_model, source_options
 from qcompress_cli.inputs.program import device, open_program
 from qcompress_cli.inputs.project import RunOptions, run_options
 from qcompress_cli.terminal.console import Ui
@@ -223,7 +223,7 @@ def _task(
     settings = recipes.complete(plan.training, plan.default.bits, has_labels=data.has_labels)
     objective = _objective(settings)
     methods, regularizers = recipes.methods(settings), recipes.regularizers(settings)
-    module = module_of(source, _source_options(given), untrained=settings.from_scratch)
+    module = module_of(source, source_options(given), untrained=settings.from_scratch)
     if settings.from_scratch and module is None:
         raise ConfigError("--from-scratch needs the architecture of the model: add --arch module:factory.")
     # The program may share tensors with the module that it is traced from; the one that trains is another.
@@ -276,15 +276,6 @@ def _task(
     return _Task(prepared, batches, settings, objective, teacher=teacher, **_validation(wanted, given, program, where))
 
 
-def _source_options(given: RunOptions) -> SourceOptions:
-    return SourceOptions(
-        arch=given.arch,
-        arch_kwargs=given.arch_kwargs,
-        allow_classes=given.allow_class,
-        trust_pickle=given.trust_pickle,
-    )
-
-
 def _first_shape(program: "FloatProgram", data: "DataReader") -> tuple[int, ...]:
     """Return the shape of a model's first output for an example batch."""
     return next(iter(program.run(data.example()).values())).shape
@@ -313,7 +304,7 @@ def _teacher(
     if not path.exists():
         raise ConfigError(f"--teacher must be self, none or a model file, but {path} does not exist.")
     try:
-        taught = open_program(load_source(path, options=_source_options(given)), given, ui)
+        taught = open_program(load_source(path, options=source_options(given)), given, ui)
     except DataError as e:
         raise DataError(f"--teacher {path} must take the inputs of the model: {e}") from None
     is_same = set(taught.input_names) == set(program.input_names)
@@ -416,7 +407,10 @@ def _train(run: "Run", metric: str, ui: Ui) -> None:
 
 def _left_by(folder: Path) -> str:
     """Return what a run that diverged leaves, and what to type."""
-    if not any((folder / name).exists() for name in ("weights.safetensors", "model.pt2")):
+    from qcompress.compressed.folder import WEIGHTS
+    from qcompress.finetune.run_folder import FLOAT
+
+    if not any((folder / name).exists() for name in (WEIGHTS, FLOAT)):
         return f"There was no checkpoint yet: remove {folder} or name another folder by -o."
     return f"The checkpoint in {folder} is good: export it, or pass {folder} as MODEL with another -o to go on from it."
 

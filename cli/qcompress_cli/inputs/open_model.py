@@ -21,14 +21,18 @@ def open_model(given: RunOptions, ui: Ui | None = None) -> Source:
     path = require_model(given, click.get_current_context().find_root().obj)
     from qcompress.openers import load_source
 
-    options = SourceOptions(
+    source = load_source(path, options=source_options(given))
+    note = getattr(source, "note", None)
+    if ui is not None and note:
+        ui.note(note)
+    return source
+
+
+def source_options(given: RunOptions) -> SourceOptions:
+    """Return how the model files of this run may be read."""
+    return SourceOptions(
         arch=given.arch,
         arch_kwargs=given.arch_kwargs,
         allow_classes=given.allow_class,
         trust_pickle=given.trust_pickle,
     )
-    source = load_source(path, options=options)
-    note = getattr(source, "note", None)
-    if ui is not None and note:
-        ui.note(note)
-    return source

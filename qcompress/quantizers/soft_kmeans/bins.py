@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.quantizers.soft_kmeans.neighbours import NARROWEST, SATURATED, Neighbours
-from qcompress.quantizers.soft_kmeans.table import Recipe, Table, pieces
+from qcompress.quantizers.soft_kmeans.table import Table, TableSpec, pieces
 
 _STEP: Final = 0.06  # largest width of a bin, over the distance in which the attention changes
 _MOST_BINS: Final = 1 << 16  # a float32 position still tells 1/128 of a bin apart
@@ -36,12 +36,12 @@ def cells(centroids: int) -> int:
     return min(most, max(least, _CELLS_PER_CENTROID * centroids))
 
 
-def table(recipe: Recipe) -> Table | None:
+def table(spec: TableSpec) -> Table | None:
     """Returns the bins that fit some centroids; None: they would be too many. It waits for the device."""
-    device, lengths = recipe.tau.device, recipe.lengths
-    sets = [c.cpu() for c in recipe.sets]
-    low_G, high_G, tau_G = (values.double().cpu() for values in (recipe.low, recipe.high, recipe.tau))
-    neighbours = [Neighbours.of(c, tau_G, recipe.drift) for c in sets]
+    device, lengths = spec.tau.device, spec.lengths
+    sets = [c.cpu() for c in spec.sets]
+    low_G, high_G, tau_G = (values.double().cpu() for values in (spec.low, spec.high, spec.tau))
+    neighbours = [Neighbours.of(c, tau_G, spec.drift) for c in sets]
     # Beyond these ends the attention is 1 for the first or the last centroid, and there are few weights.
     reach = [(SATURATED * tau_G[:, None] / n.gap).maximum(_TAIL * n.typical) for n in neighbours]
     low_G = low_G.maximum(torch.stack([c[:, 0] - r[:, 0] for c, r in zip(sets, reach, strict=True)]).amin(0))
@@ -75,7 +75,7 @@ def table(recipe: Recipe) -> Table | None:
         start=_complex(start_GP, slope_GP).to(device),
         edges=_edges(parts.cell, first_GP, start_GP.double(), slope_GP.double(), int(bins_GP.sum(1).max())).to(device),
         neighbours=tuple(neighbours),
-        made_from=recipe,
+        made_from=spec,
     )
 
 

@@ -16,7 +16,7 @@ from qcompress.quantizers.soft_kmeans.bins import cells, table
 from qcompress.quantizers.soft_kmeans.chunked import chunked, needed_dtype
 from qcompress.quantizers.soft_kmeans.dense import Metric, dense
 from qcompress.quantizers.soft_kmeans.groups import runs
-from qcompress.quantizers.soft_kmeans.table import Recipe, Table
+from qcompress.quantizers.soft_kmeans.table import Table, TableSpec
 from qcompress.quantizers.soft_kmeans.tabulated import iterate, tabulated
 
 _SMALL: Final = 1 << 12  # V x K up to which the dense form is fast enough
@@ -102,7 +102,7 @@ def table_for(
     ranges = torch.stack([end.min for end in ends]), torch.stack([end.max for end in ends])
     sets: tuple[Tensor, ...] = (c_GK,)
     for _ in range(iterations):
-        found = table(Recipe(sets, tau_G.clone(), *ranges, tuple(lengths), drift))
+        found = table(TableSpec(sets, tau_G.clone(), *ranges, tuple(lengths), drift))
         if found is None or found.edges.numel() > most_edges:
             return None
         others = [c for c in iterate(w_N, c_GK, tau_G, iterations - 1, found)[1:] if not found.fits(c)]

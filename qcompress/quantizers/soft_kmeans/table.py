@@ -46,7 +46,7 @@ class Piece:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class TableSpec:
     """What a table is made from.
 
     Args:
@@ -72,8 +72,8 @@ class Recipe:
         return {"sets": [c.tolist() for c in self.sets], **listed, "lengths": list(self.lengths), "drift": self.drift}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], device: torch.device) -> "Recipe":
-        """Returns the recipe that `as_dict` wrote."""
+    def from_dict(cls, values: Mapping[str, Any], device: torch.device) -> "TableSpec":
+        """Returns the spec that `as_dict` wrote."""
 
         def tensor(value: Any) -> Tensor:
             return torch.tensor(value, dtype=torch.float64, device=device)
@@ -109,7 +109,7 @@ class Table:
     start: Tensor
     edges: Tensor
     neighbours: tuple[Neighbours, ...]
-    made_from: "Recipe | None" = None
+    made_from: "TableSpec | None" = None
 
     @property
     def count(self) -> int:
