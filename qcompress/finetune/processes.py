@@ -54,7 +54,9 @@ class Processes:
         except ImportError:
             raise missing("accelerate", "training in several processes") from None
         state = PartialState(cpu=device == "cpu")
-        return cls(str(state.device), state.process_index, state.num_processes)
+        # accelerate numbers CPUs, too, but there is one for all.
+        where = "cpu" if state.device.type == "cpu" else str(state.device)
+        return cls(where, state.process_index, state.num_processes)
 
     @property
     def is_first(self) -> bool:

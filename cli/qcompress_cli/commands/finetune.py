@@ -386,9 +386,9 @@ def _identity(plan: Plan, wanted: FinetuneOptions, task: _Task, source: Source) 
     return {
         "version": 1,
         "model": source.sha256[:11],
+        "seed": wanted.seed,  # before the data, whose fingerprint depends on it
         "data": task.batches.fingerprint,
         "val": task.compared_on,
-        "seed": wanted.seed,
         "max_time": wanted.max_time,
         "plan": plan.to_toml(),
     }
