@@ -1,4 +1,4 @@
-"""The module of a source, for training; sources that hold a graph only have none."""
+"""The module of a source, for training; a source that holds only a graph has no module."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -400,7 +400,7 @@ def test_a_run_is_only_resumed_by_its_own_command(refused, finetune, folder):
         ("model.pt2", "--rate", "0.5"): "plan was rate = 0.002, now it is rate = 0.5.",
         ("model.pt2", "--data", "other.npz"): "data was",
         ("model.pt2", "--val", "train.npz"): "val was",
-        ("model.pt2", "--seed", "1"): "data was",
+        ("model.pt2", "--seed", "1"): "seed was 0, now it is 1.",
         ("other.pt2",): "model was",
     }.items():
         said = refused("finetune", changed[0], *command, *changed[1:], "-o", "ckpt", "--resume")
