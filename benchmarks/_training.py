@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from _nets import DIGITS
+from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -170,6 +172,17 @@ def logits(file: bytes, data: Dataset) -> npt.NDArray[np.float32]:
     """Return the output of a file in onnxruntime for each sample."""
     (found,) = outputs_of(file, [batch.inputs for batch in data.batches(500)], "deployed").values()
     return found
+
+
+def paired(name: str, mine: Mapping[int, float], other: str, theirs: Mapping[int, float]) -> str:
+    """Return the mean difference of two rows in points over the seeds that both have, with its 95 % interval."""
+    seeds = sorted(set(mine) & set(theirs))
+    points = np.array([100 * (mine[seed] - theirs[seed]) for seed in seeds])
+    line = f"{name} minus {other}: {points.mean():+.2f} points, {len(seeds)} seeds"
+    if len(seeds) < 2:
+        return line
+    half = float(student.ppf(0.975, len(seeds) - 1) * points.std(ddof=1) / math.sqrt(len(seeds)))
+    return f"{line}, 95 % {points.mean() - half:+.2f} to {points.mean() + half:+.2f}"
 
 
 def stepper(model: nn.Module, penalized: Any = None) -> Callable[[Tensor, Tensor], None]:

@@ -15,16 +15,14 @@ Differences are paired by seed, with a 95 % interval over seeds (Student).
 import argparse
 import copy
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _training import Row, Task, logits, named, tensors, tuned
-from scipy.stats import t as student
+from _training import Row, Task, logits, named, paired, tensors, tuned
 from training import resnet20
 
 from qcompress.finetune.attach import Prepared
@@ -181,18 +179,8 @@ def show(epochs: int, results: list[Result]) -> None:
         )
     for name, other in PAIRS:
         if name in by_name and other in by_name:
-            print(difference(name, by_name[name], other, by_name[other]))
-
-
-def difference(name: str, mine: Mapping[int, Result], other: str, theirs: Mapping[int, Result]) -> str:
-    """Return the paired difference in points over the seeds that both have."""
-    seeds = sorted(set(mine) & set(theirs))
-    points = np.array([100 * (mine[seed].top1 - theirs[seed].top1) for seed in seeds])
-    line = f"{name} minus {other}: {points.mean():+.2f} points, {len(seeds)} seeds"
-    if len(seeds) < 2:
-        return line
-    half = float(student.ppf(0.975, len(seeds) - 1) * points.std(ddof=1) / math.sqrt(len(seeds)))
-    return f"{line}, 95 % {points.mean() - half:+.2f} to {points.mean() + half:+.2f}"
+            top1_of = {side: {seed: r.top1 for seed, r in by_name[side].items()} for side in (name, other)}
+            print(paired(name, top1_of[name], other, top1_of[other]))
 
 
 if __name__ == "__main__":
