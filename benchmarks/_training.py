@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from _nets import DIGITS
-from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,6 +22,7 @@ from qcompress.finetune.config import LoopConfig
 from qcompress.finetune.loop import train
 from qcompress.finetune.methods import Methods
 from qcompress.graph.sites import Placement
+from qcompress.metrics.intervals import of_runs
 from qcompress.plan.plan import Plan
 from qcompress.plan.settings import Settings
 from qcompress_exporters import build
@@ -177,12 +176,10 @@ def logits(file: bytes, data: Dataset) -> npt.NDArray[np.float32]:
 def paired(name: str, mine: Mapping[int, float], other: str, theirs: Mapping[int, float]) -> str:
     """Return the mean difference of two rows in points over the seeds that both have, with its 95 % interval."""
     seeds = sorted(set(mine) & set(theirs))
-    points = np.array([100 * (mine[seed] - theirs[seed]) for seed in seeds])
-    line = f"{name} minus {other}: {points.mean():+.2f} points, {len(seeds)} seeds"
-    if len(seeds) < 2:
-        return line
-    half = float(student.ppf(0.975, len(seeds) - 1) * points.std(ddof=1) / math.sqrt(len(seeds)))
-    return f"{line}, 95 % {points.mean() - half:+.2f} to {points.mean() + half:+.2f}"
+    points = [100 * (mine[seed] - theirs[seed]) for seed in seeds]
+    line = f"{name} minus {other}: {statistics.fmean(points):+.2f} points, {len(seeds)} seeds"
+    interval = of_runs(points)
+    return line if interval is None else f"{line}, 95 % {interval[0]:+.2f} to {interval[1]:+.2f}"
 
 
 def stepper(model: nn.Module, penalized: Any = None) -> Callable[[Tensor, Tensor], None]:

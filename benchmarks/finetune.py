@@ -183,7 +183,7 @@ def show(results: list[Result]) -> None:
         least, other = ROWS[name].least, ROWS[name].no_worse_than
         if least is not None:
             bars.append(Bar(f"{name}, mean of {len(group)}", float(np.mean(top1)), least, at_least=True))
-        if other in by_name:
+        if other in by_name and set(group) & set(by_name[other]):
             print(paired(name, values(group), other, values(by_name[other])))
     print(*bars, sep="\n")
 

@@ -30,6 +30,8 @@ class EpochRow:
         task_loss: without penalties.
         rate: the learning rate of the last step, as a share of the highest.
         score: the metric on validation data, of the weights as they are stored; None without such data.
+        trained_score: the metric with the weights that training computed with, where the method stores others (DKM,
+            whose soft weights become hard); None elsewhere.
         error: mean over weights of the relative distance of the stored weight from the float one.
     """
 
@@ -39,6 +41,7 @@ class EpochRow:
     task_loss: float
     rate: float
     score: float | None
+    trained_score: float | None
     error: float
 
     @property

@@ -20,6 +20,7 @@ from qcompress.finetune.prepared import Prepared
 from qcompress.finetune.processes import Processes
 from qcompress.finetune.run_folder import FLOAT, HISTORY, QUANTIZERS, TRAINING, write_compressed, write_float
 from qcompress.finetune.trainer import StepRecord, Trainer, TrainingState
+from qcompress.metrics.result import MetricResult
 
 _AGREED_EVERY: Final = 10  # steps after which several processes tell each other whether to stop
 _TIMED: Final = 20  # steps whose time tells how many fit into the limit
@@ -47,22 +48,8 @@ class Pace:
     most_seconds: float | None = None
 
 
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Validation:
-    """How a model is scored while it trains.
-
-    Args:
-        score: returns the metric of the model, which is in eval mode.
-        lower_is_better: whether a lower value of the metric is better.
-    """
-
-    score: Callable[[Prepared], float]
-    lower_is_better: bool = False
-
-    def better(self, new: float, old: float | None) -> bool:
-        """Returns whether a score is at least as good as an older one; None: there is no older one."""
-        return old is None or (new <= old if self.lower_is_better else new >= old)
+# Compares the model, which is in eval mode, with the original.
+Validation = Callable[[Prepared], MetricResult]
 
 
 @final
@@ -72,7 +59,7 @@ class _Progress:
 
     rows: list[EpochRow] = field(default_factory=list)
     quantizers: list[QuantizerRow] = field(default_factory=list)
-    best: float | None = None
+    best: MetricResult | None = None
     best_epoch: int | None = None
 
 
@@ -94,6 +81,7 @@ class Run:
     Attributes:
         rows: the history.
         best_epoch: counted from 1; None without validation data.
+        best: how the model of that epoch compares with the original.
     """
 
     def __init__(
@@ -127,6 +115,10 @@ class Run:
     @property
     def best_epoch(self) -> int | None:
         return self._progress.best_epoch
+
+    @property
+    def best(self) -> MetricResult | None:
+        return self._progress.best
 
     @property
     def errors(self) -> dict[str, float]:
@@ -166,7 +158,9 @@ class Run:
         kept = state.values["run"]
         rows = [EpochRow(**row) for row in kept["rows"]]
         quantizers = [(epoch, tensor, what, value) for epoch, tensor, what, value in kept["quantizers"]]
-        self._progress = _Progress(rows, quantizers, kept["best"], kept["best_epoch"])
+        best = kept["best"]
+        best = None if best is None else MetricResult.from_dict(best)
+        self._progress = _Progress(rows, quantizers, best, kept["best_epoch"])
         self._spent = kept["seconds"]
         self._write_history()
         return True
@@ -215,7 +209,7 @@ class Run:
         values = {
             "rows": [asdict(row) for row in kept.rows],
             "quantizers": kept.quantizers,
-            "best": kept.best,
+            "best": None if kept.best is None else asdict(kept.best),
             "best_epoch": kept.best_epoch,
             "seconds": self.seconds,
         }
@@ -257,10 +251,10 @@ class Run:
         loss, task_loss = (self._sums / steps).tolist()
         self._sums.zero_()
         with self._as_stored():
-            score = None if self._validation is None else self._validation.score(trainer.prepared)
-            if self._validation is None or score is None:
+            score, trained_score = self._scores()
+            if score is None:
                 self._write_model()
-            elif self._competes() and self._validation.better(score, kept.best):
+            elif self._competes() and (kept.best is None or score.drop <= kept.best.drop):
                 kept.best, kept.best_epoch = score, epoch + 1
                 self._write_model()
         listed = quantizer_values(trainer.prepared)
@@ -268,8 +262,21 @@ class Run:
         errors = [value for _, what, value in listed if what == "error"]
         rate = trainer.config.share_of_rate(trainer.step / (trainer.total + 1))
         error = sum(errors) / len(errors) if errors else 0.0
-        kept.rows.append(EpochRow(epoch + 1, trainer.step, loss, task_loss, rate, score, error))
+        kept.rows.append(
+            EpochRow(epoch + 1, trainer.step, loss, task_loss, rate, score and score.compressed, trained_score, error)
+        )
         self._write_history()
+
+    def _scores(self) -> tuple[MetricResult | None, float | None]:
+        """Returns the comparison of the model as stored, and the metric of the model as trained where they differ."""
+        prepared = self._trainer.prepared
+        if self._validation is None:
+            return None, None
+        score = self._validation(prepared)
+        if not any(prepared.drops().values()):
+            return score, None
+        with prepared.as_trained():
+            return score, self._validation(prepared).compressed
 
     def _competes(self) -> bool:
         """Returns whether the model can be the best one: its offsets are those that zero points can store, if any will.

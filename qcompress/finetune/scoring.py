@@ -1,7 +1,7 @@
 """Scores a model on validation data while it trains."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, final
 
 import numpy as np
 import numpy.typing as npt
@@ -12,43 +12,45 @@ from qcompress.data.dataset import Dataset
 from qcompress.finetune.prepared import Prepared
 from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.graph.program import FloatProgram
-from qcompress.metrics.metric import Metric
+from qcompress.metrics.metric import Metric, compare
+from qcompress.metrics.result import MetricResult
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 _BATCH: Final = 256
 
 
-def score(run: Callable[[Arrays], Arrays], data: Dataset, metric: Metric) -> float:
-    """Returns the metric of a model on data with labels.
+@final
+class Scorer:
+    """Compares a model in training with the original on data with labels.
 
     Args:
-        run: inputs by name -> outputs by name.
-        data: the data.
-        metric: the metric.
-    """
-    parts = [run(batch.inputs) for batch in data.batches(_BATCH)]
-    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return float(np.mean(metric(outputs, data.labels)))
-
-
-def scorer(program: FloatProgram, data: Dataset, metric: Metric, device: str) -> Callable[[Prepared], float]:
-    """Returns a function that scores a prepared model, for `run.Validation`.
-
-    Args:
-        program: the model's program, which names inputs and outputs.
+        program: the original, which names inputs and outputs.
         data: the validation data.
         metric: the metric.
-        device: where the model is.
+        device: where the models are.
+
+    Attributes:
+        original: the metric of the original.
     """
 
-    def scored(prepared: Prepared) -> float:
+    def __init__(self, program: FloatProgram, data: Dataset, metric: Metric, device: str) -> None:
+        self._program, self._data, self._metric, self._device = program, data, metric, device
+        self._outputs = self._collected(program.runner(device))
+        self.original = float(np.mean(metric(self._outputs, data.labels)))
+
+    def __call__(self, prepared: Prepared) -> MetricResult:
+        """Returns the comparison; metrics that give one number over all samples have no interval in it."""
+        program = self._program
+
         def run(arrays: Arrays) -> Arrays:
-            inputs = [to_torch(values).to(device) for values in program.bind(arrays)]
+            inputs = [to_torch(values).to(self._device) for values in program.bind(arrays)]
             outputs = pytree.tree_leaves(prepared(**dict(zip(program.input_names, inputs, strict=True))))
             named = zip(program.output_names, outputs, strict=True)
             return {name: to_numpy(value.float()) for name, value in named if isinstance(value, torch.Tensor)}
 
-        return score(run, data, metric)
+        return compare(self._metric, self._outputs, self._collected(run), self._data.labels, resamples=0)
 
-    return scored
+    def _collected(self, run: Callable[[Arrays], Arrays]) -> dict[str, npt.NDArray[Any]]:
+        parts = [run(batch.inputs) for batch in self._data.batches(_BATCH)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -4,12 +4,12 @@ Source: normal approximation for paired real-valued scores. For 0/1 scores the a
 and R. M. Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired data",
 Journal of Educational and Behavioral Statistics 37 (2012): one sample is added to each kind of disagreement. For one
 number over all samples the percentile bootstrap of B. Efron, "Bootstrap methods: another look at the jackknife", Annals
-of Statistics 7 (1979), both models on the same resamples.
+of Statistics 7 (1979), both models on the same resamples. For independent runs Student's t.
 Code: written from the formulas; no code copied.
 Deviations: the interval for 0/1 scores is widened to contain the measured difference if rounding would exclude it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -54,6 +54,28 @@ def of_scores(worse: Floats, *, zero_one: bool) -> Interval | None:
     if (worse == worse[0]).all():
         return float(worse[0]), float(worse[0])
     half = Z95 * float(worse.std(ddof=1)) / n**0.5
+    return mean - half, mean + half
+
+
+def of_runs(values: Sequence[float]) -> Interval | None:
+    """Return the 95 % interval of the mean of independent runs, such as trainings with several seeds.
+
+    Args:
+        values: one per run.
+
+    Returns:
+        (low, high) by Student's t; None for a single run.
+
+    >>> [round(end, 3) for end in of_runs([0.0, 1.0, 2.0])]
+    [-1.484, 3.484]
+    """
+    from scipy.special import stdtrit
+
+    n = len(values)
+    if n < 2:
+        return None
+    mean = float(np.mean(values))
+    half = float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1)) / n**0.5
     return mean - half, mean + half
 
 

@@ -17,6 +17,7 @@ from qcompress.data.samples import find_function
 from qcompress.errors import ConfigError, DataError, did_you_mean
 from qcompress.metrics import intervals as _intervals
 from qcompress.metrics import scores as _scores
+from qcompress.metrics.intervals import RESAMPLES
 from qcompress.metrics.result import MetricResult
 from qcompress.metrics.scores import Floats, Outputs, Score
 from qcompress.user_code import one_line
@@ -124,7 +125,13 @@ def load_metric(spec: str, lower_is_better: bool = False) -> Metric:
 
 
 def compare(
-    metric: Metric, original_outputs: Outputs, compressed_outputs: Outputs, y: Array | None, seed: int = 0
+    metric: Metric,
+    original_outputs: Outputs,
+    compressed_outputs: Outputs,
+    y: Array | None,
+    seed: int = 0,
+    *,
+    resamples: int = RESAMPLES,
 ) -> MetricResult:
     """Return how much worse the compressed model scores on the same samples, with a 95 % interval.
 
@@ -141,6 +148,7 @@ def compare(
         compressed_outputs: the compressed model's outputs, for the same samples in the same order.
         y: labels, or None if the metric needs no labels.
         seed: seed of the resampling.
+        resamples: how many, for one number over all samples; with 0 it has no interval.
 
     Raises:
         DataError: the outputs and labels do not fit each other or the metric.
@@ -165,7 +173,7 @@ def compare(
                 values = [metric(_take(o, index), labels) for o in (original_outputs, compressed_outputs)]
             return sign * float(values[0] - values[1])
 
-        interval = _intervals.of_number(worse, n, seed=seed)
+        interval = _intervals.of_number(worse, n, seed=seed, resamples=resamples) if resamples else None
         return MetricResult(metric.name, a, b, drop, interval, metric.lower_is_better, n)
     difference = sign * (a - b)
     zero_one = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())

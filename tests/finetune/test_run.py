@@ -20,11 +20,12 @@ from qcompress.finetune import recipes
 from qcompress.finetune.attach import prepare
 from qcompress.finetune.checkpoints import Checkpoints
 from qcompress.finetune.losses import Objective
-from qcompress.finetune.run import Interruption, Pace, Run, Validation
+from qcompress.finetune.run import Interruption, Pace, Run
 from qcompress.finetune.run_folder import start_folder
 from qcompress.finetune.trainer import Trainer, TrainingState
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.tracing import from_module
+from qcompress.metrics.result import MetricResult
 from qcompress.plan.plan import Plan
 from qcompress.plan.settings import Settings
 from qcompress.plan.training import METHODS, Training
@@ -219,9 +220,10 @@ def test_the_kept_model_is_that_of_the_best_epoch(tmp_path_factory):
             assert not prepared.training
             with torch.no_grad():
                 seen.append(prepared(torch.tensor(data().inputs["x"])).numpy())
-            return scores[len(seen) - 1]
+            loss = scores[len(seen) - 1]
+            return MetricResult("loss", 0.1, loss, loss - 0.1, (loss - 0.2, loss), lower_is_better=True, samples=3)
 
-        return run_of(folder, validation=Validation(score=score, lower_is_better=True), reestimate=2, **more)
+        return run_of(folder, validation=score, reestimate=2, **more)
 
     seen: list[np.ndarray] = []
     folder = tmp_path_factory.mktemp("whole")
@@ -239,7 +241,30 @@ def test_the_kept_model_is_that_of_the_best_epoch(tmp_path_factory):
     run = scored([0.2], folder)
     assert run.resume()
     assert_same(finished(run), wanted)
-    assert run.best_epoch == 2
+    assert (run.best_epoch, run.best.compressed, run.best.interval) == (2, 0.1, (-0.1, 0.1))
+
+
+def test_soft_weights_are_scored_beside_those_that_are_stored(tmp_path_factory):
+    """Scoring them leaves training as it is."""
+    weights = []
+
+    def score(prepared):
+        with torch.no_grad():
+            outputs = prepared(torch.tensor(data().inputs["x"]))
+        weights.append(prepared.model.body.weight.detach().clone())
+        loss = float(outputs.square().mean())
+        return MetricResult("loss", 0.0, loss, loss, None, lower_is_better=True, samples=3)
+
+    wanted = finished(run_of(tmp_path_factory.mktemp("alone"), method="dkm"))
+    run = run_of(tmp_path_factory.mktemp("scored"), method="dkm", validation=score)
+    state, _ = finished(run)
+    assert all(torch.equal(value, wanted[0].tensors[name]) for name, value in state.tensors.items())
+    assert len(weights) == 2 * EPOCHS
+    assert all(not torch.equal(weights[i], weights[i + 1]) for i in range(0, len(weights), 2))
+    assert all(row.trained_score != row.score for row in run.rows)
+    lsq = run_of(tmp_path_factory.mktemp("lsq"), validation=score)
+    finished(lsq)
+    assert [row.trained_score for row in lsq.rows] == [None] * EPOCHS
 
 
 def test_divergence_leaves_a_good_checkpoint(tmp_path):

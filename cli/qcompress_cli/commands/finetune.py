@@ -29,6 +29,7 @@ from qcompress_cli.terminal.console import Ui
 from qcompress_cli.terminal.exits import INTERRUPTED
 
 if TYPE_CHECKING:
+    from qcompress.finetune.processes import Processes
     from qcompress.finetune.run import Run
 
 _SHOWN_EVERY: Final = 10  # steps
@@ -58,17 +59,46 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
     source = open_model(given, ui)
     plan = _plan(wanted, given, source)
 
-    import torch
-
-    from qcompress.finetune import recipes
     from qcompress.finetune.processes import Processes
-    from qcompress.finetune.run import Interruption, Pace, Run
-    from qcompress.finetune.run_folder import start_folder
-    from qcompress.finetune.trainer import Trainer
 
     processes = Processes.launched(device(given))
     if not processes.is_first:
         ui = Ui(quiet=True, silent=True)
+    runs: list[finetune_report.Done] = []
+    for one, where in _runs(wanted, folder):
+        done = _run(plan, one, replace(given, output=where), source, processes, ui)
+        runs += [done] if done is not None else []
+    processes.close()
+    if not processes.is_first:
+        return
+    if not runs:
+        ui.show("nothing written (--dry-run)")
+        return
+    ui.wrote(folder)
+    report = runs[0] if len(runs) == 1 else finetune_report.Seeds(folder, tuple(runs))
+    ui.emit(report.as_dict())
+    ui.show(*report.tables(), *report.lines())
+
+
+def _runs(wanted: FinetuneOptions, folder: Path) -> list[tuple[FinetuneOptions, Path]]:
+    """Return the options and the folder of each run: one, or one per seed."""
+    if wanted.seeds == 1 or wanted.dry_run:
+        return [(wanted, folder)]
+    seeds = range(wanted.seed, wanted.seed + wanted.seeds)
+    return [(replace(wanted, seed=seed), folder / f"seed-{seed}") for seed in seeds]
+
+
+def _run(
+    plan: Plan, wanted: FinetuneOptions, given: RunOptions, source: Source, processes: "Processes", ui: Ui
+) -> finetune_report.Done | None:
+    """Train in the folder `given.output`; return what came of it, None for a dry run."""
+    import torch
+
+    from qcompress.finetune import recipes
+    from qcompress.finetune.run import Interruption, Pace, Run
+    from qcompress.finetune.run_folder import start_folder
+    from qcompress.finetune.trainer import Trainer
+
     torch.manual_seed(wanted.seed + processes.rank)
     task = training_task(plan, wanted, given, source, processes, ui)
     settings, teacher, metric = task.settings, task.teacher, given.metric or METRIC
@@ -78,9 +108,11 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
     if not recipes.is_tuned(settings, plan.default.bits) and plan.default.bits is not None:
         ui.note(f"The defaults of {settings.method} at {plan.default.bits} bits are untuned; compare a few of --rate.")
     if wanted.dry_run:
-        ui.emit(finetune_report.Done(None, settings, (), None, task.original, metric).as_dict())
+        ui.emit(finetune_report.Done(None, wanted.seed, settings, (), None, task.original, metric).as_dict())
         ui.show(*finetune_report.dry_run(settings, task.prepared, len(task.batches)))
-        return
+        return None
+    assert given.output is not None
+    folder = given.output
     if processes.is_first:
         start_folder(folder, _identity(plan, wanted, task, source))
     if wanted.save_plan is not None and processes.is_first:
@@ -112,14 +144,12 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
             click.get_current_context().exit(INTERRUPTED)
         except DivergenceError as e:
             raise DivergenceError(f"{e} {_left_by(folder)}") from None
-    processes.close()
-    if not processes.is_first:
-        return
-    ui.wrote(folder)
-    done = finetune_report.Done(folder, settings, tuple(run.rows), run.best_epoch, task.original, metric, run.errors)
-    write_whole(folder / "curves.svg", finetune_report.curves(done).encode())
-    ui.emit(done.as_dict())
-    ui.show(*done.tables(), *done.lines())
+    done = finetune_report.Done(
+        folder, wanted.seed, settings, tuple(run.rows), run.best_epoch, task.original, metric, run.best, run.errors
+    )
+    if processes.is_first:
+        write_whole(folder / "curves.svg", finetune_report.curves(done).encode())
+    return done
 
 
 def _check(wanted: FinetuneOptions, given: RunOptions) -> Path:
@@ -136,11 +166,26 @@ def _check(wanted: FinetuneOptions, given: RunOptions) -> Path:
         raise ConfigError(f"finetune needs {'; '.join(missing)}.")
     folder = given.output or Path("ckpt")
     if not wanted.dry_run and os.environ.get("RANK", "0") == "0":  # the first of several processes makes the folder
-        _check_folder(folder, resume=wanted.resume)
+        _check_folders(wanted, folder)
     if wanted.save_plan is not None:
         inputs = [path for path in (given.model, given.plan) if path is not None]
         check_writable(wanted.save_plan, force=given.force or wanted.resume, inputs=inputs, flag="--save-plan")
     return folder
+
+
+def _check_folders(wanted: FinetuneOptions, folder: Path) -> None:
+    """Refuse folders that cannot take the runs; make the one that holds those of several seeds."""
+    runs = [where for _, where in _runs(wanted, folder)]
+    if runs == [folder]:
+        _check_folder(folder, resume=wanted.resume)
+        return
+    if folder.is_dir() and any(entry not in runs for entry in folder.iterdir() if not entry.name.startswith(".")):
+        raise OutputError(f"{folder} holds other files than the runs of these seeds: name another folder by -o.")
+    if not folder.is_dir():
+        _check_folder(folder, resume=wanted.resume)
+        folder.mkdir()
+    for where in runs:
+        _check_folder(where, resume=wanted.resume)
 
 
 def _check_folder(folder: Path, *, resume: bool) -> None:

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final, final
 
 from rich.console import RenderableType
 
+from qcompress.metrics.intervals import of_runs
 from qcompress.metrics.metric import unit_of
 from qcompress.plan.training import Training
 from qcompress_cli.terminal.console import new_table
@@ -17,6 +19,7 @@ from qcompress_cli.terminal.numbers import counted, number
 if TYPE_CHECKING:
     from qcompress.finetune.history import EpochRow
     from qcompress.finetune.prepared import Prepared
+    from qcompress.metrics.result import MetricResult
 
 _SHOWN: Final = 12  # epochs in a table
 _NAMED: Final = 3  # weights with the largest errors
@@ -53,7 +56,6 @@ def dry_run(settings: Training, prepared: "Prepared", steps: int) -> list[Render
     return [
         table,
         f"{weights}; {counted(settings.epochs, 'epoch')} of {counted(steps, 'step')}",
-        "nothing written (--dry-run)",
     ]
 
 
@@ -64,20 +66,24 @@ class Done:
 
     Args:
         folder: of the run; None for a dry run.
+        seed: of the run.
         settings: how it was trained.
         rows: the history.
         best_epoch: the one that was kept; None without validation data: the last.
         original: the metric of the float model; None without validation data.
         metric: its name.
+        best: how the kept model compares with the float one; None without validation data.
         errors: of each weight: the relative distance of the stored one from the float one.
     """
 
     folder: Path | None
+    seed: int
     settings: Training
     rows: "tuple[EpochRow, ...]"
     best_epoch: int | None
     original: float | None
     metric: str
+    best: "MetricResult | None" = None
     errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -95,18 +101,38 @@ class Done:
             mark = " *" if row is self.kept and self.best_epoch is not None else ""
             score = [] if self.original is None else [_scored(self.metric, row.score)]
             table.add_row(f"{row.epoch}{mark}", number(row.loss), f"{100 * row.error:.2f} %", *score)
-        if self.original is not None:
-            table.add_row("float", "", "", _scored(self.metric, self.original))
-        return [table]
+        return [table] if self.best is None else [table, self._compared(self.best)]
+
+    def _compared(self, best: "MetricResult") -> RenderableType:
+        """Return what training and storing cost, on the same samples."""
+        table = new_table("model", [self.metric, "drop", "95 %"])
+        table.add_row("float", _scored(self.metric, best.original), "", "")
+        trained = self.kept.trained_score
+        if trained is not None:
+            sign = -1 if best.lower_is_better else 1
+            table.add_row(
+                "trained", *(_scored(self.metric, v) for v in (trained, sign * (best.original - trained))), ""
+            )
+        table.add_row("as stored", *self.compared())
+        return table
+
+    def compared(self) -> list[str]:
+        """Return the metric of the kept model, its drop, and the drop's interval; empty without validation data."""
+        if self.best is None:
+            return []
+        return [
+            *(_scored(self.metric, v) for v in (self.best.compressed, self.best.drop)),
+            _ends(self.metric, self.best.interval),
+        ]
 
     def lines(self) -> list[str]:
         """Return the verdict and the next commands."""
-        if self.original is None or self.kept.score is None:
+        if self.best is None:
             said = f"trained {len(self.rows)} epochs, loss {number(self.rows[-1].loss)}: {self.folder}"
         else:
             said = (
-                f"{self.metric} {_scored(self.metric, self.kept.score)} with the weights of epoch {self.kept.epoch} as "
-                f"stored, {_scored(self.metric, self.original)} in float: {self.folder}"
+                f"{self.metric} {_scored(self.metric, self.best.compressed)} with the weights of epoch "
+                f"{self.kept.epoch} as stored, {_scored(self.metric, self.best.original)} in float: {self.folder}"
             )
         worst = sorted(self.errors, key=lambda name: -self.errors[name])[:_NAMED]
         listed = ", ".join(f"{name} {100 * self.errors[name]:.1f} %" for name in worst)
@@ -123,8 +149,82 @@ class Done:
             "metric": None if self.original is None else self.metric,
             "original": self.original,
             "kept_epoch": self.kept.epoch if self.rows else None,
+            "drop": None if self.best is None else self.best.drop,
+            "drop_interval": None if self.best is None or self.best.interval is None else list(self.best.interval),
             "history": [asdict(row) for row in self.rows],
+            "seeds": [],
         }
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Seeds:
+    """Finished runs that differ in their seeds.
+
+    Args:
+        folder: holds their folders.
+        runs: the runs, two or more.
+    """
+
+    folder: Path
+    runs: tuple[Done, ...]
+
+    @property
+    def best(self) -> Done:
+        """The run with the best metric, or without validation data with the lowest loss."""
+        return min(self.runs, key=lambda run: run.rows[-1].loss if run.best is None else run.best.drop)
+
+    def _drops(self) -> list[float]:
+        return [run.best.drop for run in self.runs if run.best is not None]
+
+    def tables(self) -> list[RenderableType]:
+        """Return a line per run, and the mean with its interval over the runs."""
+        metric, is_scored = self.best.metric, self.best.best is not None
+        table = new_table("seed", ["loss", *([metric, "drop", "95 %"] if is_scored else [])])
+        for run in self.runs:
+            mark = " *" if run is self.best else ""
+            table.add_row(f"{run.seed}{mark}", number(run.rows[-1].loss), *run.compared())
+        if is_scored:
+            scores = [run.best.compressed for run in self.runs if run.best is not None]
+            mean = (_scored(metric, mean) for mean in (fmean(scores), fmean(self._drops())))
+            table.add_row("mean", "", *mean, _ends(metric, of_runs(self._drops())))
+        return [table]
+
+    def lines(self) -> list[str]:
+        """Return the verdict and the next command."""
+        best, metric = self.best, self.best.metric
+        said = f"trained {len(self.runs)} times: {self.folder}; the lowest loss (*): {best.folder}"
+        if best.best is not None:
+            ends = _ends(metric, of_runs(self._drops()))
+            said = (
+                f"{metric} drops by {_scored(metric, fmean(self._drops()))} (95 % {ends} over {len(self.runs)} seeds) "
+                f"from {_scored(metric, best.original)} in float; the best run (*): {best.folder}"
+            )
+        bits = " --bits 2" if best.settings.method == "none" else ""
+        return [said, f"Next: qcompress export {best.folder}{bits}"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the document of --json: that of the best run, with the drop over all runs."""
+        drops = self._drops()
+        interval = of_runs(drops)
+        return self.best.as_dict() | {
+            "drop": fmean(drops) if drops else None,
+            "drop_interval": None if interval is None else list(interval),
+            "seeds": [
+                {
+                    "seed": run.seed,
+                    "folder": str(run.folder),
+                    "loss": run.rows[-1].loss,
+                    "score": None if run.best is None else run.best.compressed,
+                    "drop": None if run.best is None else run.best.drop,
+                }
+                for run in self.runs
+            ],
+        }
+
+
+def _ends(metric: str, interval: tuple[float, float] | None) -> str:
+    return "–" if interval is None else " to ".join(_scored(metric, end) for end in interval)
 
 
 def _scored(metric: str, value: float | None) -> str:

@@ -38,6 +38,7 @@ class FinetuneOptions:
         max_time: seconds of training.
         workers: processes that load data.
         seed: of what is random.
+        seeds: how often the model is trained, with as many seeds.
         save_plan: where the resolved plan goes.
         dry_run: whether nothing is trained.
     """
@@ -52,6 +53,7 @@ class FinetuneOptions:
     max_time: float | None
     workers: int
     seed: int
+    seeds: int
     save_plan: Path | None
     dry_run: bool
 
@@ -145,6 +147,13 @@ _OWN: Final = options.together(
     click.option("--plan", type=options.PATH, metavar="FILE", help="A plan in TOML; options replace what it sets."),
     click.option("--save-plan", type=options.PATH, metavar="FILE", help="Write the resolved plan to FILE."),
     click.option("--val", metavar="FILE", help="Labelled data on which epochs are compared; the best one is kept."),
+    click.option(
+        "--seeds",
+        type=click.IntRange(1),
+        default=1,
+        metavar="N",
+        help="Train N times, with the seeds from --seed on, each in a folder of its own in -o, and compare the runs.",
+    ),
     click.option("--resume", is_flag=True, help="Go on with the run in the folder, from its last checkpoint."),
     click.option(
         "--checkpoint-every",

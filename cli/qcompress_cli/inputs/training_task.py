@@ -90,8 +90,9 @@ def training_task(
     module = module_of(source, source_options(given), untrained=settings.from_scratch)
     if settings.from_scratch and module is None:
         raise ConfigError("--from-scratch needs the architecture of the model: add --arch module:factory.")
-    # The program may share tensors with the module that it is traced from; the one that trains is another.
-    traced = source if module is None else load_source(copy.deepcopy(module).eval())
+    # The program may share tensors with the module that it is traced from, and so may a source; a copy trains.
+    given_module, module = module, copy.deepcopy(module)
+    traced = source if given_module is None else load_source(given_module.eval())
     program = open_program(traced, given, ui)
     if module is None:
         ui.note("MODEL is a graph: BatchNorm keeps its statistics, and dropout stays off, as export left them.")
@@ -226,22 +227,20 @@ def _named(task: "Loss", name: str) -> "Loss":
 
 
 def _validation(wanted: FinetuneOptions, given: RunOptions, program: "FloatProgram", where: str) -> dict[str, Any]:
-    """Return the fields of `_Task` that validation data decides."""
+    """Return the fields of `TrainingTask` that validation data decides."""
     if wanted.val is None:
         return {"validation": None, "original": None, "compared_on": None}
     from qcompress.data.dataset import load_data
-    from qcompress.finetune.run import Validation
-    from qcompress.finetune.scoring import score, scorer
+    from qcompress.finetune.scoring import Scorer
     from qcompress.metrics.metric import load_metric
 
     data = load_data(wanted.val, transform=given.transform, what="--val")
     if data.labels is None:
         raise ConfigError(f"--val {wanted.val} needs labels, to compare epochs by the metric; add them as y.")
     metric = load_metric(given.metric or METRIC, lower_is_better=given.lower_is_better)
-    original = score(program.runner(where), data, metric)
-    found = Validation(score=scorer(program, data, metric, where), lower_is_better=metric.lower_is_better)
+    scorer = Scorer(program, data, metric, where)
     return {
-        "validation": found,
-        "original": original,
+        "validation": scorer,
+        "original": scorer.original,
         "compared_on": f"{data.digest} {metric.name} {metric.lower_is_better}",
     }

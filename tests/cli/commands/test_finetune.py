@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -33,6 +34,7 @@ class Net(nn.Module):
         return self.head(self.drop((self.left(x).relu() + self.right(x)).mean((2, 3))))
 """
 SHORT = ("--epochs", "2", "--batch-size", "16", "--quiet")  # 6 steps
+BY_SEED = {"seeds[]", *(f"seeds[].{key}" for key in ("seed", "folder", "loss", "score", "drop"))}
 LABELS = np.arange(48) % 5
 OUR_FILES = {"plan.toml", "program.pt2", "report.json", "weights.safetensors", "run.json", "history.csv",
              "quantizers.csv", "curves.svg", "training"}  # fmt: skip
@@ -166,17 +168,18 @@ def test_a_saved_plan_gives_the_same_weights(finetune):
 def test_the_document(finetune):
     command = ("model.pt2", "--data", "train.npz", "--val", "val.npz", "--bits", "2", "--json")
     result = finetune(*command, "-o", "ckpt", *SHORT[:-1])
-    assert check("finetune", result.stdout) == set()
+    assert check("finetune", result.stdout) == BY_SEED
     document = json.loads(result.stdout)
     assert [row["epoch"] for row in document["history"]] == [1, 2]
     assert document["folder"] == "ckpt"
-    assert check("finetune", finetune(*command[:3], *command[5:], "-o", "other", *SHORT).stdout) == set()
+    without = finetune(*command[:3], *command[5:], "-o", "other", *SHORT).stdout
+    assert check("finetune", without) == {"drop_interval[]", *BY_SEED}
     assert "history[]" in check("finetune", finetune(*command, "--dry-run", *SHORT).stdout)
 
 
 def test_the_best_epoch_is_kept(finetune):
     (Path("metric.py")).write_text(
-        "calls = []\ndef worse(outputs, y):\n    calls.append(0)\n    return float(len(calls))\n"
+        "calls = []\ndef worse(outputs, y):\n    calls.append(0)\n    return float(len(calls)) ** 2\n"
     )
     result = finetune(
         "model.pt2", "--data", "train.npz", "--val", "val.npz", "--bits", "2", "--metric", "metric.py:worse",
@@ -184,6 +187,35 @@ def test_the_best_epoch_is_kept(finetune):
     )  # fmt: skip
     assert "with the weights of epoch 1 as stored" in result.stdout
     assert "1 *" in result.stdout
+
+
+def test_several_seeds(finetune, refused):
+    common = ("model.pt2", "--data", "train.npz", "--val", "val.npz", "--bits", "2", "--metric", "top1", *SHORT)
+    result = finetune(*common, "--seed", "3", "--seeds", "2", "-o", "ckpt", "--json")
+    document = json.loads(result.stdout)
+    assert check("finetune", result.stdout) == set()
+    drops = {run["seed"]: run["drop"] for run in document["seeds"]}
+    assert list(drops) == [3, 4]
+    assert document["drop"] == pytest.approx(sum(drops.values()) / 2)
+    low, high = document["drop_interval"]  # Student's t with one degree of freedom: 12.706
+    assert high - low == pytest.approx(12.706 * abs(drops[3] - drops[4]), rel=1e-4)
+    best = min(drops, key=drops.get)
+    assert (document["folder"], document["kept_epoch"] is None) == (f"ckpt/seed-{best}", False)
+    finetune(*common, "--seed", "4", "-o", "alone")
+    assert bytes_of("ckpt/seed-4") == bytes_of("alone")
+    shutil.rmtree("ckpt/seed-4")
+    table = finetune(*common, "--seed", "3", "--seeds", "2", "-o", "ckpt", "--resume").stdout
+    assert bytes_of("ckpt/seed-4") == bytes_of("alone")
+    assert f"Next: qcompress export ckpt/seed-{best}\n" in table
+    assert "over 2 seeds) from " in table
+    again = (*common, "--seeds", "2", "-o", "ckpt")
+    assert "ckpt/seed-3 holds a training run: add --resume" in refused("finetune", *again, "--seed", "3")
+    assert "ckpt holds other files than the runs of these seeds" in refused("finetune", *again)
+
+
+def test_several_seeds_without_validation_data(finetune):
+    table = finetune("model.pt2", "--data", "train.npz", "--bits", "2", "--seeds", "2", "-o", "ckpt", *SHORT).stdout
+    assert "trained 2 times: ckpt; the lowest loss (*): ckpt/seed-" in table
 
 
 def test_a_limit_of_time(finetune):
