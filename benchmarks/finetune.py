@@ -130,21 +130,15 @@ def command(folder: Path, row: Row, epochs: int, seed: int) -> list[str]:
     ]  # fmt: skip
 
 
-def post_hoc(folder: Path) -> list[str]:
-    """Return the command line that compresses the net without training, without its width and output."""
-    transform = f"{folder}/{NET.arch.partition(':')[0]}:{NET.transform}"
-    return [
-        "qcompress", "export", str(folder / NET.weights), "--arch", f"{folder}/{NET.arch}",
-        "--calibration", f"{folder}/cifar10jpeg_small.npz:train_x", "--transform", transform,
-    ]  # fmt: skip
-
-
 def measured(args: argparse.Namespace, name: str, seed: int, words: list[str], work: Path) -> Result:
     """Run a command line to its end, export what it left, and measure the file."""
     row, folder = ROWS[name], work / f"{name} {seed} {args.epochs}".replace(" ", "-")
     start = work / "start"
     if row.start is not None and not start.exists():
-        run([*post_hoc(args.data), *shlex.split(row.start), "-o", f"{start}.onnx", "--save-compressed", str(start)])
+        np.save(work / "calibration.npy", next(iter(NET.calibration_data(args.data).inputs.values())))
+        run(["qcompress", "export", str(args.data / NET.weights), "--arch", f"{args.data}/{NET.arch}",
+             "--calibration", str(work / "calibration.npy"), *shlex.split(row.start), "-o", f"{start}.onnx",
+             "--save-compressed", str(start)])  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     words = [str(start) if word == "start" else word for word in words]
     run([*words, "-o", str(folder), *(["--resume"] if (folder / "run.json").exists() else [])])
@@ -153,7 +147,7 @@ def measured(args: argparse.Namespace, name: str, seed: int, words: list[str], w
     said = run(["qcompress", "export", str(folder), "-o", str(file), "--force", "--json"])
     test = NET.test_data(args.data)
     top1 = float((logits(file.read_bytes(), test).argmax(1) == test.labels).mean())
-    bits = [layer.get("activation_bits") for layer in json.loads(said)["layers"]]
+    bits = [layer["activation_bits"] for layer in json.loads(said)["layers"]]
     widths = ", ".join(f"{bits.count(b)} at {b or 'float'}" for b in sorted(set(bits), key=lambda b: b or 99))
     shutil.rmtree(folder)
     return Result(name, seed, args.epochs, shlex.join(words), top1, file.stat().st_size, seconds, widths)

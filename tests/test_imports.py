@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 # One process for all: torch and the like stay loaded, ours are forgotten before each import.
@@ -19,6 +21,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow  # lint-imports finds cycles too
 def test_every_module_imports_alone() -> None:
     folders = [ROOT / "qcompress", ROOT / "exporters" / "qcompress_exporters", ROOT / "cli" / "qcompress_cli"]
     names = [

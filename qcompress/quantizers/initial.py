@@ -2,8 +2,8 @@
 
 Source: LSQ+ (Bhalgat et al., CVPRW 2020) section 3.2, (7) and (8), and the LSQ initialisation cited there.
 Code: written from the paper; no code copied.
-Deviations: μ of the 3σ rule is the mean of w, not of |w|. (8) is minimised with Adam over scale and offset relative to
-their start. The start is (7) or a narrower range, whichever has the least error; the best values seen are kept.
+Deviations: μ of the 3σ rule is the mean of w, not of |w|. (8) is minimised in turns, not by gradients: codes for a
+grid, then the grid for these codes. The start is (7) or a narrower range, whichever has the least error.
 
 Shape suffixes: O = output channels, R = elements of one output channel.
 """
@@ -20,10 +20,11 @@ from qcompress.quantizers.ste import fake_quantize
 Init = Literal["lsq", "min_max", "lsq_plus"]
 INITS: Final[tuple[Init, ...]] = ("lsq", "min_max", "lsq_plus")
 
-_NARROWER: Final = 0.7
-_RANGES: Final = 9
+# Ranges that the least error is looked for in, as shares of min-max, then of the best of these.
+_NARROWER: Final = tuple(0.9**k for k in range(1, 28))
+_AROUND: Final = tuple(1 + k / 100 for k in range(-8, 9))
 _STEPS: Final = 60
-_RATE: Final = 0.03
+_GAIN: Final = 1e-5  # share of the error that a step has to save
 
 
 def weight_scale(rows_OR: Tensor, limits: IntegerRange, init: Init) -> Tensor:
@@ -46,6 +47,7 @@ def weight_scale(rows_OR: Tensor, limits: IntegerRange, init: Init) -> Tensor:
     return torch.maximum((mean_O - three_sigma_O).abs(), (mean_O + three_sigma_O).abs()) / -limits.n
 
 
+@torch.no_grad()
 def activation_scale(x: Tensor, limits: IntegerRange, init: Init, *, has_offset: bool) -> tuple[Tensor, Tensor]:
     """Returns scale and offset of an activation's grid, both 0-d.
 
@@ -75,27 +77,31 @@ def activation_scale(x: Tensor, limits: IntegerRange, init: Init, *, has_offset:
 def _least_error(
     x: Tensor, scale: Tensor, offset: Tensor, limits: IntegerRange, has_offset: bool
 ) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros_like(offset)
+
     def error(scale: Tensor, offset: Tensor) -> Tensor:
         return (fake_quantize(x, scale, offset if has_offset else None, limits.n, limits.p) - x).square().mean()
 
-    # Some of the narrower ranges keep the lower end: activations with a tail on one side need that.
-    low = offset + limits.n * scale
-    parts = [_NARROWER**k * scale for k in range(_RANGES)]
-    starts = [(s, s / scale * offset) for s in parts]
-    starts += [(s, low - limits.n * s) for s in parts if has_offset]
-    with torch.no_grad():
-        errors = [float(error(*start)) for start in starts]
-    least = min(errors)
-    best = scale, offset = starts[errors.index(least)]
-    grown, moved = torch.zeros_like(scale).requires_grad_(), torch.zeros_like(scale).requires_grad_()
-    optimizer = torch.optim.Adam([grown, moved] if has_offset else [grown], lr=_RATE)
+    best, least = (scale, offset), float(error(scale, offset))
+    for shares in (_NARROWER, _AROUND):
+        scale, offset = best
+        low = offset + limits.n * scale
+        starts = [(share * scale, share * offset) for share in shares]
+        if has_offset:  # some keep the lower end: activations with a tail on one side need that
+            starts += [(share * scale, low - limits.n * share * scale) for share in shares]
+        for now in starts:
+            if (found := float(error(*now))) < least:
+                best, least = now, found
     for _ in range(_STEPS):
-        with torch.enable_grad():
-            now = scale * grown.exp(), offset + scale * moved
-            loss = error(*now)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-        if float(loss.detach()) < least:
-            best, least = (now[0].detach(), now[1].detach()), float(loss.detach())
-        optimizer.step()
+        # For fixed codes the best grid is a linear regression of the values on them; for a fixed grid the nearest code
+        # is best. In turns, neither step raises the error.
+        codes = ((x - best[1]) / best[0]).round_().clamp_(limits.n, limits.p)
+        mean_code, mean = (codes.mean(), x.mean()) if has_offset else (zero, zero)
+        spread = (codes - mean_code).square().mean()
+        scale = ((codes - mean_code) * (x - mean)).mean() / spread
+        now = scale, mean - scale * mean_code
+        found = float(error(*now)) if spread > 0 else least
+        if not found < least * (1 - _GAIN):
+            break
+        best, least = now, found
     return best

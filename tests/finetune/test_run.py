@@ -174,7 +174,10 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("none", "lsq", "n2uq", "dkm W2A4", "bin S3", "bfloat16", "snapped")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES])
 def test_a_resumed_run_equals_an_uninterrupted_one(case, tmp_path_factory):
     wanted = finished(run_of(tmp_path_factory.mktemp("whole"), **CASES[case]))
     tmp_path = tmp_path_factory.mktemp("interrupted")
@@ -201,7 +204,7 @@ def test_without_a_checkpoint_a_run_starts_over(tmp_path_factory):
     assert_same(finished(run), wanted)
 
 
-@pytest.mark.parametrize("steps", [3, 4, 7, 11])
+@pytest.mark.parametrize("steps", [pytest.param(n, marks=() if n == 7 else pytest.mark.slow) for n in (3, 4, 7, 11)])
 def test_a_run_that_is_killed_anywhere_goes_on(steps, tmp_path_factory):
     case = CASES["dkm W2A4"]
     wanted = finished(run_of(tmp_path_factory.mktemp("whole"), **case))

@@ -56,6 +56,12 @@ def plain() -> nn.Module:
 
 
 NETS = {"plain": plain, "block": Block}
+QUICK = [("plain", "W2A2"), ("block", "W4A4"), ("block", "N2UQ"), ("block", "DKM")]
+TRAINED = [
+    pytest.param(net, method, marks=() if (net, method) in QUICK else pytest.mark.slow)
+    for net in NETS
+    for method in METHODS
+]
 
 
 def batches(count=24, size=32, seed=0):
@@ -96,8 +102,7 @@ def in_float64(tuned, x):
         return wide(x.double()).numpy(), [seen[i] for i in range(len(seen))]
 
 
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("net", "method"), TRAINED)
 def test_the_file_computes_what_was_trained(net, method):
     """Rounding biases afterwards left 5 to 40 dB between them."""
     tuned, x = trained(net, method), torch.cat([x for x, _ in batches(count=4, seed=1)])
@@ -119,8 +124,7 @@ def test_the_file_computes_what_was_trained(net, method):
     assert np.median(db) >= 60
 
 
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("net", "method"), TRAINED)
 def test_the_file_has_the_trained_biases_bit_for_bit(net, method, tmp_path):
     tuned = trained(net, method)
     small = tuned.finalize()

@@ -157,9 +157,10 @@ def tiny(compute, scheme, bits, activation_bits):
     return compress_program(program(), plan, settings, calibration=calibration)
 
 
+SLOW = [("int8", "uniform")]
 CHOSEN = [
     # "auto" takes one of the other two, weight by weight.
-    pytest.param(compute, scheme, marks=[pytest.mark.slow] if scheme == "auto" else [])
+    pytest.param(compute, scheme, marks=[pytest.mark.slow] if (compute, scheme) in SLOW or scheme == "auto" else [])
     for compute, scheme in itertools.product(VALUES["compute"], VALUES["scheme"])
 ]
 

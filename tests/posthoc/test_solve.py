@@ -157,7 +157,7 @@ class Odds(nn.Module):
         return self.head(self.recur(x.transpose(1, 2))[0][:, -1])
 
 
-@pytest.mark.parametrize("samples", [1, 40])
+@pytest.mark.parametrize("samples", [1, pytest.param(40, marks=pytest.mark.slow)])
 def test_other_layers_are_in_nobodys_way(samples):
     torch.manual_seed(0)
     ids = np.random.default_rng(0).integers(0, 40, (samples, 6))
@@ -166,7 +166,7 @@ def test_other_layers_are_in_nobodys_way(samples):
     assert [g.weight for g in small.gains] == ["up.weight", "head.weight"]
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("value", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_constant_inputs_are_no_worse_than_the_nearest_levels(value):
     program = residual()
     data = Dataset(inputs={"x": np.full((8, 3, 9, 9), value, np.float32)}, name="c.npz")

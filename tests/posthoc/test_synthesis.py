@@ -98,6 +98,7 @@ def test_inputs_of_any_rank(module, example):
     assert all(np.isfinite(x).all() for x in made.inputs.values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_cores")
 def test_another_seed_makes_another_file(small, monkeypatch):
     """`export --seed` changed nothing."""

@@ -71,6 +71,7 @@ def test_onnxruntime_computes_every_layer_in_integers(form):
     assert ops["QGemm"] + ops["MatMulInteger"] + ops["MatMulIntegerToFloat"] == 1
 
 
+@pytest.mark.slow
 def test_the_widths_of_a_scheme_run_the_same_operators():
     ops = [optimized_ops(build(compressed(b, 8, s)).data) for b in (8, 4, 2) for s in ("palette", "uniform")]
     assert all(found == ops[0] for found in ops)
