@@ -126,7 +126,7 @@ def command(folder: Path, row: Row, epochs: int, seed: int) -> list[str]:
     return [
         "qcompress", "finetune", model, "--arch", f"{folder}/{NET.arch}",
         "--data", f"{folder}/cifar10jpeg_small.npz:train_x", "--transform", f"{module}:{NET.transform}",
-        "--augment", "flip,crop:4", *shlex.split(row.options), "--epochs", str(epochs), "--seed", str(seed),
+        "--augment", "flip,crop:2", *shlex.split(row.options), "--epochs", str(epochs), "--seed", str(seed),
     ]  # fmt: skip
 
 
