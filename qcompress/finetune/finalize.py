@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, final
+from typing import Literal, final
 
 import numpy as np
 import torch
@@ -18,10 +18,9 @@ from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import Site
 from qcompress.plan.resolve import ResolvedPlan
 from qcompress.posthoc.biases import fit_biases
+from qcompress.posthoc.without_data import left_in_float
 
 BatchNorm = Literal["train", "freeze", "fold"]
-
-_NOT_A_WEIGHT: Final = "not a weight"
 
 
 @final
@@ -81,7 +80,7 @@ def compressed(
             )
     trained, factors = fold_with_factors(parts.program.with_state(arrays))
     layers = weight_layers(parts.folded)
-    reasons = {t.name: t.reason for t in parts.resolved.tensors}
+    plans = {t.name: t for t in parts.resolved.tensors}
     artifacts: dict[str, Artifact] = {}
     for name, value in trained.state().items():
         found = weights.get(name)
@@ -89,7 +88,7 @@ def compressed(
             found = found.rescaled(to_numpy(factors[name]), layers[name].axis)
         values = to_numpy(biases.get(name, value))
         if found is None:
-            found = FloatWeight(values=values, reason=reasons.get(name) or _NOT_A_WEIGHT)
+            found = left_in_float(values, plans.get(name))
         elif found.nbytes >= values.nbytes:
             reason = f"too small: {found.nbytes} bytes quantized, {values.nbytes} in float"
             found = FloatWeight(values=found.dequantize(), reason=reason)

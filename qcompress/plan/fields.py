@@ -14,6 +14,8 @@ from qcompress.plan.values import Integer, OneOf, Values
 Scheme = Literal["palette", "uniform", "auto"]
 LutDtype = Literal["float32", "float16", "int8"]
 
+FLOAT16: Final = "float16"
+
 _SHOWN: Final = 100  # characters of a value in a message
 
 
@@ -160,8 +162,8 @@ BLOCK_SIZE: Final = PlanField(
 )
 SKIP: Final = PlanField(
     name="skip",
-    values=OneOf((True, False)),
-    meaning="Whether the weight is left in float.",
+    values=OneOf((True, False, FLOAT16)),
+    meaning='Whether the weight is left in float; "float16" stores it as float16, and its layer computes in float32.',
     unset="false",
     has_option=False,
     default=False,

@@ -70,7 +70,7 @@ class Plan:
                 raise ConfigError(
                     f"{where}: unknown kind; known: {', '.join(TABLE_KINDS)}.{did_you_mean(kind, TABLE_KINDS)}"
                 )
-            if kind not in (*WEIGHT_KINDS, FIRST, LAST) and set(settings.given()) - {"skip"}:
+            if kind not in (*WEIGHT_KINDS, FIRST, LAST) and not leaves_as_is(settings):
                 raise ConfigError(
                     f"{where}: {not_compressed(kind)}; remove the table, or set nothing in it but skip = true."
                 )
@@ -213,6 +213,15 @@ def parse_plan(text: str, label: str = "plan", settings: type[Settings] = Settin
         training=read(("training",), parsed.get("training", {}), Training),
         origins=origins,
     )
+
+
+def leaves_as_is(settings: Settings) -> bool:
+    """Return whether a table sets nothing that concerns tensors which are never compressed.
+
+    >>> leaves_as_is(Settings(skip=True)), leaves_as_is(Settings(skip="float16"))
+    (True, False)
+    """
+    return settings.given() in ({}, {"skip": True}, {"skip": False})
 
 
 def not_compressed(kind: str) -> str:

@@ -11,8 +11,8 @@ from qcompress.artifacts.digest import short_digest
 from qcompress.errors import ConfigError, did_you_mean
 from qcompress.kinds import UNKNOWN, WEIGHT_KINDS
 from qcompress.plan.combinations import BUILT_IN, check_weight, set_to
-from qcompress.plan.fields import PlanField
-from qcompress.plan.plan import FIRST, LAST, Plan, not_compressed
+from qcompress.plan.fields import FLOAT16, PlanField
+from qcompress.plan.plan import FIRST, LAST, Plan, leaves_as_is, not_compressed
 from qcompress.plan.settings import Settings
 
 
@@ -37,6 +37,7 @@ class TensorPlan:
         kind: kind of the layer that the tensor belongs to.
         settings: its fields, with their defaults; None for a tensor that stays in float.
         reason: why it stays in float; None for one that is compressed.
+        float16: whether it stays in float, and is stored as float16.
         origins: where each field was set: `plan.toml:12 [kind.depthwise]`, `--bits`, `built-in default`.
 
     >>> tensor = TensorPlan(name="fc.weight", kind="linear", settings=Settings(bits=2, rows_per_lut="auto"))
@@ -48,6 +49,7 @@ class TensorPlan:
     kind: str
     settings: Settings | None
     reason: str | None = None
+    float16: bool = False
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __getattr__(self, name: str) -> Any:
@@ -76,7 +78,11 @@ class ResolvedPlan:
     def as_plan(self) -> Plan:
         """Return a plan that resolves to this one: the most frequent settings as default, exceptions by name."""
         settings = next((type(t.settings) for t in self.tensors if t.settings is not None), Settings)
-        wanted = {t.name: t.settings or settings(skip=True) for t in self.tensors if t.kind in WEIGHT_KINDS}
+        wanted = {
+            t.name: t.settings or settings(skip=FLOAT16 if t.float16 else True)
+            for t in self.tensors
+            if t.kind in WEIGHT_KINDS
+        }
         if not wanted:
             return Plan()
         most = Counter(wanted.values()).most_common(1)[0][0].given()
@@ -98,7 +104,9 @@ class ResolvedPlan:
     def digest(self) -> str:
         """A short digest of what happens to each tensor; where that was set does not count."""
         canonical = [
-            [t.name, t.settings.given() if t.settings else None] for t in self.tensors if t.kind in WEIGHT_KINDS
+            [t.name, t.settings.given() if t.settings else FLOAT16 if t.float16 else None]
+            for t in self.tensors
+            if t.kind in WEIGHT_KINDS
         ]
         return short_digest(json.dumps(canonical, sort_keys=True).encode())
 
@@ -160,7 +168,14 @@ def _tensor_plan(plan: Plan, tensor: Named, kinds: set[str]) -> TensorPlan:
             if kind not in row.kinds or is_other_scheme:
                 del values[row.name], origins[row.name]
     if values["skip"]:
-        return TensorPlan(name=name, kind=kind, settings=None, reason=f"by plan ({origins['skip']})", origins=origins)
+        return TensorPlan(
+            name=name,
+            kind=kind,
+            settings=None,
+            reason=f"by plan ({origins['skip']})",
+            float16=values["skip"] == FLOAT16,
+            origins=origins,
+        )
     return TensorPlan(name=name, kind=kind, settings=settings(**values), origins=origins)
 
 
@@ -219,7 +234,7 @@ def _check_patterns(plan: Plan, tensors: Iterable[Named]) -> None:
             raise ConfigError(
                 f"{where} matches no tensor of this model.{near} `qcompress inspect MODEL` lists the legal names."
             )
-        if set(settings.given()) - {"skip"} and not any(kind_of[name] in WEIGHT_KINDS for name in matches):
+        if not leaves_as_is(settings) and not any(kind_of[name] in WEIGHT_KINDS for name in matches):
             why = not_compressed(kind_of[matches[0]])
             raise ConfigError(
                 f"{where} matches no weight that can be compressed; {matches[0]}: {why}. `qcompress inspect MODEL` "
@@ -235,5 +250,5 @@ def _literally(name: str) -> str:
 def _difference(given: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     """Return what a name table must set; a skipped weight needs nothing else."""
     if given.get("skip"):
-        return {"skip": True}
+        return {"skip": given["skip"]}
     return {name: value for name, value in given.items() if default.get(name) != value}

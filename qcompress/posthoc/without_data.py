@@ -17,6 +17,8 @@ from qcompress.posthoc.schemes import CodeKind, better, codes_for
 
 _AS_GOOD: Final = 10 ** (0.5 / 10)  # factor of squared error that a single scale per tensor may cost: 0.5 dB
 _UNCLIPPED: Final = 8  # bits from which clipping gains nothing
+_HALF_BITS: Final = 16
+_NOT_A_WEIGHT: Final = "not a weight"
 _PARAMETRIZED: Final = ".parametrizations."
 
 
@@ -46,10 +48,7 @@ def compress_weight(values: npt.NDArray[Any], tensor: TensorPlan | None, how: Ho
         how: the rest.
     """
     if tensor is None or tensor.settings is None:
-        reason = None if tensor is None else tensor.reason
-        if tensor is not None and _PARAMETRIZED in tensor.name:
-            reason = "part of a parametrization; torch.nn.utils.parametrize.remove_parametrizations makes it a weight"
-        return FloatWeight(values=values, reason=reason or "not a weight")
+        return left_in_float(values, tensor)
     made = [_MAKERS[codes](values, tensor, how) for codes in codes_for(tensor, integer=how.integer)]
     found = made[0] if len(made) == 1 else better((a, _error(a, values)) for a in made)
     if how.integer and found.nbytes >= values.nbytes and tensor.bits > 1:  # too small for a table
@@ -58,6 +57,28 @@ def compress_weight(values: npt.NDArray[Any], tensor: TensorPlan | None, how: Ho
         reason = f"too small: {found.nbytes} bytes at {tensor.bits} bits, {values.nbytes} in float"
         return FloatWeight(values=values, reason=reason)
     return _narrowed(found) if isinstance(found, PalettizedWeight) else found
+
+
+def left_in_float(values: npt.NDArray[Any], tensor: TensorPlan | None) -> FloatWeight:
+    """Return one tensor left in float, in the type that its plan sets.
+
+    Args:
+        values: the tensor.
+        tensor: its plan; None: it is no tensor of the plan's.
+
+    >>> plan = TensorPlan(name="w", kind="linear", settings=None, reason="by plan (--ends)", float16=True)
+    >>> left_in_float(np.ones(64, np.float32), plan).bits, left_in_float(np.ones(3, np.float32), plan).reason
+    (16, 'by plan (--ends), as float32: float16 would save nothing or lose too much')
+    """
+    reason = None if tensor is None else tensor.reason
+    if tensor is not None and _PARAMETRIZED in tensor.name:
+        reason = "part of a parametrization; torch.nn.utils.parametrize.remove_parametrizations makes it a weight"
+    found = FloatWeight(values=values, reason=reason or _NOT_A_WEIGHT)
+    if tensor is None or not tensor.float16:
+        return found
+    found = found.halved()
+    why = "" if found.bits <= _HALF_BITS else ": float16 would save nothing or lose too much"
+    return replace(found, reason=f"{found.reason}, as {found.values.dtype}{why}")
 
 
 def _palette(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:

@@ -200,6 +200,15 @@ def test_skip_can_be_taken_back_by_a_stronger_table_and_needs_no_bits():
     assert bits_of(plan) == {"fc.weight": 4}
 
 
+def test_weights_left_in_float_are_stored_as_float16_where_a_plan_sets_it():
+    by_name = {"fc.*": Settings(skip=True), "layer1.*": Settings(skip=False)}
+    plan = Plan(default=Settings(skip="float16", bits=2), name=by_name)
+    tensors = resolve(plan, NET).tensors
+    assert [t.name for t in tensors if t.float16] == ["stem.weight"]
+    assert [t.name for t in tensors if t.settings] == ["layer1.dw.weight", "layer1.pw.weight"]
+    assert bits_of(plan.with_flags(bits=4)) == dict.fromkeys(["stem.weight", "layer1.dw.weight", "layer1.pw.weight"], 4)
+
+
 def test_a_bare_state_dict_has_tensors_of_no_kind():
     tensors = [("a.weight", "unknown")]
     assert resolve(Plan(default=Settings(bits=2)), tensors)["a.weight"].reason == (
@@ -227,7 +236,9 @@ def test_a_saved_plan_resolves_to_the_same_again(tensors, data):
         reject()
     again = resolve(parse_plan(resolved.to_toml()), tensors)
     assert again.digest == resolved.digest
-    assert [(t.name, t.settings) for t in again.tensors] == [(t.name, t.settings) for t in resolved.tensors]
+    assert [(t.name, t.settings, t.float16) for t in again.tensors] == [
+        (t.name, t.settings, t.float16) for t in resolved.tensors
+    ]
 
 
 def test_a_saved_plan_says_the_usual_once_and_the_rest_by_name():
@@ -236,6 +247,14 @@ def test_a_saved_plan_says_the_usual_once_and_the_rest_by_name():
         'version = 1\n\n[default]\nbits = 2\nscheme = "palette"\nrows_per_lut = "auto"\nskip = false\n\n'
         '[name."layer1.dw.weight"]\nskip = true\n\n[name."fc.weight"]\nbits = 8\n'
     )
+
+
+def test_the_digest_tells_float16_from_float32():
+    digests = {
+        resolve(Plan(default=Settings(bits=2), kind={"last": Settings(**last)}), NET).digest
+        for last in ({}, {"skip": True}, {"skip": "float16"})
+    }
+    assert len(digests) == 3
 
 
 def test_the_digest_is_of_what_happens_not_of_who_said_so():
@@ -410,6 +429,15 @@ def test_a_saved_plan_gives_what_some_lack_to_no_one_else():
             r"nothing in it but skip = true\.",
         ),
         (
+            'version = 1\n[kind.recurrent]\nskip = "float16"',
+            r"p:2 \[kind\.recurrent\]: recurrent weights are not compressed in this version; remove the table, or set "
+            r"nothing in it but skip = true\.",
+        ),
+        (
+            'version = 1\n[kind.first]\nskip = "float8"',
+            r"p:3 \[kind\.first\] skip must be true, false or 'float16', got 'float8'\. Did you mean float16\?",
+        ),
+        (
             "version = 1\n\n[default]\nbit = 2",
             rf"p:4 \[default\] bit: unknown key; known: {', '.join(KEYS)}\. Did you mean bits\?",
         ),
@@ -438,7 +466,7 @@ def test_a_saved_plan_gives_what_some_lack_to_no_one_else():
             r"p:3 \[default\] lut_dtype must be 'float32', 'float16' or 'int8', got 'float64'\. "
             r"Did you mean float16 or float32\?",
         ),
-        ("version = 1\n[default]\nskip = 1", r"p:3 \[default\] skip must be true or false, got 1\."),
+        ("version = 1\n[default]\nskip = 1", r"p:3 \[default\] skip must be true, false or 'float16', got 1\."),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused_by_its_line(text, message):
@@ -504,8 +532,9 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(pattern, near):
     assert str(caught.value).startswith(f'p:2 [name."{pattern}"] matches no tensor')
 
 
-def test_a_pattern_that_matches_only_what_is_never_compressed_is_refused():
-    plan = Plan(default=Settings(bits=2), name={"*.bias": Settings(bits=4)})
+@pytest.mark.parametrize("given", [{"bits": 4}, {"skip": "float16"}])
+def test_a_pattern_that_matches_only_what_is_never_compressed_is_refused(given):
+    plan = Plan(default=Settings(bits=2), name={"*.bias": Settings(**given)})
     with pytest.raises(
         ConfigError,
         match=r'^\[name\."\*\.bias"\] matches no weight that can be compressed; stem\.bias: not a weight\. '

@@ -365,6 +365,13 @@ def test_tree_that_would_import_a_module(sprung, tmp_path, pt2, monkeypatch):
     factory = {"default_factory_module": "evil_module", "default_factory_name": "E", "dict_context": "[]"}
     changed = pt2.with_json(lambda p: import_it(p, "collections.defaultdict", json.dumps(factory)))
     refused(changed.save(tmp_path), r"inputs or outputs of the type 'collections\.defaultdict'")
+    for keys in ("[]", "null", "[1]", '["a", "a"]', '"a"', '[["a"], []]'):
+        changed = pt2.with_json(lambda p, keys=keys: import_it(p, "evil_module.E", keys))
+        refused(changed.save(tmp_path), r"inputs or outputs of the type 'evil_module\.E'")
+    quoted = pt2.with_json(lambda p: import_it(p, "evil_module.E", '["a\'"]'))
+    refused(quoted.save(tmp_path), r"inputs or outputs with the keys")
+    named = load_source(pt2.with_json(lambda p: import_it(p, "evil_module.E", '["a"]')).save(tmp_path))
+    assert list(named.exported_program().module()(torch.zeros(2, 3, 8, 8))) == ["a"]
     assert not sprung.exists()
 
 

@@ -1,5 +1,7 @@
 """Modules and exported programs: the same tensors and kinds either way, and programs that compute the same."""
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch._higher_order_ops.map import map as map_over
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn import functional
+from torch.utils._pytree import register_pytree_node
 
 from qcompress.errors import SourceError
 from qcompress.graph.options import ProgramOptions
@@ -152,9 +155,50 @@ class Values(nn.Module):
         )
 
 
+class Scores(OrderedDict):
+    """Outputs with names, as transformers defines them."""
+
+
+register_pytree_node(
+    Scores, lambda s: (list(s.values()), list(s)), lambda values, names: Scores(zip(names, values, strict=True)),
+    serialized_type_name="tests.Scores",
+)  # fmt: skip
+
+
+def test_outputs_of_a_type_with_names_become_a_dict(tmp_path):
+    class Net(nn.Linear):
+        def forward(self, x):
+            return Scores(logits=super().forward(x), hidden=(x * 2, x * 3))
+
+    net, x = Net(2, 2), torch.ones(2, 2)
+    torch.export.save(torch.export.export(net, (x,)), tmp_path / "m.pt2")
+    got = load_exported(tmp_path / "m.pt2").module()(x)
+    assert type(got) is dict
+    assert [type(value) for value in got.values()] == [torch.Tensor, tuple]
+    program = load_source(tmp_path / "m.pt2").program(ProgramOptions())
+    traced = load_source(net).program(ProgramOptions(inputs={"x": x.numpy()}))
+    assert program.output_names == traced.output_names
+    assert program.output_names == ("logits", "hidden", "hidden_1")
+
+
+class Bitwise(nn.Module):
+    """Masks that are put together, as in transformers."""
+
+    def forward(self, x):
+        low, high = x > -1, x < 1
+        mask = (low & high) | (low ^ high)
+        mask &= low
+        mask |= high
+        mask ^= low
+        shifted = ((x * 8).to(torch.int32) << 2) >> 1
+        shifted <<= 2
+        shifted >>= 1
+        return x * mask + shifted
+
+
 @pytest.mark.filterwarnings("ignore")  # torch warns of itself while it exports
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("make", [ControlFlow, Symbols, Values])
+@pytest.mark.parametrize("make", [ControlFlow, Symbols, Values, Bitwise])
 def test_no_legal_graph_is_refused(tmp_path, make, dynamic):
     torch.manual_seed(0)
     x = torch.randn(4, 4)

@@ -177,7 +177,8 @@ def plan_table(resolved: ResolvedPlan) -> Table:
         if t.kind not in WEIGHT_KINDS:
             continue
         if t.settings is None:
-            table.add_row(printable(t.name), t.kind, "float", *[""] * (len(columns) - 1), t.reason or "")
+            stored = "float16" if t.float16 else "float"
+            table.add_row(printable(t.name), t.kind, stored, *[""] * (len(columns) - 1), t.reason or "")
         else:
             given = t.settings.given()
             origins = ", ".join(f"{f}: {where}" for f, where in t.origins.items() if f in columns)

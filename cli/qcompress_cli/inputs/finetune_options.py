@@ -9,7 +9,7 @@ from typing import Any, Final
 import click
 
 from qcompress.errors import ConfigError
-from qcompress.plan.fields import FIELDS, Fields
+from qcompress.plan.fields import FIELDS, FLOAT16, Fields
 from qcompress.plan.plan import FIRST, LAST, Plan, load_plan
 from qcompress.plan.settings import Settings
 from qcompress.plan.training import TRAINING_FIELDS
@@ -83,15 +83,15 @@ def with_ends(plan: Plan, ends: str) -> Plan:
 
     >>> with_ends(Plan.from_flags(bits=2, activation_bits=2), "8").kind["first"]
     Settings(bits=8, activation_bits=8)
+    >>> with_ends(Plan.from_flags(bits=2), "16").kind["last"]
+    Settings(skip='float16')
     """
     from dataclasses import replace
 
     if ends == "float":
         wide = Settings(skip=True)
     elif ends == "16":
-        raise ConfigError(
-            "--ends 16 is not supported in this version; use --ends float, and export with --float-leftovers float16."
-        )
+        wide = Settings(skip=FLOAT16)
     else:
         activations = {} if plan.default.activation_bits is None else {"activation_bits": int(ends)}
         wide = Settings(bits=int(ends), **activations)
@@ -142,7 +142,8 @@ _OWN: Final = options.together(
     click.option(
         "--ends",
         type=click.Choice(ENDS),
-        help="Bits of the first and of the last layer: [kind.first] and [kind.last] of the plan. Default: as the rest.",
+        help="Bits of the first and of the last layer: [kind.first] and [kind.last] of the plan; with 16 they train as "
+        "floats and are stored as float16. Default: as the rest.",
     ),
     click.option("--plan", type=options.PATH, metavar="FILE", help="A plan in TOML; options replace what it sets."),
     click.option("--save-plan", type=options.PATH, metavar="FILE", help="Write the resolved plan to FILE."),

@@ -17,6 +17,10 @@ from qcompress.sources.pt2.symbols import is_symbolic_expression
 NAMESPACES: Final = frozenset({"aten", "prims", "quantized_decomposed", "torchvision"})
 # ... but for these.
 FORBIDDEN: Final = frozenset({"from_file", "save", "load", "_print", "warn"})
+# The only operators with two underscores: what Python calls for `mask & other`, `mask &= other` and so on.
+BITWISE: Final = frozenset(
+    f"__{place}{name}__" for place in ("", "i") for name in ("and", "or", "xor", "lshift", "rshift")
+)
 HIGHER_ORDER: Final = frozenset(
     {
         "associative_scan",
@@ -64,6 +68,8 @@ def is_safe_target(target: object) -> bool:
     (True, False)
     >>> is_safe_target("torch.ops.aten.from_file.default"), is_safe_target("torch.ops.load_library")
     (False, False)
+    >>> is_safe_target("torch.ops.aten.__and__.Tensor"), is_safe_target("torch.ops.aten.__class__.Tensor")
+    (True, False)
     """
     if not isinstance(target, str):
         return False
@@ -72,7 +78,9 @@ def is_safe_target(target: object) -> bool:
     if higher := _HIGHER.match(target):
         return higher[1] in HIGHER_ORDER
     found = _OPERATOR.match(target)
-    return found is not None and found[1] in NAMESPACES and found[2] not in FORBIDDEN and "__" not in target
+    if found is None or found[1] not in NAMESPACES or found[2] in FORBIDDEN:
+        return False
+    return "__" not in (found[3] if found[2] in BITWISE else target)
 
 
 def _integer(value: Any) -> int:
@@ -169,20 +177,30 @@ def _verifiers(value: Any) -> list[str]:
 
 
 def _tree(text: Any) -> str:
-    """Return a pytree specification of nested tuples, lists and dicts; torch imports the modules of any other type."""
-    version, pending = json.loads(text)
+    """Return a pytree specification of nested tuples, lists and dicts; torch imports the modules of any other type.
+
+    A type that names its parts, as transformers' outputs do, becomes a dict.
+    """
+    version, root = json.loads(text)
     if version != 1:
         raise ValueError
-    nodes = [pending]
+    nodes = [root]
     while nodes:
         node = nodes.pop()
-        if node["type"] not in _TREE_TYPES:
-            raise UnsafeTextError(f"inputs or outputs of the type {str(node['type'])[:80]!r}")
         context = json.loads(node["context"]) if isinstance(node["context"], str) else node["context"]
+        if node["type"] not in _TREE_TYPES:
+            if not _are_names(context, len(node["children_spec"])):
+                raise UnsafeTextError(f"inputs or outputs of the type {str(node['type'])[:80]!r}")
+            node["type"] = "builtins.dict"
         if isinstance(context, dict) or any(not is_key(k) for k in context or ()):
             raise UnsafeTextError(f"inputs or outputs with the keys {str(context)[:80]!r}")
         nodes += node["children_spec"]
-    return str(text)
+    return json.dumps([version, root])
+
+
+def _are_names(context: Any, count: int) -> bool:
+    """Return whether the context of a type holds a name for each of its parts."""
+    return isinstance(context, list) and len(context) == len({n for n in context if isinstance(n, str)}) == count > 0
 
 
 def is_key(key: object) -> bool:

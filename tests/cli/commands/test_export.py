@@ -150,7 +150,7 @@ def test_names_force_and_the_same_bytes_twice(qcompress, refused, nothing_new, m
 @pytest.mark.usefixtures("traced_once")
 def test_plans_dry_runs_and_saved_plans(qcompress, exported, refused, nothing_new, model, folder):
     (folder / "plan.toml").write_text(
-        'version = 1\n[default]\nbits = 3\n[kind.last]\nbits = 5\n[name."right.*"]\nskip = true\n'
+        'version = 1\n[default]\nbits = 3\n[kind.last]\nbits = 5\n[name."right.*"]\nskip = "float16"\n'
     )
     dry = nothing_new(lambda: exported("model.pt", "--plan", "plan.toml", "--bits", "2", "--dry-run"))
     assert dry["file"] is None
@@ -159,6 +159,7 @@ def test_plans_dry_runs_and_saved_plans(qcompress, exported, refused, nothing_ne
     assert "bits: --bits" in table.stdout
     assert "bits: plan.toml:5 [kind.last]" in table.stdout
     assert "by plan (plan.toml:7 " in table.stdout
+    assert "float16" in next(line for line in table.stdout.splitlines() if "right.weight" in line)
 
     real = exported("model.pt", "--plan", "plan.toml", "--bits", "2", "--save-plan", "saved.toml")
     assert real == dry | {"file": "model.mixed.onnx"}

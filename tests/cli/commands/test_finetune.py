@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -35,6 +36,7 @@ class Net(nn.Module):
 """
 SHORT = ("--epochs", "2", "--batch-size", "16", "--quiet")  # 6 steps
 BY_SEED = {"seeds[]", *(f"seeds[].{key}" for key in ("seed", "folder", "loss", "score", "drop"))}
+FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 LABELS = np.arange(48) % 5
 OUR_FILES = {"plan.toml", "program.pt2", "report.json", "weights.safetensors", "run.json", "history.csv",
              "quantizers.csv", "curves.svg", "training"}  # fmt: skip
@@ -163,6 +165,35 @@ def test_a_saved_plan_gives_the_same_weights(finetune):
     assert (plan.training.method, plan.training.rate, plan.kind["first"].bits) == ("n2uq", 1e-3, 8)
     finetune(*common, "--plan", "plan.toml", "-o", "two")
     assert bytes_of("one") == bytes_of("two")
+
+
+def test_ends_of_16_bits_train_as_floats_and_are_stored_as_float16(finetune, qcompress, folder):
+    """A saved plan and the run's folder hold them too."""
+    bits = ("--bits", "2", "--activation-bits", "4")
+    common = (*ARCH, "--data", "train.npz", *SHORT)
+    finetune(*common, *bits, "--ends", "16", "--save-plan", "plan.toml", "-o", "half")
+    assert {end: load_plan(Path("plan.toml")).kind[end].skip for end in ("first", "last")} == {
+        "first": "float16", "last": "float16",
+    }  # fmt: skip
+    finetune(*common, *bits, "--ends", "float", "-o", "float")
+    finetune(*common, "--plan", "plan.toml", "-o", "again")
+    finetune("half", "--data", "train.npz", "-o", "further", *SHORT)
+    written = {}
+    for name in ("half", "float", "again", "further"):
+        result = qcompress("export", name, "-o", f"{name}.onnx")
+        assert "bit for bit" in result.stdout, result.output
+        assert (", as float16: " in result.stdout) == (name != "float")
+        graph = onnx.load(f"{name}.onnx").graph
+        weights = [t for t in graph.initializer if np.prod(t.dims) > 8 and t.data_type in (FLOAT, FLOAT16)]
+        written[name] = {tuple(t.dims): t.data_type for t in weights}  # longer than biases and scales
+    assert qcompress("validate", "half", "half.onnx", "--data", "val.npz", "--no-timing").exit_code == 0
+    half = {(8, 3, 3, 3): FLOAT16, (5, 8): FLOAT16}
+    assert written == {"half": half, "float": dict.fromkeys(half, FLOAT), "again": half, "further": half}
+    assert (folder / "half.onnx").read_bytes() == (folder / "again.onnx").read_bytes()
+    assert (folder / "half.onnx").stat().st_size < (folder / "float.onnx").stat().st_size - 256
+    one, other = (CompressedModel.load(folder / name).artifacts for name in ("half", "float"))
+    for name in ("stem.weight", "head.weight"):
+        assert (one[name].values == other[name].values.astype(np.float16)).all()
 
 
 def test_the_document(finetune):
@@ -338,7 +369,6 @@ BAD_OPTIONS = {
     "a teacher that is missing": (("--teacher", "no.pt2"), r"must be self, none or a model file, but no\.pt2"),
     "a fixed offset without offsets": (("--fixed-offset",), r"--fixed-offset applies to activations that LSQ"),
     "a scale per tensor": (("--per-tensor", "--method", "n2uq"), r"--per-tensor does not apply to n2uq"),
-    "float16 ends": (("--ends", "16"), r"--ends 16 is not supported in this version; use --ends float"),
     "an unknown function": (("--loss", "nowhere:fn"), r"nowhere"),
     "no time": (("--max-time", "soon"), r"must be a time such as 90s, 30m or 8h, got 'soon'"),
     "no steps": (("--checkpoint-every", "0"), r"must be at least 1 step, got 0"),

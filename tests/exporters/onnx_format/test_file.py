@@ -121,6 +121,21 @@ def test_the_same_input_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) ->
     assert files[0] == files[1]
 
 
+def test_a_plan_stores_single_weights_as_float16() -> None:
+    fast = PosthocSettings(effort="fast")
+    nbytes = {}
+    for skip in (True, "float16"):
+        plan = Plan(default=Settings(bits=2), name={"right.weight": Settings(skip=skip)})
+        small = compress_program(small_models.program(), plan, fast)
+        report = build(small).report
+        nbytes[skip] = report.size.payload
+        assert [t.name for t in report.tensors if t.encoding == "float16"] == ["right.weight"] * (skip == "float16")
+    assert nbytes["float16"] == nbytes[True] - 2 * 8 * 8 * 9
+    assert small.artifacts["right.weight"].reason == 'by plan ([name."right.weight"]), as float16'
+    weight = small.program.state()["right.weight"].detach().numpy()
+    np.testing.assert_array_equal(small.artifacts["right.weight"].dequantize(), weight.astype(np.float16))
+
+
 def test_nothing_of_the_machine_or_of_torch_is_in_the_file() -> None:
     data = build(compress_program(residual(), Plan.from_flags(bits=2), PosthocSettings(effort="fast"))).data
     for word in (b"pkg.torch", str(Path.cwd()).encode(), b".py", b"site-packages"):
