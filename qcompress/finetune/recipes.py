@@ -27,18 +27,20 @@ class Recipe:
     Args:
         weights: the quantizer of weights.
         activations: that of activations.
+        activation_options: further arguments of the activations' quantizer.
         few: settings up to 3 bits per weight that differ from those of all methods.
         many: settings above.
     """
 
     weights: str
     activations: str
+    activation_options: Mapping[str, Any] = field(default_factory=dict)
     few: Mapping[str, Any] = field(default_factory=lambda: {"rate": 2e-3})
     many: Mapping[str, Any] = field(default_factory=lambda: {"rate": 5e-4})
 
 
 RECIPES: Final[Mapping[str, Recipe]] = {
-    "lsq": Recipe(weights="lsq", activations="lsq"),
+    "lsq": Recipe(weights="lsq", activations="lsq", activation_options={"init": "lsq_plus"}),
     "lsq_plus": Recipe(weights="lsq_plus", activations="lsq_plus"),
     "pact": Recipe(weights="dorefa", activations="pact"),
     "dorefa": Recipe(weights="dorefa", activations="lsq_plus"),
@@ -100,13 +102,22 @@ def loop_config(training: Training) -> LoopConfig:
     return LoopConfig(**{f.name: getattr(training, f.name) for f in fields(LoopConfig)})
 
 
-def methods(training: Training) -> Methods:
-    """Returns the quantizers of complete training settings; those of `none` quantize nothing."""
+def methods(training: Training, *, has_activations: bool = True) -> Methods:
+    """Returns the quantizers of complete training settings; those of `none` quantize nothing.
+
+    Args:
+        training: the settings.
+        has_activations: whether activations are quantized; otherwise they have no options.
+
+    >>> methods(Training(method="lsq")).activation_options
+    {'init': 'lsq_plus'}
+    """
     recipe = RECIPES.get(training.method)
     if recipe is None:
         return Methods()
-    options = {"learn_offset": False} if training.fixed_offset else {}
-    if options and recipe.activations != "lsq_plus":
+    options = {**recipe.activation_options} if has_activations else {}
+    options |= {"learn_offset": False} if training.fixed_offset else {}
+    if training.fixed_offset and recipe.activations != "lsq_plus":
         raise ConfigError(
             f"--fixed-offset applies to activations that LSQ+ quantizes, but {training.method} quantizes them with "
             f"{recipe.activations}; remove it, or use the method lsq_plus or dkm."

@@ -136,7 +136,7 @@ TRAINING_FIELDS: Final[Fields] = (
         name="temperature",
         values=Number(0.01),
         meaning="Divides the logits of teacher and model.",
-        default=1.0,
+        default=4.0,
     ),
     _row(
         name="regularizer",

@@ -86,7 +86,8 @@ def training_task(
         ui.note(note)
     settings = recipes.complete(plan.training, plan.default.bits, has_labels=data.has_labels)
     objective = _objective(settings)
-    methods, regularizers = recipes.methods(settings), recipes.regularizers(settings)
+    has_activations = any(s.activation_bits for s in (plan.default, *plan.kind.values(), *plan.name.values()))
+    methods = recipes.methods(settings, has_activations=has_activations)
     module = module_of(source, source_options(given), untrained=settings.from_scratch)
     if settings.from_scratch and module is None:
         raise ConfigError("--from-scratch needs the architecture of the model: add --arch module:factory.")
@@ -131,7 +132,7 @@ def training_task(
         example_inputs=first[0],
         calibration=first[1:],
         methods=methods,
-        regularizers=regularizers,
+        regularizers=recipes.regularizers(settings),
         placement=settings.placement,
         batchnorm=settings.batchnorm,
     ).to(where)
