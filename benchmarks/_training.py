@@ -66,6 +66,15 @@ class Row:
         return replace(plan, kind={"first": wide, "last": wide}) if self.wide_ends else plan
 
 
+class FloatRow(Row):
+    """A row that leaves all layers in float."""
+
+    @property
+    def plan(self) -> Plan:
+        """Return a plan that skips every layer."""
+        return Plan(default=Settings(skip=True))
+
+
 def named(weights: str = "lsq", activations: str = "lsq", **options: Any) -> Methods:
     """Return methods by their names."""
     return Methods(weights=weights, activations=activations, **options)
@@ -174,15 +183,23 @@ def logits(file: bytes, data: Dataset) -> npt.NDArray[np.float32]:
     return found
 
 
+def interval(mine: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, float]:
+    """Return the mean difference of two rows over the seeds that both have, and the ends of its 95 % interval.
+
+    The interval is Student's; with one seed its ends are NaN.
+    """
+    found = np.array([mine[seed] - theirs[seed] for seed in sorted(set(mine) & set(theirs))])
+    if len(found) < 2:
+        return float(found.mean()), math.nan, math.nan
+    half = float(student.ppf(0.975, len(found) - 1) * found.std(ddof=1) / math.sqrt(len(found)))
+    return float(found.mean()), float(found.mean()) - half, float(found.mean()) + half
+
+
 def paired(name: str, mine: Mapping[int, float], other: str, theirs: Mapping[int, float]) -> str:
     """Return the mean difference of two rows in points over the seeds that both have, with its 95 % interval."""
-    seeds = sorted(set(mine) & set(theirs))
-    points = np.array([100 * (mine[seed] - theirs[seed]) for seed in seeds])
-    line = f"{name} minus {other}: {points.mean():+.2f} points, {len(seeds)} seeds"
-    if len(seeds) < 2:
-        return line
-    half = float(student.ppf(0.975, len(seeds) - 1) * points.std(ddof=1) / math.sqrt(len(seeds)))
-    return f"{line}, 95 % {points.mean() - half:+.2f} to {points.mean() + half:+.2f}"
+    mean, low, high = (100 * value for value in interval(mine, theirs))
+    line = f"{name} minus {other}: {mean:+.2f} points, {len(set(mine) & set(theirs))} seeds"
+    return line if math.isnan(low) else f"{line}, 95 % {low:+.2f} to {high:+.2f}"
 
 
 def stepper(model: nn.Module, penalized: Any = None) -> Callable[[Tensor, Tensor], None]:
