@@ -13,9 +13,10 @@ images. Nets of usual size have nearly the same accuracy on digits whatever the 
 channels and train for few epochs, and sides are judged by the cross entropy on the test images (loss, in nats), which
 moves where the few errors in 600 images do not. ResNet-20 is judged by its top-1 on 5,000 images.
 
-Differences are paired by seed, with a 95 % interval (Student). Of a paper's "a > b" the table says: shown or
-contradicted, if the interval lies on one side of 0, else undecided. Each result is written to FILE as soon as it is
-there; results that FILE holds already are not measured again.
+Differences are paired by seed, with a 95 % interval (Student); a seed sets the order of the data, and in `range` the
+weights at the start. Of a paper's "a > b" the table says: shown or contradicted, if the interval lies on one side of 0,
+else undecided. Runs that diverge are left out. Each result is written to FILE as soon as it is there; results that FILE
+holds already are not measured again.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from training import resnet20
 
 from qcompress import compress
 from qcompress.data.dataset import Dataset
+from qcompress.errors import DivergenceError
 from qcompress.finetune.methods import Methods
 from qcompress.graph.layers import Layer
 from qcompress.plan.plan import Plan
@@ -115,7 +117,7 @@ class Result:
         side: name of the side.
         seed: the seed.
         setting: what all sides shared.
-        figures: by name.
+        figures: by name; empty if training diverged.
     """
 
     claim: str
@@ -234,7 +236,7 @@ _KINDS: dict[str, dict[str, Any]] = {"linf": {}, "margin": {}, "soft_min_max": {
 _RANGES = tuple(ranged(kind, weight, **options) for weight in (0.01, 0.1) for kind, options in _KINDS.items())
 
 CLAIMS = {
-    # The last two sides train as users do: offsets end at values that a zero point can hold.
+    # Offsets are free, as in the paper; those of the last two sides end at values that a zero point can hold.
     "configurations": Claim(
         _DIGITS.format("SiLU"), _SILU, quantized,
         (*(Side(lsq_plus(str(i), i)) for i in (1, 2, 3, 4)),
@@ -263,7 +265,7 @@ CLAIMS = {
         expected=tuple((side.row.name, "none") for side in _RANGES),
         epochs=FLOAT_EPOCHS, rate=FLOAT_RATE, options={"stage": "S1"},
     ),
-    # N2UQ learns as well with rates of quantizers x 1 as with x 0.1, LSQ does not need less than x 1.
+    # In earlier runs N2UQ did as well with quantizers' rates x 1 as with its usual x 0.1, so all sides have LSQ's x 1.
     "n2uq": Claim(
         "ResNet-20, taught by itself, ends by LSQ", lambda folder: resnet20(folder, 1), quantized,
         (resnet("uniform", "lsq", "lsq_plus"), resnet("+ thresholds", "lsq", "n2uq"),
@@ -302,7 +304,11 @@ def run(name: str, claim: Claim, seeds: int, args: argparse.Namespace, results: 
         return
     task = replace(claim.task(args.data), epochs=claim.epochs, rate=claim.rate)
     for side, seed in missing:
-        found = claim.measure(task, side.row, {**claim.options, **side.options}, seed)
+        try:
+            found = claim.measure(task, side.row, {**claim.options, **side.options}, seed)
+        except DivergenceError as error:
+            print(f"{name}: {side.row.name}, seed {seed}: {error}", flush=True)
+            found = {}
         results.append(Result(name, side.row.name, seed, claim.setting, found))
         print(f"{name}: {side.row.name}, seed {seed}: {found}", flush=True)
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
@@ -311,15 +317,15 @@ def run(name: str, claim: Claim, seeds: int, args: argparse.Namespace, results: 
 def show(name: str, claim: Claim, results: list[Result]) -> None:
     """Print the table of a claim, the paper's order, and the order found."""
     sides = [side.row.name for side in claim.sides if any(r.side == side.row.name for r in results)]
-    more = [key for key in results[0].figures if key not in UNITS]
+    more = [*dict.fromkeys(key for result in results for key in result.figures if key not in UNITS)]
     print(f"\n{name}: {claim.setting}")
-    print(f"{'':24} seeds    loss     sd  {'difference, nats':28} top-1  {'difference, points':24}" + "  ".join(more))
+    print(f"{'':27} seeds    loss     sd  {'difference, nats':28} top-1  {'difference, points':24}" + "  ".join(more))
     for side in sides:
         loss, top1 = (values(results, side, key) for key in UNITS)
         gaps = [difference(results, side, sides[0], key) if side != sides[0] else "" for key in UNITS]
         others = "  ".join(f"{np.mean([*values(results, side, key).values()]):{len(key)}.3f}" for key in more)
         numbers = f"{np.mean([*loss.values()]):7.4f} {np.std([*loss.values()], ddof=1) if len(loss) > 1 else 0:6.4f}"
-        print(f"{side:24} {len(loss):5} {numbers}  {gaps[0]:28} {np.mean([*top1.values()]):6.2%}  {gaps[1]:24}{others}")
+        print(f"{side:27} {len(loss):5} {numbers}  {gaps[0]:28} {np.mean([*top1.values()]):6.2%}  {gaps[1]:24}{others}")
     sign = -1 if claim.judged_by == "loss" else 1
     means = {side: float(np.mean([*values(results, side, claim.judged_by).values()])) for side in sides}
     print(f"found by {claim.judged_by}, best first: {' > '.join(sorted(sides, key=lambda s: -sign * means[s]))}")
@@ -332,7 +338,7 @@ def show(name: str, claim: Claim, results: list[Result]) -> None:
 
 def values(results: list[Result], side: str, figure: str) -> dict[int, float]:
     """Return a figure of a side by seed."""
-    return {result.seed: result.figures[figure] for result in results if result.side == side}
+    return {result.seed: result.figures[figure] for result in results if result.side == side and result.figures}
 
 
 def difference(results: list[Result], side: str, other: str, figure: str) -> str:
