@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,6 +64,15 @@ class Row:
         plan = Plan.from_flags(bits=self.bits, activation_bits=self.activation_bits, vector_dim=self.vector_dim)
         wide = Settings(bits=8, activation_bits=None if self.activation_bits is None else 8)
         return replace(plan, kind={"first": wide, "last": wide}) if self.wide_ends else plan
+
+
+class FloatRow(Row):
+    """A row that leaves all layers in float."""
+
+    @property
+    def plan(self) -> Plan:
+        """Return a plan that skips every layer."""
+        return Plan(default=Settings(skip=True))
 
 
 def named(weights: str = "lsq", activations: str = "lsq", **options: Any) -> Methods:
@@ -173,13 +183,21 @@ def logits(file: bytes, data: Dataset) -> npt.NDArray[np.float32]:
     return found
 
 
+def interval(mine: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, float]:
+    """Return the mean difference of two rows over the seeds that both have, and the ends of its 95 % interval.
+
+    With one seed the ends are NaN.
+    """
+    found = [mine[seed] - theirs[seed] for seed in sorted(set(mine) & set(theirs))]
+    low, high = of_runs(found) or (math.nan, math.nan)
+    return statistics.fmean(found), low, high
+
+
 def paired(name: str, mine: Mapping[int, float], other: str, theirs: Mapping[int, float]) -> str:
     """Return the mean difference of two rows in points over the seeds that both have, with its 95 % interval."""
-    seeds = sorted(set(mine) & set(theirs))
-    points = [100 * (mine[seed] - theirs[seed]) for seed in seeds]
-    line = f"{name} minus {other}: {statistics.fmean(points):+.2f} points, {len(seeds)} seeds"
-    interval = of_runs(points)
-    return line if interval is None else f"{line}, 95 % {interval[0]:+.2f} to {interval[1]:+.2f}"
+    mean, low, high = (100 * value for value in interval(mine, theirs))
+    line = f"{name} minus {other}: {mean:+.2f} points, {len(set(mine) & set(theirs))} seeds"
+    return line if math.isnan(low) else f"{line}, 95 % {low:+.2f} to {high:+.2f}"
 
 
 def stepper(model: nn.Module, penalized: Any = None) -> Callable[[Tensor, Tensor], None]:

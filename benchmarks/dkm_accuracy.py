@@ -22,12 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from _training import Row, Task, logits, named, paired, tensors, tuned
+from _training import FloatRow, Row, Task, logits, named, paired, tensors, tuned
 from training import resnet20
 
 from qcompress.finetune.attach import Prepared
-from qcompress.plan.plan import Plan
-from qcompress.plan.settings import Settings
 from qcompress.regularizers import RangeRegularizer
 from qcompress_exporters import build
 
@@ -139,14 +137,6 @@ def in_float(task: Task, seed: int, *, ranged: bool) -> tuple[Task, float]:
     row = FloatRow("float", 2, None, named(), (RangeRegularizer,) if ranged else ())
     model, seconds = tuned(task, row, seed)
     return replace(task, module=model.unwrap().eval()), seconds
-
-
-class FloatRow(Row):
-    """A row that leaves all layers in float."""
-
-    @property
-    def plan(self) -> Plan:
-        return Plan(default=Settings(skip=True))
 
 
 def soft_top1(model: Prepared, task: Task) -> float:
