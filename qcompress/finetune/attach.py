@@ -89,6 +89,7 @@ def prepare(
         model, program, factors = _folded_copy(model, program, folded), folded, {}
     resolved = resolve(plan, program_tensors(folded))
     state, layers = program.state(), weight_layers(folded)
+    weight_notes = methods.weight_notes({t.name: t.bits for t in resolved.compressed})
     quantizers = _weight_quantizers(resolved, layers, state, methods)
     _check_batchnorm(quantizers, layers, state, factors)
     without_bias: list[str] = []
@@ -103,6 +104,7 @@ def prepare(
     parts = Parts(program, folded, resolved, sites, batchnorm, arguments, deployment)
     prepared = Prepared(model, parts)
     prepared.initialise(methods, [example_inputs, *calibration])
+    prepared.add_notes(weight_notes)
     prepared.add_notes(methods.bias_notes(without_bias))
     prepared.quantize_weights(quantizers)
     prepared.regularizers.extend(make(model) for make in regularizers)

@@ -66,7 +66,9 @@ class Methods:
         Raises:
             ConfigError: the method does not support a field of the plan.
         """
-        found = way(self.weights, "weight", tensor.bits)
+        found, options = supported(self.weights, "weight"), self.weight_options
+        if tensor.bits not in found.bits:
+            found, options = way(found.fallback or self.weights, "weight", tensor.bits), {}
         self._check_supports(found, tensor)
         axes: dict[str, Any] = {}
         if found.scales == "channel":
@@ -77,7 +79,7 @@ class Methods:
             integers = tensor.activation_bits is not None and tensor.vector_dim == 1
             lut_dtype = tensor.lut_dtype or ("int8" if integers else "float32")
             axes |= {"rows_per_lut": tensor.rows_per_lut, "vector_dim": tensor.vector_dim, "lut_dtype": lut_dtype}
-        return found.make(bits=tensor.bits, **axes, **self.weight_options)
+        return found.make(bits=tensor.bits, **axes, **options)
 
     def _check_supports(self, found: Way, tensor: TensorPlan) -> None:
         assert tensor.settings is not None
@@ -150,6 +152,30 @@ class Methods:
             f"{found.fallback} quantizes the activations at {_listed(names)}, because {self.activations} {obstacle}"
             f"{self._unused_at(names)}."
             for obstacle, names in replaced.items()
+        )
+
+    def weight_notes(self, bits: Mapping[str, int]) -> tuple[str, ...]:
+        """Returns what the user should know about weights that the fallback quantizes.
+
+        Args:
+            bits: width of each weight that is quantized, by name.
+
+        Raises:
+            ConfigError: the method supports none of the widths.
+
+        >>> Methods(weights="n2uq").weight_notes({"conv.weight": 2, "fc.weight": 8})
+        ('lsq quantizes the weights fc.weight, because n2uq quantizes weights at 1 to 4 bits.',)
+        """
+        found = supported(self.weights, "weight")
+        replaced = [name for name, width in bits.items() if width not in found.bits]
+        if not replaced:
+            return ()
+        if found.fallback is None or len(replaced) == len(bits):
+            way(self.weights, "weight", bits[replaced[0]])
+        named = _listed(replaced, "weights")
+        return (
+            f"{found.fallback} quantizes the weights {named}, because {self.weights} quantizes weights at "
+            f"{found.widths}.",
         )
 
     def bias_notes(self, missing: Sequence[str]) -> tuple[str, ...]:

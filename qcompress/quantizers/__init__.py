@@ -65,7 +65,7 @@ class Way:
         without_negative: for activations: arguments of `make` where no value is negative.
         with_negative: for activations: arguments of `make` where some values are negative; None: it has no codes for
             them.
-        fallback: for activations: the method that quantizes those that this one cannot; None: it can quantize all.
+        fallback: the method that quantizes what this one cannot; None: it quantizes all, or is refused.
     """
 
     make: Callable[..., AbstractQuantizer]
@@ -142,7 +142,8 @@ QUANTIZERS: Final[Mapping[str, Method]] = {
     "ternary": Method(weight=Way(make=Ternary, bits=range(2, 3))),
     "bmpq": Method(weight=Way(make=Bmpq, bits=_SIGNED)),
     "n2uq": Method(
-        weight=Way(make=N2uqWeight, bits=_ALL, scales="channel"),
+        # Its scale, made for few levels, clips at about twice the mean of |w|: far too early for many.
+        weight=Way(make=N2uqWeight, bits=range(1, 5), scales="channel", fallback="lsq"),
         activation=Way(make=N2uqActivation, bits=range(2, 5), fallback="lsq_plus"),
     ),
 }

@@ -1,12 +1,17 @@
 """The choice of quantizers, and the notes about it."""
 
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 
 from qcompress.errors import ConfigError
+from qcompress.finetune.attach import prepare
 from qcompress.finetune.methods import Methods, ObservedSite
-from qcompress.quantizers import LsqPlus, N2uqActivation, Pact, Tqt
+from qcompress.plan.plan import Plan
+from qcompress.plan.settings import Settings
+from qcompress.quantizers import Lsq, LsqPlus, N2uqActivation, N2uqWeight, Pact, Tqt
 
 NEGATIVE, SUM = ObservedSite("silu", 4, has_negative=True), ObservedSite("add", 8, has_negative=False)
 PLAIN = ObservedSite("relu", 4, has_negative=False)
@@ -89,6 +94,19 @@ def test_a_pattern_of_site_options_matches_a_site(pattern, names, message):
     methods = Methods(site_options={**{name: {} for name in names}, pattern: {"init": "lsq"}})
     with pytest.raises(ConfigError, match=f"^{re.escape(f'Methods.site_options: {message}')}$"):
         methods.check_sites(names)
+
+
+def test_a_weight_gets_the_method_or_its_fallback():
+    plan = Plan.from_flags(bits=2)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    ends = replace(plan, name={"2.weight": Settings(bits=8)})
+    tuned = prepare(net, ends, example_inputs=(torch.ones(2, 4),), methods=Methods(weights="n2uq"))
+    assert [type(q) for q in tuned.quantizers().values()] == [N2uqWeight, Lsq]
+    assert "lsq quantizes the weights 2.weight, because n2uq quantizes weights at 1 to 4 bits." in tuned.notes
+    with pytest.raises(ConfigError, match=r"^n2uq quantizes weights at 1 to 4 bits, got 8; lsq, .* work there\.$"):
+        prepare(
+            tuned.unwrap(), Plan.from_flags(bits=8), example_inputs=(torch.ones(2, 4),), methods=Methods(weights="n2uq")
+        )
 
 
 def test_many_sites_are_counted():

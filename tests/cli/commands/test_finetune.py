@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from qcompress.compressed.model import CompressedModel
 from qcompress.plan.plan import load_plan
@@ -35,6 +36,7 @@ class Net(nn.Module):
         return self.head(self.drop((self.left(x).relu() + self.right(x)).mean((2, 3))))
 """
 SHORT = ("--epochs", "2", "--batch-size", "16", "--quiet")  # 6 steps
+ROOT = Path(__file__).parents[3]
 BY_SEED = {"seeds[]", *(f"seeds[].{key}" for key in ("seed", "folder", "loss", "score", "drop"))}
 FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 LABELS = np.arange(48) % 5
@@ -270,11 +272,15 @@ def started(*args):
 
 
 def stopped(process, folder, number, wanted, delay):
-    """Send a signal when there are checkpoints up to a step, and a little later; return the exit code and stderr."""
+    """Send a signal when there are checkpoints up to a step, and a little later; return the exit code and stderr.
+
+    Without a delay the signal waits until the next checkpoint is half written.
+    """
+    training = Path(folder, "training")
     while process.poll() is None:
-        steps = [int(p.stem.removeprefix("step-")) for p in Path(folder, "training").glob("step-*")]
-        if max(steps, default=0) >= wanted:
-            time.sleep(delay)
+        steps = [int(p.stem.removeprefix("step-")) for p in training.glob("step-*")]
+        if max(steps, default=0) >= wanted and (delay is not None or any(training.glob(".*"))):
+            time.sleep(delay or 0)
             process.send_signal(number)
             break
         time.sleep(0.001)
@@ -282,14 +288,18 @@ def stopped(process, folder, number, wanted, delay):
     return process.returncode, err
 
 
-def killed_and_resumed(finetune, kills, seed):
-    """Kill a run again and again, then let it end; it must equal one that was never interrupted."""
-    finetune(*RUN, "-o", "whole")
+def killed_and_resumed(finetune, kills, seed, command=RUN, steps=11):
+    """Kill a run again and again, then let it end; it must equal one that was never interrupted.
+
+    Every other kill falls into the writing of a checkpoint.
+    """
+    finetune(*command, "-o", "whole")
     random = np.random.default_rng(seed)
-    for step in sorted(random.choice(11, kills, replace=False)):
-        process = started(*RUN, "-o", "ckpt", "--resume")
-        stopped(process, "ckpt", signal.SIGKILL, int(step), float(random.uniform(0, 0.05)))
-    finetune(*RUN, "-o", "ckpt", "--resume")
+    for i, step in enumerate(sorted(random.choice(steps, kills, replace=False))):
+        process = started(*command, "-o", "ckpt", "--resume")
+        code, _ = stopped(process, "ckpt", signal.SIGKILL, int(step), None if i % 2 else random.uniform(0, 0.05))
+        assert code == -signal.SIGKILL
+    finetune(*command, "-o", "ckpt", "--resume")
     assert bytes_of("ckpt") == bytes_of("whole")
     assert newest("ckpt")[8:] == newest("whole")[8:]
     assert not list(Path("ckpt").rglob(".*"))
@@ -300,8 +310,12 @@ def test_a_killed_run_equals_an_uninterrupted_one(finetune):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_often_equals_an_uninterrupted_one(finetune):
-    killed_and_resumed(finetune, 10, seed=0)
+def test_a_run_that_is_killed_often_equals_an_uninterrupted_one(finetune, digits):
+    pixels, labels = load_digits(return_X_y=True)
+    np.savez("digits.npz", x=(pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8), y=labels)
+    shutil.copy(ROOT / "samples" / "digits" / "net.py", "digits_net.py")
+    command = (digits / "state.pt", "--arch", "digits_net.py:DigitsNet", "--data", "digits.npz", *RUN[5:])
+    killed_and_resumed(finetune, 20, seed=0, command=tuple(map(str, command)), steps=440)
 
 
 def test_a_terminated_run_writes_a_checkpoint_and_says_what_to_type(finetune):
