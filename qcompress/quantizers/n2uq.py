@@ -32,7 +32,6 @@ from qcompress.quantizers.rows import Rows
 from qcompress.quantizers.ste import inside, straight_through
 from qcompress.quantizers.step import UniformSpec
 
-_SHORTEST: Final = 1e-3
 _BEFORE: Final = -1e-38  # just below 0: a segment contains its first edge
 
 # Where training starts: from the paper's thresholds, or from the uniform grid of "lsq_plus" or "lsq".
@@ -196,7 +195,7 @@ class N2uqActivation(AbstractQuantizer):
         count = (1 << self.bits) - 1
         with torch.no_grad():
             self.start.zero_()
-        self.intervals.set(torch.full((count,), 2 / count), floor=_SHORTEST)
+        self.intervals.set(torch.full((count,), 2 / count))
         self.input_scale.set(1 / top)
         self.output_scale.set(top)
 

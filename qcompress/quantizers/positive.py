@@ -7,7 +7,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
-_FRACTION: Final = 1e-3
+_FLOOR: Final = 1e-3  # smallest multiple of the start
 SMALLEST: Final = 1e-30  # smaller values count as 0
 
 
@@ -16,22 +16,22 @@ class LearnedValues(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def parts(self) -> tuple[Tensor, Tensor]:
-        """Returns the parameter, and the buffer of the same shape that limits it."""
+        """Returns the parameter, and the buffer of the same shape that holds its start."""
 
     @staticmethod
     @abc.abstractmethod
-    def values(learned: Tensor, limit: Tensor, factor: float | Tensor) -> Tensor:
+    def values(learned: Tensor, start: Tensor, factor: float | Tensor) -> Tensor:
         """Returns the positive values; gradients are multiplied by `factor`.
 
         Args:
             learned: values of the parameter.
-            limit: values of its buffer.
+            start: values of its buffer.
             factor: a number, or one for each value.
         """
 
     @staticmethod
     @abc.abstractmethod
-    def at_limit(learned: Tensor, limit: Tensor) -> Tensor:
+    def at_limit(learned: Tensor, start: Tensor) -> Tensor:
         """Returns whether each value has reached the end of its range, bool."""
 
     @abc.abstractmethod
@@ -55,8 +55,8 @@ class LearnedValues(nn.Module, abc.ABC):
             factor: by which gradients are multiplied: a number, or one for each value.
         """
         parts = zip(*(each.parts() for each in learned), strict=True)
-        values, limits = (torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in parts)
-        return cls.values(values, limits, factor)
+        values, starts = (torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in parts)
+        return cls.values(values, starts, factor)
 
     def is_collapsed(self) -> Tensor:
         """Returns whether most values have reached the end of their range, bool, 0-d.
@@ -68,7 +68,11 @@ class LearnedValues(nn.Module, abc.ABC):
 
 @final
 class Positive(LearnedValues):
-    """max(raw, floor); the gradient reaches raw on the floor, too.
+    """start * max(raw, 0.001): what is learned is the value as a multiple of its start.
+
+    So an optimizer such as Adam, whose steps do not depend on the size of gradients, moves each value by a share of its
+    start, be it 10 or 0.001. The gradient of raw is that of the value over the start: plain SGD moves values as if they
+    were the parameters. It reaches raw on the floor, too.
 
     Args:
         shape: shape of the parameter; its values are 1.0 until they are set.
@@ -81,38 +85,37 @@ class Positive(LearnedValues):
     (0.0005, True)
     """
 
-    floor: Tensor
+    start: Tensor
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.raw = nn.Parameter(torch.ones(shape))
-        self.register_buffer("floor", torch.full(shape, _FRACTION))
+        self.register_buffer("start", torch.ones(shape))
 
-    def set(self, values: Tensor, floor: float | None = None) -> None:
+    def set(self, values: Tensor) -> None:
         """Sets the values.
 
         Args:
             values: >= 0, broadcastable to the parameter's shape; 0 (there is nothing to scale) becomes 1.
-            floor: the smallest value that they can take later; None: a thousandth of each value.
         """
         with torch.no_grad():
-            self.raw.copy_(torch.where(values > SMALLEST, values, 1.0))
-            self.floor.copy_(self.raw * _FRACTION if floor is None else torch.full_like(self.raw, floor))
+            self.raw.fill_(1.0)
+            self.start.copy_(torch.where(values > SMALLEST, values, 1.0))
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """Returns the parameter and its floor."""
-        return self.raw, self.floor
+        """Returns the parameter and the start."""
+        return self.raw, self.start
 
     @staticmethod
-    def values(learned: Tensor, limit: Tensor, factor: float | Tensor) -> Tensor:
-        """Returns the values, not below the floor."""
-        values: Tensor = _AtLeast.apply(learned, limit, factor)  # type: ignore[no-untyped-call]
+    def values(learned: Tensor, start: Tensor, factor: float | Tensor) -> Tensor:
+        """Returns the values, none below a thousandth of its start."""
+        values: Tensor = _Multiple.apply(learned, start, factor)  # type: ignore[no-untyped-call]
         return values
 
     @staticmethod
-    def at_limit(learned: Tensor, limit: Tensor) -> Tensor:
+    def at_limit(learned: Tensor, start: Tensor) -> Tensor:
         """Returns whether each value has reached the floor."""
-        return learned <= limit
+        return learned <= _FLOOR
 
 
 def multiplied_gradient(x: Tensor, factor: float) -> Tensor:
@@ -137,12 +140,14 @@ class _Multiplied(torch.autograd.Function):
         return g * ctx.factor, None
 
 
-class _AtLeast(torch.autograd.Function):
+class _Multiple(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, raw: Tensor, floor: Tensor, factor: float | Tensor) -> Tensor:
+    def forward(ctx: Any, raw: Tensor, start: Tensor, factor: float | Tensor) -> Tensor:
         ctx.factor = factor
-        return torch.maximum(raw, floor)
+        ctx.save_for_backward(start)
+        return start * raw.clamp_min(_FLOOR)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return g * ctx.factor, None, None
+        (start,) = ctx.saved_tensors
+        return g * ctx.factor / start, None, None

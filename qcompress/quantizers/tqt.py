@@ -110,14 +110,14 @@ class PowerOfTwo(LearnedValues):
         return self.log2, self.start
 
     @staticmethod
-    def values(learned: Tensor, limit: Tensor, factor: float | Tensor) -> Tensor:
+    def values(learned: Tensor, start: Tensor, factor: float | Tensor) -> Tensor:
         """Returns the powers of two."""
-        return power_of_two(_Within.apply(learned, limit, factor))  # type: ignore[no-untyped-call]
+        return power_of_two(_Within.apply(learned, start, factor))  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def at_limit(learned: Tensor, limit: Tensor) -> Tensor:
+    def at_limit(learned: Tensor, start: Tensor) -> Tensor:
         """Returns whether each exponent has reached the end of its range."""
-        return (learned - limit).abs() >= _RANGE
+        return (learned - start).abs() >= _RANGE
 
 
 @final

@@ -74,7 +74,7 @@ def test_a_step_never_waits_for_the_device(x, name):
 
 @pytest.mark.parametrize(
     ("name", "beside"),
-    [("lsq W2", 21), ("lsq W2A2", 73), ("lsq_plus", 169), ("n2uq", 275), ("ewgs", 93), ("tqt", 113), ("pact", 101)],
+    [("lsq W2", 23), ("lsq W2A2", 83), ("lsq_plus", 179), ("n2uq", 295), ("ewgs", 103), ("tqt", 113), ("pact", 109)],
 )
 def test_kernels_of_a_step_do_not_creep_up(x, name, beside):
     """`beside` are those that the float step does not have; the nets have 4 weights and up to 7 sites."""

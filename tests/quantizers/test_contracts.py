@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 import qcompress as qc
 from qcompress.errors import ConfigError
 from qcompress.quantizers import QUANTIZERS, way
+from qcompress.quantizers.positive import Positive
 
 SHAPES = {"linear": (6, 10), "conv": (8, 3, 3, 3), "depthwise": (7, 1, 3, 3), "embedding": (50, 4), "conv1d": (5, 2, 3)}
 WEIGHTS = [(name, m.weight) for name, m in QUANTIZERS.items() if m.weight]
@@ -136,8 +137,8 @@ def test_an_activation_grid_is_the_forward(quantizer, batches, moved):
 def test_an_offset_on_the_grid_is_computed_with_as_a_zero_point(configuration, bits, steps):
     quantizer = qc.quantizers.LsqPlus(bits=bits, role="activation", configuration=configuration)
     with torch.no_grad():
-        quantizer.scale.value.raw.fill_(0.0371)
-        quantizer.offset.copy_(-steps * quantizer.scale.value.raw)
+        quantizer.scale.value.set(torch.tensor(0.0371))
+        quantizer.offset.copy_(-steps * quantizer.scale.value())
     grid = quantizer.activation_grid(("x", -1))
     centers = np.arange(-400, 400, dtype=np.float32) * np.float32(0.0371)
     x = np.concatenate([centers, centers + np.float32(0.01855)])
@@ -263,13 +264,24 @@ def test_g_counts_the_weights_of_a_scale_and_the_features_of_a_sample():
         assert quantizer.offset.grad.item() == pytest.approx(32 / (wanted * 3) ** 0.5)
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e3])
+def test_adam_moves_scales_by_shares_of_their_start_and_sgd_by_their_gradients(size):
+    for kind, wanted in ((torch.optim.Adam, 0.99), (torch.optim.SGD, 1 - 0.01 * 9 / size)):
+        scale = Positive(())
+        scale.set(torch.tensor(size))
+        optimizer = kind(scale.parameters(), lr=0.01)
+        (9 * scale()).backward()
+        optimizer.step()
+        assert scale().item() / size == pytest.approx(max(wanted, 1e-3), rel=1e-4)
+
+
 def test_the_decay_of_pact_is_l2():
     quantizer = qc.quantizers.Pact(bits=4)
     quantizer.initialise([torch.tensor([0.0, 3.0])])
     alpha = quantizer.alpha().item()
     quantizer.penalty().backward()
     assert quantizer.penalty().item() == pytest.approx(1e-4 * alpha**2)
-    assert quantizer.alpha.raw.grad.item() == pytest.approx(2e-4 * alpha)
+    assert quantizer.alpha.raw.grad.item() == pytest.approx(2e-4 * alpha / alpha)
     assert qc.quantizers.Pact(bits=4, decay=0).penalty() is None
 
 
