@@ -14,6 +14,7 @@ that was interrupted goes on from its checkpoint. Differences are paired by seed
 import argparse
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -58,6 +59,11 @@ ROWS = {
     "LSQ W2A2, 8-bit ends": Row(f"--method lsq {_W2A2} --ends 8", least=0.842),
     "LSQ+ W2A2, 8-bit ends": Row(f"--method lsq_plus {_W2A2} --ends 8"),
     "N2UQ W2A2, 8-bit ends": Row(f"--method n2uq {_W2A2} --ends 8", no_worse_than="LSQ W2A2, 8-bit ends"),
+    "DKM W2": Row("--method dkm --bits 2", no_worse_than="LSQ W2"),
+    "DKM W1": Row("--method dkm --bits 1", least=0.82),
+    "DKM 2/2": Row("--method dkm --bits 2 --vector-dim 2", least=0.8),
+    "DKM 4/4": Row("--method dkm --bits 4 --vector-dim 4"),
+    "DKM W1, from post-hoc codes": Row("--method dkm", start="--bits 1 --effort best", no_worse_than="DKM W1"),
     "LSQ W2, from post-hoc codes": Row("--method lsq", start="--bits 2", no_worse_than="LSQ W2"),
 }
 
@@ -132,8 +138,8 @@ def command(folder: Path, row: Row, epochs: int, seed: int) -> list[str]:
 
 def measured(args: argparse.Namespace, name: str, seed: int, words: list[str], work: Path) -> Result:
     """Run a command line to its end, export what it left, and measure the file."""
-    row, folder = ROWS[name], work / f"{name} {seed} {args.epochs}".replace(" ", "-")
-    start = work / "start"
+    row, folder = ROWS[name], work / re.sub(r"\W+", "-", f"{name} {seed} {args.epochs}")
+    start = work / re.sub(r"\W+", "-", f"start {row.start}")
     if row.start is not None and not start.exists():
         np.save(work / "calibration.npy", next(iter(NET.calibration_data(args.data).inputs.values())))
         run(["qcompress", "export", str(args.data / NET.weights), "--arch", f"{args.data}/{NET.arch}",
