@@ -82,13 +82,17 @@ class LoopConfig:
         if self.nesterov and self.optimizer != "sgd":
             raise ConfigError(f"LoopConfig.nesterov needs the optimizer sgd, got {self.optimizer!r}.")
 
-    def regularizes(self, epoch: int) -> bool:
-        """Returns whether regularizers are active in an epoch, counted from 0.
+    def regularizes(self, epoch: int, epochs: int | None = None) -> bool:
+        """Returns whether regularizers are active in an epoch.
+
+        Args:
+            epoch: counted from 0.
+            epochs: of the whole run, where its time is limited; None: as configured.
 
         >>> [[LoopConfig(epochs=6, stage=stage).regularizes(e) for e in range(6)].count(True) for stage in ("S2", "S3")]
         [4, 3]
         """
-        return {"S1": True, "S2": epoch >= self.epochs // 3, "S3": epoch % 2 == 1}[self.stage]
+        return {"S1": True, "S2": epoch >= (epochs or self.epochs) // 3, "S3": epoch % 2 == 1}[self.stage]
 
     def holds_scales(self, epoch: int) -> bool:
         """Returns whether the scales of weights stay as they are in an epoch, counted from 0."""

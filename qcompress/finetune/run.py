@@ -141,7 +141,7 @@ class Run:
     @property
     def epochs(self) -> int:
         """Epochs of the whole run, the last one perhaps cut short."""
-        return -(-self.total // self._trainer.steps_per_epoch)
+        return self._trainer.epochs
 
     def resume(self) -> bool:
         """Goes on from the last checkpoint; returns whether there is one.

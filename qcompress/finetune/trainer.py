@@ -109,6 +109,11 @@ class Trainer:
         """The epoch of the next step."""
         return self.step // self.steps_per_epoch
 
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole run, the last one perhaps cut short."""
+        return -(-self.total // self.steps_per_epoch)
+
     def take(self, inputs: Any, target: Any) -> StepRecord:
         """Takes a step.
 
@@ -135,7 +140,7 @@ class Trainer:
                     taught = self._teacher(inputs)
             outputs = self._forward(self.prepared, inputs)
             task = self._objective(outputs, target, taught)
-        whole = task + self.prepared.penalty(regularizers=config.regularizes(epoch))
+        whole = task + self.prepared.penalty(regularizers=config.regularizes(epoch, self.epochs))
         self._optimizer.zero_grad(set_to_none=True)
         self._backward(whole)
         self._loss = whole.detach()

@@ -21,7 +21,7 @@ from qcompress.sources.base import Source
 from qcompress_cli.commands import finetune_report
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.finetune_options import FinetuneOptions, finetune_options
-from qcompress_cli.inputs.open_model import open_model
+from qcompress_cli.inputs.open_model import open_model, source_options
 from qcompress_cli.inputs.program import device
 from qcompress_cli.inputs.project import RunOptions, run_options
 from qcompress_cli.inputs.training_task import METRIC, TrainingTask, training_task
@@ -114,7 +114,7 @@ def _run(
     assert given.output is not None
     folder = given.output
     if processes.is_first:
-        start_folder(folder, _identity(plan, wanted, task, source))
+        start_folder(folder, _identity(plan, wanted, given, task, source))
     if wanted.save_plan is not None and processes.is_first:
         write_whole(wanted.save_plan, plan.to_toml().encode())
         ui.wrote(wanted.save_plan)
@@ -214,14 +214,21 @@ def _plan(wanted: FinetuneOptions, given: RunOptions, source: Source) -> Plan:
     return plan
 
 
-def _identity(plan: Plan, wanted: FinetuneOptions, task: TrainingTask, source: Source) -> dict[str, Any]:
+def _identity(
+    plan: Plan, wanted: FinetuneOptions, given: RunOptions, task: TrainingTask, source: Source
+) -> dict[str, Any]:
     """Return what a run with --resume must have in common with the one that it goes on with."""
+    from qcompress.openers import load_source
+
+    teacher = task.settings.teacher
+    has_file = teacher not in ("self", "none")
     return {
         "version": 1,
         "model": source.sha256[:11],
         "seed": wanted.seed,  # before the data, whose fingerprint depends on it
         "data": task.batches.fingerprint,
         "val": task.compared_on,
+        "teacher": load_source(Path(teacher), options=source_options(given)).sha256[:11] if has_file else None,
         "max_time": wanted.max_time,
         "plan": plan.to_toml(),
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from rich.console import RenderableType
 
+from qcompress.artifacts.size import format_size
 from qcompress.metrics.intervals import of_runs
 from qcompress.metrics.metric import unit_of
 from qcompress.plan.training import Training
@@ -56,6 +57,7 @@ def dry_run(settings: Training, prepared: "Prepared", steps: int) -> list[Render
     return [
         table,
         f"{weights}; {counted(settings.epochs, 'epoch')} of {counted(steps, 'step')}",
+        f"{format_size(prepared.finalize().nbytes)} of packed codes, tables and float leftovers",
     ]
 
 

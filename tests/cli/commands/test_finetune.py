@@ -145,7 +145,7 @@ def test_a_dry_run_writes_nothing(finetune, folder):
     before = sorted(folder.iterdir())
     command = ("model.pt2", "--data", "train.npz", "--bits", "2", *SHORT, "--epochs", "9", "-o", "ckpt", "--dry-run")
     result = finetune(*command)
-    assert "4 weights: 4 at 2 bits; 9 epochs of 3 steps" in result.stdout
+    assert "4 weights: 4 at 2 bits; 9 epochs of 3 steps\n584 B of packed codes" in result.stdout
     assert result.stdout.endswith("nothing written (--dry-run)\n")
     document = json.loads(finetune(*command, "--json").stdout)
     assert document["settings"]["epochs"] == 9
@@ -471,7 +471,9 @@ def test_a_run_is_only_resumed_by_its_own_command(refused, finetune, folder):
     assert "ckpt holds a training run: add --resume to go on with it" in refused(
         "finetune", "model.pt2", *command, "-o", "ckpt", "--force"
     )
+    (folder / "teacher.pt2").write_bytes(small_models.pt2(1))
     for changed, message in {
+        ("model.pt2", "--teacher", "teacher.pt2"): "teacher was null, now it is ",
         ("model.pt2", "--bits", "3"): "plan was bits = 2, now it is bits = 3. Use the same,",
         ("model.pt2", "--rate", "0.5"): "plan was rate = 0.002, now it is rate = 0.5.",
         ("model.pt2", "--data", "other.npz"): "data was",
