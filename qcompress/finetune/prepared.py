@@ -4,10 +4,8 @@ Quantizers of weights are `torch.nn.utils.parametrize` parametrizations. Activat
 program's graph, which runs instead of the model's own forward: operands of a sum are not the input of any module.
 """
 
-import contextlib
-import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, final
 
@@ -182,20 +180,6 @@ class Prepared(nn.Module):
         """
         found = self._planned_quantizers().items()
         return {name: quantizer.drop(self._places[name].weight().detach()) for name, quantizer in found}
-
-    @contextlib.contextmanager
-    def as_trained(self) -> Iterator[None]:
-        """Computes for a while, in eval mode, with the weights of training where the method stores others."""
-        quantizers = [*self._planned_quantizers().values()]
-        states = [copy.deepcopy(quantizer.state_dict()) for quantizer in quantizers]  # a forward may change them
-        for quantizer in quantizers:
-            quantizer.train()
-        try:
-            yield
-        finally:
-            for quantizer, state in zip(quantizers, states, strict=True):
-                quantizer.load_state_dict(state)
-                quantizer.eval()
 
     @torch.no_grad()
     def errors(self) -> dict[str, float]:

@@ -19,6 +19,7 @@ from qcompress.finetune.history import QUANTIZER_COLUMNS, EpochRow, QuantizerRow
 from qcompress.finetune.prepared import Prepared
 from qcompress.finetune.processes import Processes
 from qcompress.finetune.run_folder import FLOAT, HISTORY, QUANTIZERS, TRAINING, write_compressed, write_float
+from qcompress.finetune.scoring import hardened, in_training
 from qcompress.finetune.trainer import StepRecord, Trainer, TrainingState
 from qcompress.metrics.result import MetricResult
 
@@ -272,10 +273,10 @@ class Run:
         prepared = self._trainer.prepared
         if self._validation is None:
             return None, None
-        score = self._validation(prepared)
-        if not any(prepared.drops().values()):
+        score, soft = self._validation(prepared), hardened(prepared)
+        if not soft:
             return score, None
-        with prepared.as_trained():
+        with in_training(soft):
             return score, self._validation(prepared).compressed
 
     def _competes(self) -> bool:

@@ -1,6 +1,8 @@
 """Scores a model on validation data while it trains."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, final
 
 import numpy as np
@@ -14,6 +16,7 @@ from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.graph.program import FloatProgram
 from qcompress.metrics.metric import Metric, compare
 from qcompress.metrics.result import MetricResult
+from qcompress.quantizers import AbstractQuantizer
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -54,3 +57,23 @@ class Scorer:
     def _collected(self, run: Callable[[Arrays], Arrays]) -> dict[str, npt.NDArray[Any]]:
         parts = [run(batch.inputs) for batch in self._data.batches(_BATCH)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def hardened(prepared: Prepared) -> list[AbstractQuantizer]:
+    """Returns the quantizers whose weights `finalize` changes, as DKM's do: their soft weights become hard."""
+    quantizers = prepared.quantizers()
+    return [quantizers[name] for name, drop in prepared.drops().items() if drop]
+
+
+@contextlib.contextmanager
+def in_training(quantizers: Sequence[AbstractQuantizer]) -> Iterator[None]:
+    """Lets quantizers of a model in eval mode compute as in training for a while; their state stays as it is."""
+    states = [copy.deepcopy(quantizer.state_dict()) for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.train()
+    try:
+        yield
+    finally:
+        for quantizer, state in zip(quantizers, states, strict=True):
+            quantizer.load_state_dict(state)
+            quantizer.eval()
