@@ -66,6 +66,8 @@ def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
         ui = Ui(quiet=True, silent=True)
     runs: list[finetune_report.Done] = []
     for one, where in _runs(wanted, folder):
+        if where != folder:
+            ui.note(f"seed {one.seed}: {where}")
         done = _run(plan, one, replace(given, output=where), source, processes, ui)
         runs += [done] if done is not None else []
     processes.close()

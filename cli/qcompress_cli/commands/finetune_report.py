@@ -198,9 +198,11 @@ class Seeds:
         said = f"trained {len(self.runs)} times: {self.folder}; the lowest loss (*): {best.folder}"
         if best.best is not None:
             ends = _ends(metric, of_runs(self._drops()))
+            scores = (run.best.compressed for run in self.runs if run.best is not None)
             said = (
-                f"{metric} drops by {_scored(metric, fmean(self._drops()))} (95 % {ends} over {len(self.runs)} seeds) "
-                f"from {_scored(metric, best.original)} in float; the best run (*): {best.folder}"
+                f"{metric} {_scored(metric, fmean(scores))} over {len(self.runs)} seeds, "
+                f"{_scored(metric, best.original)} in float: a drop of {_scored(metric, fmean(self._drops()))} "
+                f"(95 % {ends}); the best run (*): {best.folder}"
             )
         bits = " --bits 2" if best.settings.method == "none" else ""
         return [said, f"Next: qcompress export {best.folder}{bits}"]

@@ -240,7 +240,7 @@ def test_several_seeds(finetune, refused):
     table = finetune(*common, "--seed", "3", "--seeds", "2", "-o", "ckpt", "--resume").stdout
     assert bytes_of("ckpt/seed-4") == bytes_of("alone")
     assert f"Next: qcompress export ckpt/seed-{best}\n" in table
-    assert "over 2 seeds) from " in table
+    assert "over 2 seeds, " in table
     again = (*common, "--seeds", "2", "-o", "ckpt")
     assert "ckpt/seed-3 holds a training run: add --resume" in refused("finetune", *again, "--seed", "3")
     assert "ckpt holds other files than the runs of these seeds" in refused("finetune", *again)
