@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from qcompress.finetune.prepared import Prepared
+from qcompress.quantizers import AbstractQuantizer
+from qcompress.quantizers.positive import LearnedValues
 
 # (epoch, tensor, what it is, number)
 QuantizerRow = tuple[int, str, str, float]
@@ -55,18 +57,29 @@ def quantizer_values(prepared: Prepared) -> list[tuple[str, str, float]]:
     """Returns the numbers of all quantizers that training moves: (tensor, what it is, number).
 
     Scales, offsets, thresholds and palettes are listed one by one, of many the mean alone; `error` is the relative
-    distance of the stored weight from the float one.
+    distance of the stored weight from the float one. Regularizers may add numbers: `BinRegularizer` the loss of each
+    bin.
     """
     found: list[tuple[str, str, float]] = []
     for name, quantizer in prepared.quantizers().items():
-        for key, value in quantizer.state_dict().items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                numbers = value.double().flatten()
-                listed = numbers.tolist() if len(numbers) <= _LISTED else [float(numbers.mean())]
-                few = len(listed) > 1
-                found += [(name, f"{key}[{i}]" if few else key, number) for i, number in enumerate(listed)]
+        for key, value in _values(quantizer).items():
+            numbers = value.double().flatten()
+            listed = numbers.tolist() if len(numbers) <= _LISTED else [float(numbers.mean())]
+            few = len(listed) > 1
+            found += [(name, f"{key}[{i}]" if few else key, number) for i, number in enumerate(listed)]
     found += [(name, "error", error) for name, error in prepared.errors().items()]
+    for regularizer in prepared.regularizers:
+        own = getattr(regularizer, "numbers", None)
+        found += [] if own is None else own()
     return found
+
+
+def _values(quantizer: AbstractQuantizer) -> dict[str, Tensor]:
+    """Returns what training moves, by name: the values of scales and the like, not the parameters behind them."""
+    learned = {name: module for name, module in quantizer.named_modules() if isinstance(module, LearnedValues)}
+    values = {name.removesuffix(".value"): module() for name, module in learned.items()}
+    rest = (item for item in quantizer.state_dict().items() if item[0].rpartition(".")[0] not in learned)
+    return values | {key: v for key, v in rest if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 def csv_text(columns: Iterable[str], rows: Iterable[Sequence[Any]]) -> str:

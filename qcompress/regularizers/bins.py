@@ -40,6 +40,28 @@ def bin_regularization(w: Tensor, scale: Tensor, bits: int, detach_targets: bool
     >>> bin_regularization(torch.tensor([0.5, 1.0, -2.0]), torch.tensor(1.0), 2).item()
     0.25
     """
+    return _terms(w, scale, bits, detach_targets)[0].sum() / scale.numel()
+
+
+@torch.no_grad()
+def bin_losses(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Returns the part of each bin in `bin_regularization`, from the lowest code on, [2^bits].
+
+    Args:
+        w: as in `bin_regularization`.
+        scale: as there.
+        bits: as there.
+
+    >>> bin_losses(torch.tensor([0.5, 1.0, -2.0]), torch.tensor(1.0), 2).tolist()
+    [0.0, 0.0, 0.25, 0.0]
+    """
+    terms, codes = _terms(w, scale, bits, detach_targets=True)
+    of_bin = (codes.long() + (1 << (bits - 1))).clamp_(0, (1 << bits) - 1).reshape(-1)
+    return terms.new_zeros(1 << bits).scatter_add_(0, of_bin, terms.reshape(-1)) / scale.numel()
+
+
+def _terms(w: Tensor, scale: Tensor, bits: int, detach_targets: bool) -> tuple[Tensor, Tensor]:
+    """Returns the part of each weight, and its code."""
     limits = IntegerRange(bits, signed=True)
     with torch.no_grad():
         codes = ste.codes(w, scale, limits.n, limits.p)
@@ -49,7 +71,7 @@ def bin_regularization(w: Tensor, scale: Tensor, bits: int, detach_targets: bool
         counts = bin_of.new_zeros(bins)  # not torch.bincount, which waits for the device
         count = counts.scatter_add_(0, bin_of, torch.ones_like(bin_of))[bin_of].reshape(w.shape)
     target = codes * (scale.detach() if detach_targets else scale)
-    return ((w - target).square() / count).sum() / scale.numel()
+    return (w - target).square() / count, codes
 
 
 @final
@@ -96,7 +118,19 @@ class BinRegularizer(nn.Module):
 
     def penalty(self) -> Tensor:
         """Returns the sum over all layers times `weight`, 0-d."""
-        found = [(p.weight(), q.step_size(p.weight()), q.bits) for p, q in self._quantized]
-        found += [(p.weight(), s(), self.bits or 0) for p, s in zip(self._plain, self.scales, strict=True)]
-        terms = [bin_regularization(w, s, bits, self.detach_targets) for w, s, bits in found if s is not None]
+        terms = [bin_regularization(w, s, bits, self.detach_targets) for _, w, s, bits in self._grids()]
         return self.weight * torch.stack(terms).sum()
+
+    def numbers(self) -> list[tuple[str, str, float]]:
+        """Returns the loss of each bin, without λ, for the history: (weight, bin by its code, loss)."""
+        found = []
+        for name, w, scale, bits in self._grids():
+            losses = bin_losses(w, scale, bits).tolist()
+            found += [(name, f"bin[{code}]", loss) for code, loss in enumerate(losses, -(1 << (bits - 1)))]
+        return found
+
+    def _grids(self) -> list[tuple[str, Tensor, Tensor, int]]:
+        """Returns the name of each weight, the weight, and its grid: scale and bits."""
+        learned = [(p, q.step_size(p.weight()), q.bits) for p, q in self._quantized]
+        plain = [(p, s(), self.bits or 0) for p, s in zip(self._plain, self.scales, strict=True)]
+        return [(p.name, p.weight(), s, bits) for p, s, bits in (*learned, *plain) if s is not None]

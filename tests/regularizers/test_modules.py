@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 import qcompress as qc
 from qcompress.errors import ConfigError
+from qcompress.finetune.history import quantizer_values
 from qcompress.regularizers.places import weights
 
 r = qc.regularizers
@@ -187,6 +188,24 @@ def test_br_moves_scales_only_where_asked(detach_targets):
     regularizer.penalty().backward()
     assert all((p.grad is None) == detach_targets for p in regularizer.parameters())
     assert plain.weight.grad is not None
+
+
+def test_the_losses_of_bins_add_up_to_br():
+    net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    tuned = qc.prepare(
+        net,
+        qc.Plan.from_flags(bits=2),
+        example_inputs=(torch.ones(2, 6),),
+        regularizers=[qc.regularizers.BinRegularizer],
+    )
+    (regularizer,) = tuned.regularizers
+    listed = regularizer.numbers()
+    assert [(name, what) for name, what, _ in listed[:4]] == [("0.weight", f"bin[{code}]") for code in range(-2, 2)]
+    assert sum(loss for *_, loss in listed) == pytest.approx(regularizer.penalty().item() / 0.5, rel=1e-5)
+    assert set(listed) <= set(quantizer_values(tuned))
+    scales = {(name, what): value for name, what, value in quantizer_values(tuned) if name == "0.weight"}
+    first = tuned.quantizers()["0.weight"].scale.value()[0].item()
+    assert scales["0.weight", "scale[0]"] == pytest.approx(first)
 
 
 def test_br_gathers_weights_at_their_grid_points():
