@@ -498,6 +498,7 @@ def test_divergence_names_a_way_out(finetune):
     )
 
 
+@pytest.mark.slow  # tests/finetune/test_run.py has a quick one
 def test_a_full_disk_keeps_the_last_checkpoint(shell, finetune):
     """RLIMIT_FSIZE stands for a full disk: the checkpoints of AdamW's first steps are larger than the model."""
     limited = (
