@@ -61,6 +61,7 @@ ROWS = {
     "N2UQ W2A2, 8-bit ends": Row(f"--method n2uq {_W2A2} --ends 8", no_worse_than="LSQ W2A2, 8-bit ends"),
     "DKM W2": Row("--method dkm --bits 2", no_worse_than="LSQ W2"),
     "DKM W1": Row("--method dkm --bits 1", least=0.82),
+    "DKM W1, palettes per channel": Row("--method dkm --bits 1 --rows-per-lut 1 --lut-dtype int8", least=0.82),
     "DKM 2/2": Row("--method dkm --bits 2 --vector-dim 2", least=0.8),
     "DKM 4/4": Row("--method dkm --bits 4 --vector-dim 4"),
     "DKM W1, from post-hoc codes": Row("--method dkm", start="--bits 1 --effort best", no_worse_than="DKM W1"),
@@ -150,13 +151,14 @@ def measured(args: argparse.Namespace, name: str, seed: int, words: list[str], w
     run([*words, "-o", str(folder), *(["--resume"] if (folder / "run.json").exists() else [])])
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     file = folder.with_suffix(".onnx")
-    said = run(["qcompress", "export", str(folder), "-o", str(file), "--force", "--json"])
+    report = json.loads(run(["qcompress", "export", str(folder), "-o", str(file), "--force", "--json"]))
     test = NET.test_data(args.data)
     top1 = float((logits(file.read_bytes(), test).argmax(1) == test.labels).mean())
-    bits = [layer["activation_bits"] for layer in json.loads(said)["layers"]]
+    bits = [layer["activation_bits"] for layer in report["layers"]]
     widths = ", ".join(f"{bits.count(b)} at {b or 'float'}" for b in sorted(set(bits), key=lambda b: b or 99))
     shutil.rmtree(folder)
-    return Result(name, seed, args.epochs, shlex.join(words), top1, file.stat().st_size, seconds, widths)
+    said = shlex.join(words).replace(str(args.data), "DIR").replace(str(start), "start")
+    return Result(name, seed, args.epochs, said, top1, file.stat().st_size, seconds, widths)
 
 
 def run(words: list[str]) -> str:
