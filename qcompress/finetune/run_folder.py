@@ -57,7 +57,7 @@ def start_folder(folder: Path, run: Mapping[str, Any]) -> None:
         _sweep(folder)
         return
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise OutputError(f"{folder} cannot be made: {e.strerror}. Name another folder by -o.") from None
     write_whole(path, (json.dumps(run, indent=1) + "\n").encode())

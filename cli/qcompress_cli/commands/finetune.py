@@ -87,7 +87,8 @@ def _runs(wanted: FinetuneOptions, folder: Path) -> list[tuple[FinetuneOptions, 
     if wanted.seeds == 1 or wanted.dry_run:
         return [(wanted, folder)]
     seeds = range(wanted.seed, wanted.seed + wanted.seeds)
-    return [(replace(wanted, seed=seed), folder / f"seed-{seed}") for seed in seeds]
+    others = replace(wanted, save_plan=None)  # the first run saves the plan, which all share
+    return [(replace(wanted if i == 0 else others, seed=seed), folder / f"seed-{seed}") for i, seed in enumerate(seeds)]
 
 
 def _run(
@@ -176,16 +177,13 @@ def _check(wanted: FinetuneOptions, given: RunOptions) -> Path:
 
 
 def _check_folders(wanted: FinetuneOptions, folder: Path) -> None:
-    """Refuse folders that cannot take the runs; make the one that holds those of several seeds."""
+    """Refuse folders that cannot take the runs."""
     runs = [where for _, where in _runs(wanted, folder)]
-    if runs == [folder]:
+    if runs == [folder] or not folder.is_dir():
         _check_folder(folder, resume=wanted.resume)
         return
-    if folder.is_dir() and any(entry not in runs for entry in folder.iterdir() if not entry.name.startswith(".")):
+    if any(entry not in runs for entry in folder.iterdir() if not entry.name.startswith(".")):
         raise OutputError(f"{folder} holds other files than the runs of these seeds: name another folder by -o.")
-    if not folder.is_dir():
-        _check_folder(folder, resume=wanted.resume)
-        folder.mkdir()
     for where in runs:
         _check_folder(where, resume=wanted.resume)
 

@@ -139,8 +139,12 @@ class Done:
         worst = sorted(self.errors, key=lambda name: -self.errors[name])[:_NAMED]
         listed = ", ".join(f"{name} {100 * self.errors[name]:.1f} %" for name in worst)
         largest = [f"largest errors: {listed}"] if worst else []
+        return [*largest, said, self.next_command()]
+
+    def next_command(self) -> str:
+        """Return what to type next."""
         bits = " --bits 2" if self.settings.method == "none" else ""
-        return [*largest, said, f"Next: qcompress export {self.folder}{bits}"]
+        return f"Next: qcompress export {self.folder}{bits}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the document of --json; docs/json.md lists its keys."""
@@ -204,8 +208,7 @@ class Seeds:
                 f"{_scored(metric, best.original)} in float: a drop of {_scored(metric, fmean(self._drops()))} "
                 f"(95 % {ends}); the best run (*): {best.folder}"
             )
-        bits = " --bits 2" if best.settings.method == "none" else ""
-        return [said, f"Next: qcompress export {best.folder}{bits}"]
+        return [said, best.next_command()]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the document of --json: that of the best run, with the drop over all runs."""

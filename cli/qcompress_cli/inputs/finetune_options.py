@@ -179,5 +179,5 @@ _OWN: Final = options.together(
     click.option(
         "--force", is_flag=True, help="Replace the file of --save-plan if it exists; no run is ever replaced."
     ),
-    click.option("--dry-run", is_flag=True, help="Show the settings; train nothing, write nothing."),
+    click.option("--dry-run", is_flag=True, help="Show the settings and the size; train nothing, write nothing."),
 )

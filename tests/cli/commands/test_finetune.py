@@ -241,6 +241,10 @@ def test_several_seeds(finetune, refused):
     assert bytes_of("ckpt/seed-4") == bytes_of("alone")
     assert f"Next: qcompress export ckpt/seed-{best}\n" in table
     assert "over 2 seeds, " in table
+    wrong = ("--data", "unlabelled.npz", "--teacher", "none", "--seeds", "2", "-o", "wrong")
+    assert "Training needs labels or a teacher" in refused("finetune", *common, *wrong)
+    assert not Path("wrong").exists()
+    assert "net.py must be a folder" in refused("finetune", *common, "--seeds", "2", "-o", "net.py")
     again = (*common, "--seeds", "2", "-o", "ckpt")
     assert "ckpt/seed-3 holds a training run: add --resume" in refused("finetune", *again, "--seed", "3")
     assert "ckpt holds other files than the runs of these seeds" in refused("finetune", *again)
