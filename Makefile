@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SET_UP := .venv/.set-up
-PYTEST = $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+# Files run in the order in which they are found: doctests, which are short, come last, so that no worker is left idle.
+PYTEST = $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint runtimes data-is-given
 

@@ -11,14 +11,21 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.helpers.examples import THOROUGH
+
 ROOT = Path(__file__).parents[1]
 
 # Set before torch is imported. On nets this small, several threads are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Use the same examples on every run and machine, and no time limits, because the machine may be busy.
-hypothesis.settings.register_profile("qcompress", deadline=None, derandomize=True, max_examples=60)
-hypothesis.settings.load_profile("qcompress")
+for profile, count in {"thorough": THOROUGH, "quick": THOROUGH // 3}.items():
+    hypothesis.settings.register_profile(profile, deadline=None, derandomize=True, max_examples=count)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try all examples where slow tests run, too, and a third of them elsewhere."""
+    hypothesis.settings.load_profile("quick" if config.option.markexpr == "not slow" else "thorough")
 
 
 @pytest.fixture

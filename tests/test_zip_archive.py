@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from qcompress import zip_archive
 from qcompress.errors import DataError, QCompressError, SourceError
 from qcompress.zip_archive import ZipArchive
+from tests.helpers.examples import examples
 
 MEMBERS = {"top/a.txt": b"hello", "top/sub/numbers": bytes(range(200)), "top/empty": b""}
 
@@ -180,7 +181,7 @@ def test_only_the_end_of_an_archive(path):
 
 
 @given(st.data(), st.booleans())
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_damage_is_one_error_or_none(path, data, packed):
     content = bytearray(zipped(MEMBERS, zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED))
     for _ in range(data.draw(st.integers(1, 3))):

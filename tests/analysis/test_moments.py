@@ -2,13 +2,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qcompress.analysis import TensorStatistics
 from qcompress.analysis import statistics as of
 from qcompress.analysis.moments import _CHUNK
+from tests.helpers.examples import examples
 
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
@@ -47,7 +48,7 @@ def test_moments_against_extended_precision(values):
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(-1e4, 1e4), st.sampled_from([1e-3, 1.0, 1e3]), st.sampled_from(FLOATS[:2]))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_a_mean_that_is_large_against_the_spread(seed, mean, std, dtype):
     values = (mean + std * np.random.default_rng(seed).standard_normal(5000)).astype(dtype)
     if np.ptp(values):

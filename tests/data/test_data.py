@@ -14,13 +14,14 @@ import numpy as np
 import numpy.lib.format
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from qcompress import zip_archive
 from qcompress.data import npy as _npy
 from qcompress.data.dataset import Dataset, as_dataset, load_data
 from qcompress.errors import ConfigError, DataError
+from tests.helpers.examples import examples
 from tests.helpers.user_module import code
 
 X = np.arange(24, dtype=np.float32).reshape(6, 4)
@@ -122,7 +123,7 @@ def test_a_folder_of_npy_in_sorted_order() -> None:
     fortran=st.booleans(),
     compressed=st.booleans(),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_layout_reads_as_numpy_reads_it(dtype: str, shape: list[int], fortran: bool, compressed: bool) -> None:
     values = np.arange(np.prod(shape)).reshape(shape).astype(dtype, order="F" if fortran else "C")
     (np.savez_compressed if compressed else np.savez)("t.npz", x=values)
@@ -426,7 +427,7 @@ def test_any_truncated_npy_is_one_message() -> None:
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_damage_is_one_message_or_none(data: st.DataObject) -> None:
     buffer = io.BytesIO()
     (np.savez if data.draw(st.booleans()) else np.savez_compressed)(buffer, x=X, y=Y)

@@ -130,10 +130,9 @@ def test_without_a_compiler_training_goes_on_and_says_so(x, monkeypatch, tmp_pat
     ("name", "snapped"),
     [
         ("lsq_plus", True),
-        ("n2uq", False),
         *(
             pytest.param(name, False, marks=pytest.mark.slow)
-            for name in ("lsq W2A2", "lsq_plus", "ewgs", "tqt", "pact")
+            for name in ("n2uq", "lsq W2A2", "lsq_plus", "ewgs", "tqt", "pact")
         ),
     ],
 )

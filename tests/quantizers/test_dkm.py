@@ -316,7 +316,12 @@ class Small(nn.Module):
 
 @pytest.mark.parametrize(
     ("plan", "epochs"),
-    [({"bits": 1}, 15), ({"bits": 2, "rows_per_lut": 8}, 15), ({"bits": 4, "vector_dim": 4}, 15), ({"bits": 8}, 12)],
+    [
+        ({"bits": 1}, 15),
+        ({"bits": 2, "rows_per_lut": 8}, 15),
+        ({"bits": 4, "vector_dim": 4}, 15),
+        pytest.param({"bits": 8}, 12, marks=pytest.mark.slow),
+    ],
 )
 def test_a_trained_model_becomes_palettes(plan, epochs):
     torch.manual_seed(0)

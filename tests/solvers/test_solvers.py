@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompress.artifacts.integer_range import IntegerRange
@@ -14,6 +14,7 @@ from qcompress.solvers.gptq import solve as gptq
 from qcompress.solvers.palette_levels import Int8PaletteLevels, PaletteLevels
 from qcompress.solvers.uniform_levels import UniformLevels
 from tests.helpers import reference
+from tests.helpers.examples import examples
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -45,7 +46,7 @@ KINDS = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=20)
+@examples(20)
 @given(seed=SEEDS, bits=st.integers(2, 4))
 def test_error_feedback_is_the_slow_loop(kind, seed, bits):
     given = problem(seed)
@@ -60,7 +61,7 @@ def test_error_feedback_is_the_slow_loop(kind, seed, bits):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=20)
+@examples(20)
 @given(seed=SEEDS, bits=st.integers(2, 4))
 def test_descent_ends_where_no_single_weight_can_better_it(kind, seed, bits):
     given = problem(seed)
@@ -77,7 +78,7 @@ def test_descent_ends_where_no_single_weight_can_better_it(kind, seed, bits):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=20)
+@examples(20)
 @given(seed=SEEDS, bits=st.integers(2, 4))
 def test_refitted_levels_are_better_and_sorted(kind, seed, bits):
     given = problem(seed)
@@ -145,7 +146,7 @@ def test_scales_of_blocks_are_refitted_together(seed, bits):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=20)
+@examples(20)
 @given(seed=SEEDS, bits=st.integers(2, 4), rank=st.sampled_from([1, 3, 20]))
 def test_never_worse_than_the_nearest_levels(kind, seed, bits, rank):
     given = problem(seed, rank=rank)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -20,6 +20,7 @@ from qcompress.openers import load_source
 from qcompress.sources.pickles import machine
 from qcompress.sources.pickles.machine import OPCODES, Unpickled, unpickle
 from qcompress.sources.pickles.standins import Name, StandIn
+from tests.helpers.examples import examples
 
 OPTIONS = ProgramOptions(inputs={"x": np.zeros((2, 3), np.float32)})
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -287,7 +288,7 @@ def test_storages_shorter_than_they_claim(tmp_path):
 
 
 @given(st.lists(st.sampled_from(sorted(getattr(pickle, n) for n in OPCODES)) | st.binary(max_size=6), max_size=40))
-@settings(max_examples=400)
+@examples(400)
 def test_any_bytes_are_read_or_refused(pieces):
     try:
         found = read(b"".join(pieces) + b".")
@@ -298,7 +299,7 @@ def test_any_bytes_are_read_or_refused(pieces):
 
 
 @given(st.data(), st.integers(0, 5))
-@settings(max_examples=200)
+@examples(200)
 def test_any_damage_to_a_pickle_is_one_message_or_none(data, protocol):
     content = bytearray(pickle.dumps({"a": [1, 2.5, "x" * 300, (None, True)], "net": nn.ReLU(), "s": {1, 2}}, protocol))
     for _ in range(data.draw(st.integers(1, 3))):

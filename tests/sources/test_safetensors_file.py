@@ -10,11 +10,12 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompress.errors import SourceError
 from qcompress.openers import load_source
+from tests.helpers.examples import examples
 
 
 def write(path, header: object, data: bytes, length: int | None = None):
@@ -101,7 +102,7 @@ def test_truncated(tmp_path):
         load_source(path)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.data())
 def test_a_changed_byte_is_read_or_refused(tmp_path_factory, data):
     path = write(

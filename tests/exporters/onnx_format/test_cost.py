@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -24,6 +24,7 @@ from qcompress_exporters import build
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format.targets import PORTABLE, TARGETS, find
 from tests.helpers import small_models
+from tests.helpers.examples import examples
 from tests.helpers.nets import image, traced
 
 
@@ -125,7 +126,7 @@ def graph_nbytes(artifacts: dict[str, Artifact]) -> int:
     return graph.ByteSize() + sum(len(name) == 1 and name in ours for name in names)
 
 
-@settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@examples(30, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(st.data())
 def test_the_cost_is_exact_to_the_byte(data: st.DataObject) -> None:
     chosen = {

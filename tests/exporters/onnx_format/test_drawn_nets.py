@@ -26,7 +26,7 @@ DISTANCE = 0.75
 # Nets of parts that others have too.
 LIKE_OTHERS = (
     "dense", "pool and flatten", "mean keepdim", "channel shuffle", "pixel shuffle", "upsample", "chunks",
-    "pre-activation", "moves", "two inputs", "dict outputs", "option A",
+    "pre-activation", "moves", "two inputs", "dict outputs", "option A", "in place", "dropout", "mlp",
 )  # fmt: skip
 
 Inputs = Mapping[str, npt.NDArray[Any]]

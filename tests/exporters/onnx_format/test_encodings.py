@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
 
@@ -25,6 +25,7 @@ from qcompress_exporters.onnx_format.graph_writer import GraphWriter
 from qcompress_exporters.onnx_format.opsets import ir_version
 from qcompress_exporters.onnx_format.targets import find
 from qcompress_exporters.parity.sessions import optimized_ops, ort, run, session
+from tests.helpers.examples import examples
 
 WRITABLE = [(e, bits) for e in ENCODINGS for bits in range(1, 9) if e.opset(bits) is not None]
 CASES = [pytest.param(e, bits, id=f"{e.name}-{bits}") for e, bits in WRITABLE]
@@ -131,7 +132,7 @@ def grids(draw: st.DrawFn, bits: int) -> IntegerWeight:
 
 
 @pytest.mark.parametrize(("encoding", "bits"), CASES)
-@settings(max_examples=25)
+@examples(25)
 @given(data=st.data())
 def test_onnxruntime_decodes_the_artifact_bit_for_bit(encoding: Encoding, bits: int, data: st.DataObject) -> None:
     weight = data.draw(palettes(bits))
@@ -215,7 +216,7 @@ def test_a_table_that_two_weights_need_is_written_once() -> None:
 
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("bits", range(1, 9))
-@settings(max_examples=25)
+@examples(25)
 @given(data=st.data())
 def test_onnxruntime_decodes_a_uniform_grid_bit_for_bit(opset: int, bits: int, data: st.DataObject) -> None:
     weight = data.draw(grids(bits))
@@ -228,7 +229,7 @@ def test_onnxruntime_decodes_a_uniform_grid_bit_for_bit(opset: int, bits: int, d
 
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("bits", range(1, 9))
-@settings(max_examples=25)
+@examples(25)
 @given(data=st.data())
 def test_integer_compute_gets_the_values_as_int8(opset: int, bits: int, data: st.DataObject) -> None:
     weight = data.draw(palettes(bits, ("int8",)) | grids(bits).filter(lambda g: g.integers() is not None))
@@ -315,7 +316,7 @@ def test_the_grid_of_a_width_is_written_once() -> None:
     assert sum(tuple(tensor.shape) == (128,) for tensor in constants if tensor is not None) == 1
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(st.integers(1, 8), st.data())
 def test_activations_are_quantized_as_onnxruntime_quantizes_them(bits: int, data: st.DataObject) -> None:
     zero_point = data.draw(st.integers(0, 255))

@@ -224,7 +224,7 @@ def test_unknown_targets(target: str, hint: str) -> None:
 
 
 @pytest.mark.parametrize("target", [None, "portable", "openvino", "web", "onnxruntime==1.16", "1.18"])
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [1, 3, 4, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 5, 6, 7, 8))])
 def test_portable_files_hold_no_type_below_8_bits(bits: int, target: str | None) -> None:
     small = compress_program(wide(), Plan.from_flags(bits=bits), PosthocSettings(effort="fast"))
     built = build(small, target=target)
