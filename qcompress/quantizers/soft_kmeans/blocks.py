@@ -1,14 +1,14 @@
-"""The attention of differentiable k-means, block by block of vectors, and its gradient: one class per metric.
+"""The attention of differentiable k-means for a block of vectors, and its gradient: one class per metric.
 
 A block's attention is [K, N], so that every operation runs along the vectors, and it is not divided by its sum over
-the centroids: the division costs less where there is one number per vector. All blocks use the same buffers.
+the centroids: the division costs less where there is one number per vector. Blocks have coordinates around an origin
+of their own: in float32, logits keep more digits the nearer it is. All blocks use the same buffers.
 """
 
-# Shape suffixes: G = groups, V = vectors of a group, K = centroids, D = numbers in a vector, H = D + 1,
-# M = 2 D + 1, N = vectors of a block
+# Shape suffixes: G = groups, K = centroids, D = numbers in a vector, H = D + 1, M = 2 D + 1, N = vectors of a block
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final, final
 
 import torch
@@ -20,29 +20,48 @@ _LOWEST_LOGIT: Final = -80.0  # exp stays a normal float32: MKL takes ten times 
 
 
 @final
-class Block:
-    """Buffers for some vectors of every group; what is in them is valid until the next block.
+class Buffers:
+    """Memory for blocks, one at a time.
 
     Args:
         groups: G.
-        count: K.
         size: D.
-        length: N.
+        length: the largest N.
+        pairs: the largest K x N.
         like: a tensor of the buffers' dtype, on their device.
+    """
+
+    def __init__(self, groups: int, size: int, length: int, pairs: int, like: Tensor) -> None:
+        self.groups, self.size, self.dtype = groups, size, like.dtype
+        self.rows_GMN = like.new_ones(groups, 2 * size + 1, length)
+        self.e, self.r = (like.new_empty(groups * pairs) for _ in range(2))
+        self.one = like.new_empty(groups * length)
+
+
+@final
+class Block:
+    """Some vectors of every group, and what is computed of them; valid until the next block.
+
+    Args:
+        buffers: its memory.
+        count: K.
+        length: N.
 
     Attributes:
-        rows_GMN: room for the gradient of the soft vectors, the vectors minus the shift, and a row of ones.
+        rows_GMN: room for the gradient of the soft vectors, the vectors minus the origin, and a row of ones.
         g_GDN, x_GDN, x_GHN: its first rows, the next, and the next with the ones.
         e_GKN: attention times its sum over K.
         r_GKN: room for the gradient of the attention.
     """
 
-    def __init__(self, groups: int, count: int, size: int, length: int, like: Tensor) -> None:
-        self.rows_GMN = like.new_ones(groups, 2 * size + 1, length)
+    def __init__(self, buffers: Buffers, count: int, length: int) -> None:
+        groups, size, pairs = buffers.groups, buffers.size, buffers.groups * count * length
+        self.rows_GMN = buffers.rows_GMN[..., :length]
         self.g_GDN, self.x_GHN = self.rows_GMN[:, :size], self.rows_GMN[:, size:]
         self.x_GDN = self.x_GHN[:, :-1]
-        self.e_GKN, self.r_GKN = (like.new_empty(groups, count, length) for _ in range(2))
-        self._one_G1N = like.new_empty(groups, 1, length)
+        self.e_GKN = buffers.e[:pairs].view(groups, count, length)
+        self.r_GKN = buffers.r[:pairs].view(groups, count, length)
+        self._one_G1N = buffers.one[: groups * length].view(groups, 1, length)
 
     def soften(self) -> None:
         """Turns logits in `e_GKN` into attention times its sum over K."""
@@ -55,56 +74,33 @@ class Block:
 
 
 class AbstractAttention(abc.ABC):
-    """Computes attention to given centroids, block by block.
+    """Computes attention to given centroids.
 
     Args:
-        x_GVD: the vectors.
-        shift_G1D: subtracted from vectors and centroids; its dtype is that of the arithmetic.
-        tau_G: τ of each group.
-        count: K, the number of centroids.
-        step: N, the number of vectors in a block.
+        c_GKD: the centroids minus the origin, float64.
+        tau_G11: τ, float64.
+        dtype: that of the arithmetic.
+
+    Attributes:
+        count: K.
     """
 
-    def __init__(self, x_GVD: Tensor, shift_G1D: Tensor, tau_G: Tensor, count: int, step: int) -> None:
-        self.dtype, self._step = shift_G1D.dtype, step
-        self.shift_GD1, self._tau_G11 = shift_G1D.mT, tau_G[:, None, None]
-        self._parts = self.split(x_GVD)
-        groups, _, size = x_GVD.shape
-        lengths = {part_GND.shape[1] for part_GND in self._parts}
-        self._blocks = {length: Block(groups, count, size, length, shift_G1D) for length in lengths}
-
-    def split(self, values_GVD: Tensor) -> tuple[Tensor, ...]:
-        """Splits a tensor in the shape of the vectors into that of each block, [G, N, D]."""
-        return torch.split(values_GVD, self._step, 1)
-
-    def to(self, c_GKD: Tensor) -> Iterator[Block]:
-        """Yields all blocks, with their attention to the centroids, which are shifted and float64."""
-        self._prepare(c_GKD)
-        for part_GND in self._parts:
-            block = self._blocks[part_GND.shape[1]]
-            torch.sub(part_GND.mT, self.shift_GD1, out=block.x_GDN)
-            self._logits(block)
-            block.soften()
-            yield block
+    count: int
 
     @abc.abstractmethod
-    def _prepare(self, c_GKD: Tensor) -> None:
-        """Remembers centroids."""
+    def __init__(self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype) -> None: ...
 
     @abc.abstractmethod
-    def _logits(self, block: Block) -> None:
-        """Writes -distance / τ to `e_GKN`, up to one number per vector."""
+    def logits(self, block: Block) -> None:
+        """Writes -distance / τ of a block's vectors to `e_GKN`, up to one number per vector."""
 
     @abc.abstractmethod
-    def prepare_gradients(self, c_GKD: Tensor, mean_GKD: Tensor) -> None:
-        """Remembers centroids and μ, the gradient of Σ_v A x."""
-
-    @abc.abstractmethod
-    def gradients(self, block: Block, wants_centroids: bool) -> tuple[Tensor, Tensor | None]:
+    def gradients(self, block: Block, mean_GKD: Tensor, wants_centroids: bool) -> tuple[Tensor, Tensor | None]:
         """Returns gradients of the vectors, [G, D, N], and, if wanted, of the centroids, [G, K, D].
 
         Args:
             block: attention, and its gradient in `r_GKN`; both are overwritten.
+            mean_GKD: μ, the gradient of Σ_v A x.
             wants_centroids: whether to compute the gradient of the centroids.
         """
 
@@ -113,20 +109,18 @@ class AbstractAttention(abc.ABC):
 class _Squared(AbstractAttention):
     """-||x - c||² / τ is 2 x·c / τ - ||c||² / τ and a number per vector: one product of matrices."""
 
-    def _prepare(self, c_GKD: Tensor) -> None:
+    def __init__(self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype) -> None:
+        self.count = c_GKD.shape[1]
         norm_GK1 = c_GKD.square().sum(-1, keepdim=True)
-        self._factors_GKH = torch.cat([2 * c_GKD, -norm_GK1], -1).div_(self._tau_G11).to(self.dtype)
+        self._factors_GKH = torch.cat([2 * c_GKD, -norm_GK1], -1).div_(tau_G11).to(dtype)
+        self._c_GKD, self._slope_G11 = c_GKD.to(dtype), (2 / tau_G11).to(dtype)
 
-    def _logits(self, block: Block) -> None:
+    def logits(self, block: Block) -> None:
         torch.bmm(self._factors_GKH, block.x_GHN, out=block.e_GKN)
 
-    def prepare_gradients(self, c_GKD: Tensor, mean_GKD: Tensor) -> None:
-        self._mean_GDK, self._c_GKD = mean_GKD.to(self.dtype).mT, c_GKD.to(self.dtype)
-        self._slope_G11 = (2 / self._tau_G11).to(self.dtype)
-
-    def gradients(self, block: Block, wants_centroids: bool) -> tuple[Tensor, Tensor | None]:
+    def gradients(self, block: Block, mean_GKD: Tensor, wants_centroids: bool) -> tuple[Tensor, Tensor | None]:
         inverse_G1N = block.sum().reciprocal_()
-        gx_GDN = torch.bmm(self._mean_GDK, block.e_GKN)
+        gx_GDN = torch.bmm(mean_GKD.mT, block.e_GKN)
         v_GKN = block.r_GKN.mul_(block.e_GKN)
         v_GKN.addcmul_(block.e_GKN, v_GKN.sum(1, keepdim=True).mul_(inverse_G1N), value=-1)
         gx_GDN.add_(torch.bmm(self._c_GKD.mT, v_GKN).mul_(self._slope_G11)).mul_(inverse_G1N)
@@ -141,9 +135,10 @@ class _Squared(AbstractAttention):
 class _Euclidean(AbstractAttention):
     """-||x - c|| / τ from the differences themselves: near distance 0 an expanded square has no correct digit."""
 
-    def _prepare(self, c_GKD: Tensor) -> None:
-        self._columns = torch.split(c_GKD.to(self.dtype), 1, -1)
-        self._slope_G11 = (-1 / self._tau_G11).to(self.dtype)
+    def __init__(self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype) -> None:
+        self.count = c_GKD.shape[1]
+        self._columns = torch.split(c_GKD.to(dtype), 1, -1)
+        self._slope_G11 = (-1 / tau_G11).to(dtype)
 
     def _distances(self, block: Block, out: Tensor) -> Tensor:
         difference_GKN = torch.empty_like(out)
@@ -153,15 +148,12 @@ class _Euclidean(AbstractAttention):
             out.addcmul_(difference_GKN, difference_GKN)
         return out.sqrt_()
 
-    def _logits(self, block: Block) -> None:
+    def logits(self, block: Block) -> None:
         self._distances(block, block.e_GKN).mul_(self._slope_G11)
 
-    def prepare_gradients(self, c_GKD: Tensor, mean_GKD: Tensor) -> None:
-        self._mean_GDK = mean_GKD.to(self.dtype).mT
-
-    def gradients(self, block: Block, wants_centroids: bool) -> tuple[Tensor, Tensor | None]:
+    def gradients(self, block: Block, mean_GKD: Tensor, wants_centroids: bool) -> tuple[Tensor, Tensor | None]:
         attention_GKN = block.e_GKN.div_(block.sum())
-        gx_GDN = torch.bmm(self._mean_GDK, attention_GKN)
+        gx_GDN = torch.bmm(mean_GKD.mT, attention_GKN)
         v_GKN = block.r_GKN.mul_(attention_GKN)
         v_GKN.addcmul_(attention_GKN, v_GKN.sum(1, keepdim=True), value=-1)
         inverse_GKN = self._distances(block, block.e_GKN).reciprocal_().nan_to_num_(posinf=0.0)

@@ -12,18 +12,16 @@ Sums over blocks and centroids are float64. Nothing waits for the device, and in
 # Shape suffixes: G = groups, V = vectors of a group, K = centroids, D = numbers in a vector; in a block:
 # N = vectors, H = D + 1, F = D + 1 or 2 D + 1
 
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcompress.quantizers.soft_kmeans.blocks import ATTENTION, AbstractAttention
+from qcompress.quantizers.soft_kmeans.cells import AbstractCells, Whole, at, put
 from qcompress.quantizers.soft_kmeans.dense import EMPTY, Metric
-
-_CPU_NBYTES: Final = 1 << 20  # of a buffer; a smaller one stays in L2, but takes more calls
-_GPU_NBYTES: Final = 1 << 24  # two of them stay in L2
+from qcompress.quantizers.soft_kmeans.near import Near, is_near
 
 
 def chunked(
@@ -48,9 +46,12 @@ def chunked(
     >>> soft.flatten().tolist(), centroids.flatten().tolist()
     ([0.5, 0.5, 5.0], [0.5, 5.0])
     """
+    flat_GVD, flat_GKD = x_GVD, c_GKD
+    if is_near(x_GVD.shape[1], c_GKD.shape[1], metric, x_GVD.device):
+        flat_GVD, flat_GKD = x_GVD.reshape(1, -1, x_GVD.shape[2]), c_GKD.reshape(1, -1, c_GKD.shape[2])
     with torch.autocast(x_GVD.device.type, enabled=False):
-        out: tuple[Tensor, Tensor] = _Chunked.apply(x_GVD, c_GKD, tau_G, iterations, metric, dtype)  # type: ignore[no-untyped-call]
-    return out
+        soft, c = _Chunked.apply(flat_GVD, flat_GKD, tau_G, iterations, metric, dtype)  # type: ignore[no-untyped-call]
+    return soft.view(x_GVD.shape), c.view(c_GKD.shape)
 
 
 def needed_dtype(variance: float, tau: float, metric: Metric) -> torch.dtype:
@@ -76,61 +77,65 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx: Any, x_GVD: Tensor, c_GKD: Tensor, tau_G: Tensor, iterations: int, metric: Metric, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        shift_G1D = c_GKD.mean(1, keepdim=True, dtype=torch.float64).to(dtype)
-        path_TGKD = (c_GKD.double() - shift_G1D).repeat(iterations + 1, 1, 1, 1)
+        path_TGKD = c_GKD.double().repeat(iterations + 1, 1, 1, 1)
         inverse_TGK1 = path_TGKD.new_empty(iterations, *c_GKD.shape[:2], 1)
-        soft_GVD = torch.empty_like(x_GVD)
-        for some, attention in _attentions(metric, x_GVD, shift_G1D, tau_G, c_GKD.shape[1]):
-            _forward(attention, path_TGKD[:, some], inverse_TGK1[:, some], soft_GVD[some])
-        ctx.save_for_backward(x_GVD, tau_G, shift_G1D, path_TGKD, inverse_TGK1)
-        ctx.metric, ctx.c_dtype = metric, c_GKD.dtype
-        return soft_GVD, (path_TGKD[-1] + shift_G1D).to(c_GKD.dtype)
+        soft_GVD, least = x_GVD.new_empty(x_GVD.shape), EMPTY * (x_GVD.shape[:2].numel() // len(tau_G))
+        ctx.batches = _batches(x_GVD, c_GKD, tau_G, metric, dtype)
+        for some, cells in ctx.batches:
+            _forward(x_GVD[some], cells, path_TGKD[:, some], inverse_TGK1[:, some], soft_GVD[some], least)
+        ctx.save_for_backward(x_GVD, path_TGKD, inverse_TGK1)
+        ctx.c_dtype = c_GKD.dtype
+        return soft_GVD, path_TGKD[-1].to(c_GKD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_GVD: Tensor, gc_GKD: Tensor) -> tuple[Tensor | None, ...]:
-        x_GVD, tau_G, shift_G1D, path_TGKD, inverse_TGK1 = ctx.saved_tensors
-        gx_GVD = torch.zeros_like(x_GVD, dtype=torch.promote_types(x_GVD.dtype, torch.float32))
+        x_GVD, path_TGKD, inverse_TGK1 = ctx.saved_tensors
+        gx_GVD = x_GVD.new_empty(x_GVD.shape, dtype=torch.promote_types(x_GVD.dtype, torch.float32))
         pull_GKD = gc_GKD.to(torch.float64, copy=True)
         with torch.autocast(x_GVD.device.type, enabled=False):
-            for some, attention in _attentions(ctx.metric, x_GVD, shift_G1D, tau_G, path_TGKD.shape[2]):
-                constants = path_TGKD[:, some], inverse_TGK1[:, some], g_GVD[some]
-                _backward(attention, *constants, gx_GVD[some], pull_GKD[some], ctx.needs_input_grad[1])
+            for some, cells in ctx.batches:
+                constants = x_GVD[some], cells, path_TGKD[:, some], inverse_TGK1[:, some], g_GVD[some]
+                _backward(*constants, gx_GVD[some], pull_GKD[some], ctx.needs_input_grad[1])
         return gx_GVD.to(x_GVD.dtype), pull_GKD.to(ctx.c_dtype), None, None, None, None
 
 
-def _attentions(
-    metric: Metric, x_GVD: Tensor, shift_G1D: Tensor, tau_G: Tensor, count: int
-) -> Iterator[tuple[slice, AbstractAttention]]:
-    """Yields groups whose blocks fit in the buffers, and their attention."""
-    groups, vectors, size = x_GVD.shape
-    vector_nbytes = max(count, 2 * size + 1) * shift_G1D.dtype.itemsize
-    fitting = max(1, (_CPU_NBYTES if x_GVD.device.type == "cpu" else _GPU_NBYTES) // vector_nbytes)
-    step = max(1, fitting // max(1, vectors))
-    for start in range(0, groups, step):
-        some = slice(start, start + step)
-        yield some, ATTENTION[metric](x_GVD[some], shift_G1D[some], tau_G[some], count, fitting)
+def _batches(
+    x_GVD: Tensor, c_GKD: Tensor, tau_G: Tensor, metric: Metric, dtype: torch.dtype
+) -> Sequence[tuple[slice, AbstractCells]]:
+    """Returns groups that are computed together, and their cells; near cells take all groups as one."""
+    if is_near(x_GVD.shape[:2].numel() // len(tau_G), c_GKD.shape[:2].numel() // len(tau_G), metric, x_GVD.device):
+        return [(slice(None), Near.of(x_GVD, c_GKD, tau_G, dtype))]
+    return Whole.batches(c_GKD, tau_G, x_GVD.shape[1], metric, dtype)
 
 
-def _forward(attention: AbstractAttention, path_TGKD: Tensor, inverse_TGK1: Tensor, soft_GVD: Tensor) -> None:
-    """Computes the centroids after each iteration, 1 / Σ_v A or 0 where there is next to none, and soft vectors."""
-    vectors = soft_GVD.shape[1]
+def _forward(
+    x_GVD: Tensor, cells: AbstractCells, path_TGKD: Tensor, inverse_TGK1: Tensor, soft_GVD: Tensor, least: float
+) -> None:
+    """Computes the centroids after each iteration, 1 / Σ_v A or 0 where that is below `least`, and soft vectors."""
+    buffers = cells.buffers()
     for t in range(len(inverse_TGK1)):
         sums_GKH = torch.cat([path_TGKD[t], inverse_TGK1[t]], -1).zero_()
-        for block in attention.to(path_TGKD[t]):
-            sums_GKH.add_(torch.bmm(block.e_GKN, (block.x_GHN / block.sum()).mT))
+        for cell in cells.facing(path_TGKD[t]):
+            moments_GCH = cell.zeros(sums_GKH)
+            for _, block in cell.blocks(x_GVD, buffers):
+                moments_GCH.add_(torch.bmm(block.e_GKN, (block.x_GHN / block.sum()).mT))
+            cell.add_moments(sums_GKH, moments_GCH)
         total_GK1 = sums_GKH[..., -1:]
-        is_empty = total_GK1 < EMPTY * vectors
+        is_empty = total_GK1 < least
         inverse_TGK1[t] = total_GK1.reciprocal().masked_fill_(is_empty, 0.0)
         path_TGKD[t + 1] = torch.where(is_empty, path_TGKD[t], sums_GKH[..., :-1] * inverse_TGK1[t])
-    last_GHK = torch.cat([path_TGKD[-1], torch.ones_like(inverse_TGK1[-1])], -1).to(attention.dtype).mT
-    for block, soft_GND in zip(attention.to(path_TGKD[-2]), attention.split(soft_GVD), strict=True):
-        mixed_GHN = torch.bmm(last_GHK, block.e_GKN)
-        torch.add(mixed_GHN[:, :-1].div_(mixed_GHN[:, -1:]), attention.shift_GD1, out=soft_GND.mT)
+    for cell in cells.facing(path_TGKD[-2]):
+        last_GCD = cell.local(path_TGKD[-1])
+        last_GHC = torch.cat([last_GCD, torch.ones_like(last_GCD[..., :1])], -1).to(buffers.dtype).mT
+        for part, block in cell.blocks(x_GVD, buffers):
+            mixed_GHN = torch.bmm(last_GHC, block.e_GKN)
+            put(soft_GVD, part, cell.back(mixed_GHN[:, :-1].div_(mixed_GHN[:, -1:]).mT))
 
 
 def _backward(
-    attention: AbstractAttention,
+    x_GVD: Tensor,
+    cells: AbstractCells,
     path_TGKD: Tensor,
     inverse_TGK1: Tensor,
     g_GVD: Tensor,
@@ -138,24 +143,29 @@ def _backward(
     pull_GKD: Tensor,
     wants_centroids: bool,
 ) -> None:
-    """Adds to the gradient of the vectors, and turns that of the last centroids into that of the first."""
-    last = len(inverse_TGK1) - 1
-    for block, g_GND in zip(attention.to(path_TGKD[-2]), attention.split(g_GVD), strict=True):
-        weighted_GDN = torch.div(g_GND.mT, block.sum(), out=block.g_GDN)
-        pull_GKD.add_(torch.bmm(block.e_GKN, weighted_GDN.mT))
+    """Computes the gradient of the vectors, and turns that of the last centroids into that of the first."""
+    last, buffers = len(inverse_TGK1) - 1, cells.buffers()
+    for cell in cells.facing(path_TGKD[-2]):
+        pull_GCD = cell.zeros(pull_GKD)
+        for part, block in cell.blocks(x_GVD, buffers):
+            weighted_GDN = torch.div(at(g_GVD, part).mT, block.sum(), out=block.g_GDN)
+            pull_GCD.add_(torch.bmm(block.e_GKN, weighted_GDN.mT))
+        cell.add(pull_GKD, pull_GCD)
     for t in range(last, -1, -1):
-        mean_GKD = pull_GKD * inverse_TGK1[t]
-        offset_GK1 = -(mean_GKD * path_TGKD[t + 1]).sum(-1, keepdim=True)
-        factors = [path_TGKD[-1], mean_GKD, offset_GK1] if t == last else [mean_GKD, offset_GK1]
-        factors_GKF = torch.cat(factors, -1).to(attention.dtype)
-        attention.prepare_gradients(path_TGKD[t], mean_GKD)
+        all_means_GKD = pull_GKD * inverse_TGK1[t]
         pull_GKD.masked_fill_(inverse_TGK1[t] != 0, 0.0)
-        parts = attention.split(g_GVD), attention.split(gx_GVD)
-        for block, g_GND, gx_GND in zip(attention.to(path_TGKD[t]), *parts, strict=True):
-            if t == last:
-                block.g_GDN.copy_(g_GND.mT)
-            torch.bmm(factors_GKF, block.rows_GMN if t == last else block.x_GHN, out=block.r_GKN)
-            gx_GDN, gc_GKD = attention.gradients(block, t > 0 or wants_centroids)
-            gx_GND.mT.add_(gx_GDN)
-            if gc_GKD is not None:
-                pull_GKD.add_(gc_GKD)
+        for cell in cells.facing(path_TGKD[t]):
+            mean_GCD, pull_GCD = cell.pick(all_means_GKD), cell.zeros(pull_GKD)
+            offset_GC1 = -(mean_GCD * cell.local(path_TGKD[t + 1])).sum(-1, keepdim=True)
+            factors = [cell.local(path_TGKD[-1])] if t == last else []
+            factors_GCF = torch.cat([*factors, mean_GCD, offset_GC1], -1).to(buffers.dtype)
+            mean_GCD = mean_GCD.to(buffers.dtype)
+            for part, block in cell.blocks(x_GVD, buffers):
+                if t == last:
+                    block.g_GDN.copy_(at(g_GVD, part).mT)
+                torch.bmm(factors_GCF, block.rows_GMN if t == last else block.x_GHN, out=block.r_GKN)
+                gx_GDN, gc_GCD = cell.attention.gradients(block, mean_GCD, t > 0 or wants_centroids)
+                put(gx_GVD, part, gx_GDN.mT if t == last else at(gx_GVD, part) + gx_GDN.mT)
+                if gc_GCD is not None:
+                    pull_GCD.add_(gc_GCD)
+            cell.add(pull_GKD, pull_GCD)

@@ -33,7 +33,7 @@ def assigned(x_VD: Tensor, c_GKD: Tensor, lengths: Sequence[int]) -> tuple[Tenso
     """
     codes, means = [], []
     for x, c in zip(torch.split(x_VD, list(lengths)), c_GKD, strict=True):
-        code = torch.cat([_nearest(part, c) for part in torch.split(x, max(1, _AT_ONCE // len(c)))])
+        code = torch.cat([nearest(part, c.double()) for part in torch.split(x, max(1, _AT_ONCE // len(c)))])
         sums = torch.zeros(c.shape, dtype=torch.float64, device=c.device).index_add_(0, code, x.double())
         count = code.bincount(minlength=len(c))[:, None]
         codes.append(code)
@@ -44,12 +44,15 @@ def assigned(x_VD: Tensor, c_GKD: Tensor, lengths: Sequence[int]) -> tuple[Tenso
     return torch.cat(codes), torch.stack(means)
 
 
-def _nearest(x_VD: Tensor, c_KD: Tensor) -> Tensor:
-    x, c = x_VD.double(), c_KD.double()
-    if c.shape[1] == 1:
-        sorted_K, order_K = c[:, 0].sort()
+def nearest(x_VD: Tensor, c_KD: Tensor) -> Tensor:
+    """Returns the nearest centroid of each vector, int64 [V]; the arithmetic is in the dtype of the centroids."""
+    x = x_VD.to(c_KD.dtype)
+    if c_KD.shape[1] == 1:
+        sorted_K, order_K = c_KD[:, 0].sort()
         return order_K[torch.bucketize(x[:, 0], (sorted_K[1:] + sorted_K[:-1]) / 2)]
-    return torch.addmm(c.square().sum(1), x, c.T, beta=1, alpha=-2).argmin(1)
+    shift_D = c_KD.mean(0)
+    c = c_KD - shift_D
+    return torch.addmm(c.square().sum(1), x - shift_D, c.T, beta=1, alpha=-2).min(1).indices
 
 
 @torch.no_grad()
