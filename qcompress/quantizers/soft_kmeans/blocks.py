@@ -8,6 +8,7 @@ of their own: in float32, logits keep more digits the nearer it is. All blocks u
 # Shape suffixes: G = groups, K = centroids, D = numbers in a vector, H = D + 1, M = 2 D + 1, N = vectors of a block
 
 import abc
+import math
 from collections.abc import Mapping
 from typing import Final, final
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from qcompress.quantizers.soft_kmeans.dense import Metric
 
 _LOWEST_LOGIT: Final = -80.0  # exp stays a normal float32: MKL takes ten times as long where it underflows
+_ABSENT: Final = -1e38  # logit of a centroid that is not there
 
 
 @final
@@ -24,18 +26,24 @@ class Buffers:
     """Memory for blocks, one at a time.
 
     Args:
-        groups: G.
-        size: D.
-        length: the largest N.
-        pairs: the largest K x N.
+        numbers: the largest G x N x max(K, M).
         like: a tensor of the buffers' dtype, on their device.
     """
 
-    def __init__(self, groups: int, size: int, length: int, pairs: int, like: Tensor) -> None:
-        self.groups, self.size, self.dtype = groups, size, like.dtype
-        self.rows_GMN = like.new_ones(groups, 2 * size + 1, length)
-        self.e, self.r = (like.new_empty(groups * pairs) for _ in range(2))
-        self.one = like.new_empty(groups * length)
+    def __init__(self, numbers: int, like: Tensor) -> None:
+        self.dtype = like.dtype
+        self._rows, self._e, self._r, self._one = (like.new_empty(numbers) for _ in range(4))
+
+    def block(self, groups: int, count: int, size: int, length: int) -> "Block":
+        """Returns a block for N = `length` vectors of each group."""
+        rows_GMN = _view(self._rows, groups, 2 * size + 1, length)
+        rows_GMN[:, -1:].fill_(1.0)
+        e_GKN, r_GKN = (_view(flat, groups, count, length) for flat in (self._e, self._r))
+        return Block(rows_GMN, e_GKN, r_GKN, _view(self._one, groups, 1, length))
+
+
+def _view(flat: Tensor, *shape: int) -> Tensor:
+    return flat[: math.prod(shape)].view(shape)
 
 
 @final
@@ -43,25 +51,19 @@ class Block:
     """Some vectors of every group, and what is computed of them; valid until the next block.
 
     Args:
-        buffers: its memory.
-        count: K.
-        length: N.
+        rows_GMN: room for the gradient of the soft vectors, the vectors minus the origin, and a row of ones.
+        e_GKN: room for attention times its sum over K.
+        r_GKN: room for the gradient of the attention.
+        one_G1N: room for one number per vector.
 
     Attributes:
-        rows_GMN: room for the gradient of the soft vectors, the vectors minus the origin, and a row of ones.
-        g_GDN, x_GDN, x_GHN: its first rows, the next, and the next with the ones.
-        e_GKN: attention times its sum over K.
-        r_GKN: room for the gradient of the attention.
+        g_GDN, x_GDN, x_GHN: the first rows of `rows_GMN`, the next, and the next with the ones.
     """
 
-    def __init__(self, buffers: Buffers, count: int, length: int) -> None:
-        groups, size, pairs = buffers.groups, buffers.size, buffers.groups * count * length
-        self.rows_GMN = buffers.rows_GMN[..., :length]
-        self.g_GDN, self.x_GHN = self.rows_GMN[:, :size], self.rows_GMN[:, size:]
-        self.x_GDN = self.x_GHN[:, :-1]
-        self.e_GKN = buffers.e[:pairs].view(groups, count, length)
-        self.r_GKN = buffers.r[:pairs].view(groups, count, length)
-        self._one_G1N = buffers.one[: groups * length].view(groups, 1, length)
+    def __init__(self, rows_GMN: Tensor, e_GKN: Tensor, r_GKN: Tensor, one_G1N: Tensor) -> None:
+        size = rows_GMN.shape[1] // 2
+        self.rows_GMN, self.e_GKN, self.r_GKN, self._one_G1N = rows_GMN, e_GKN, r_GKN, one_G1N
+        self.g_GDN, self.x_GHN, self.x_GDN = rows_GMN[:, :size], rows_GMN[:, size:], rows_GMN[:, size:-1]
 
     def soften(self) -> None:
         """Turns logits in `e_GKN` into attention times its sum over K."""
@@ -80,6 +82,7 @@ class AbstractAttention(abc.ABC):
         c_GKD: the centroids minus the origin, float64.
         tau_G11: τ, float64.
         dtype: that of the arithmetic.
+        is_absent_GK1: which centroids get no attention; None: none of them.
 
     Attributes:
         count: K.
@@ -88,7 +91,9 @@ class AbstractAttention(abc.ABC):
     count: int
 
     @abc.abstractmethod
-    def __init__(self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype) -> None: ...
+    def __init__(
+        self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype, is_absent_GK1: Tensor | None = None
+    ) -> None: ...
 
     @abc.abstractmethod
     def logits(self, block: Block) -> None:
@@ -109,10 +114,14 @@ class AbstractAttention(abc.ABC):
 class _Squared(AbstractAttention):
     """-||x - c||² / τ is 2 x·c / τ - ||c||² / τ and a number per vector: one product of matrices."""
 
-    def __init__(self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype, is_absent_GK1: Tensor | None = None
+    ) -> None:
         self.count = c_GKD.shape[1]
         norm_GK1 = c_GKD.square().sum(-1, keepdim=True)
         self._factors_GKH = torch.cat([2 * c_GKD, -norm_GK1], -1).div_(tau_G11).to(dtype)
+        if is_absent_GK1 is not None:
+            self._factors_GKH.masked_fill_(is_absent_GK1, 0.0)[..., -1:].masked_fill_(is_absent_GK1, _ABSENT)
         self._c_GKD, self._slope_G11 = c_GKD.to(dtype), (2 / tau_G11).to(dtype)
 
     def logits(self, block: Block) -> None:
@@ -135,7 +144,9 @@ class _Squared(AbstractAttention):
 class _Euclidean(AbstractAttention):
     """-||x - c|| / τ from the differences themselves: near distance 0 an expanded square has no correct digit."""
 
-    def __init__(self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype, is_absent_GK1: Tensor | None = None
+    ) -> None:
         self.count = c_GKD.shape[1]
         self._columns = torch.split(c_GKD.to(dtype), 1, -1)
         self._slope_G11 = (-1 / tau_G11).to(dtype)

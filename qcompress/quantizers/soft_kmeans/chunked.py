@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcompress.quantizers.soft_kmeans.cells import AbstractCells, Whole, at, put
+from qcompress.quantizers.soft_kmeans.cells import AbstractPartition, Whole
 from qcompress.quantizers.soft_kmeans.dense import EMPTY, Metric
 from qcompress.quantizers.soft_kmeans.near import Near, is_near
 
@@ -79,93 +79,113 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         path_TGKD = c_GKD.double().repeat(iterations + 1, 1, 1, 1)
         inverse_TGK1 = path_TGKD.new_empty(iterations, *c_GKD.shape[:2], 1)
-        soft_GVD, least = x_GVD.new_empty(x_GVD.shape), EMPTY * (x_GVD.shape[:2].numel() // len(tau_G))
+        least, soft = EMPTY * (x_GVD.shape[:2].numel() // len(tau_G)), []
         ctx.batches = _batches(x_GVD, c_GKD, tau_G, metric, dtype)
-        for some, cells in ctx.batches:
-            _forward(x_GVD[some], cells, path_TGKD[:, some], inverse_TGK1[:, some], soft_GVD[some], least)
+        for some, partition in ctx.batches:
+            soft_GVD = _forward(x_GVD[some], partition, path_TGKD[:, some], inverse_TGK1[:, some], least)
+            soft.append(partition.restored(soft_GVD))
         ctx.save_for_backward(x_GVD, path_TGKD, inverse_TGK1)
         ctx.c_dtype = c_GKD.dtype
-        return soft_GVD, path_TGKD[-1].to(c_GKD.dtype)
+        return _whole(soft), path_TGKD[-1].to(c_GKD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_GVD: Tensor, gc_GKD: Tensor) -> tuple[Tensor | None, ...]:
         x_GVD, path_TGKD, inverse_TGK1 = ctx.saved_tensors
-        gx_GVD = x_GVD.new_empty(x_GVD.shape, dtype=torch.promote_types(x_GVD.dtype, torch.float32))
-        pull_GKD = gc_GKD.to(torch.float64, copy=True)
+        pull_GKD, gradients = gc_GKD.to(torch.float64, copy=True), []
         with torch.autocast(x_GVD.device.type, enabled=False):
-            for some, cells in ctx.batches:
-                constants = x_GVD[some], cells, path_TGKD[:, some], inverse_TGK1[:, some], g_GVD[some]
-                _backward(*constants, gx_GVD[some], pull_GKD[some], ctx.needs_input_grad[1])
-        return gx_GVD.to(x_GVD.dtype), pull_GKD.to(ctx.c_dtype), None, None, None, None
+            for some, partition in ctx.batches:
+                constants = g_GVD[some], x_GVD[some], partition, path_TGKD[:, some], inverse_TGK1[:, some]
+                gx_GVD = _backward(*constants, pull_GKD[some], ctx.needs_input_grad[1])
+                gradients.append(partition.restored(gx_GVD).to(x_GVD.dtype))
+        return _whole(gradients), pull_GKD.to(ctx.c_dtype), None, None, None, None
 
 
 def _batches(
     x_GVD: Tensor, c_GKD: Tensor, tau_G: Tensor, metric: Metric, dtype: torch.dtype
-) -> Sequence[tuple[slice, AbstractCells]]:
-    """Returns groups that are computed together, and their cells; near cells take all groups as one."""
+) -> Sequence[tuple[slice, AbstractPartition]]:
+    """Returns groups that are computed together, and their partition; nearby cells take all groups as one."""
     if is_near(x_GVD.shape[:2].numel() // len(tau_G), c_GKD.shape[:2].numel() // len(tau_G), metric, x_GVD.device):
         return [(slice(None), Near.of(x_GVD, c_GKD, tau_G, dtype))]
     return Whole.batches(c_GKD, tau_G, x_GVD.shape[1], metric, dtype)
 
 
 def _forward(
-    x_GVD: Tensor, cells: AbstractCells, path_TGKD: Tensor, inverse_TGK1: Tensor, soft_GVD: Tensor, least: float
-) -> None:
-    """Computes the centroids after each iteration, 1 / Σ_v A or 0 where that is below `least`, and soft vectors."""
-    buffers = cells.buffers()
+    x_GVD: Tensor, partition: AbstractPartition, path_TGKD: Tensor, inverse_TGK1: Tensor, least: float
+) -> Tensor:
+    """Computes the centroids after each iteration, and 1 / Σ_v A, or 0 where that is below `least`.
+
+    Returns:
+        The soft vectors, as the partition arranges them.
+    """
+    x_GVD, buffers = partition.arranged(x_GVD), partition.buffers()
     for t in range(len(inverse_TGK1)):
         sums_GKH = torch.cat([path_TGKD[t], inverse_TGK1[t]], -1).zero_()
-        for cell in cells.facing(path_TGKD[t]):
-            moments_GCH = cell.zeros(sums_GKH)
-            for _, block in cell.blocks(x_GVD, buffers):
+        for cells in partition.facing(path_TGKD[t]):
+            moments_GCH = cells.zeros(sums_GKH.shape[-1])
+            for _, block in cells.blocks(x_GVD, buffers):
                 moments_GCH.add_(torch.bmm(block.e_GKN, (block.x_GHN / block.sum()).mT))
-            cell.add_moments(sums_GKH, moments_GCH)
+            cells.add_moments(sums_GKH, moments_GCH)
         total_GK1 = sums_GKH[..., -1:]
         is_empty = total_GK1 < least
         inverse_TGK1[t] = total_GK1.reciprocal().masked_fill_(is_empty, 0.0)
         path_TGKD[t + 1] = torch.where(is_empty, path_TGKD[t], sums_GKH[..., :-1] * inverse_TGK1[t])
-    for cell in cells.facing(path_TGKD[-2]):
-        last_GCD = cell.local(path_TGKD[-1])
+    soft_GVD = torch.empty_like(x_GVD)
+    for cells in partition.facing(path_TGKD[-2]):
+        last_GCD = cells.local(path_TGKD[-1])
         last_GHC = torch.cat([last_GCD, torch.ones_like(last_GCD[..., :1])], -1).to(buffers.dtype).mT
-        for part, block in cell.blocks(x_GVD, buffers):
+        for part, block in cells.blocks(x_GVD, buffers):
             mixed_GHN = torch.bmm(last_GHC, block.e_GKN)
-            put(soft_GVD, part, cell.back(mixed_GHN[:, :-1].div_(mixed_GHN[:, -1:]).mT))
+            cells.at(soft_GVD, part).copy_(cells.back(mixed_GHN[:, :-1].div_(mixed_GHN[:, -1:]).mT))
+    return soft_GVD
 
 
 def _backward(
+    g_GVD: Tensor,
     x_GVD: Tensor,
-    cells: AbstractCells,
+    partition: AbstractPartition,
     path_TGKD: Tensor,
     inverse_TGK1: Tensor,
-    g_GVD: Tensor,
-    gx_GVD: Tensor,
     pull_GKD: Tensor,
     wants_centroids: bool,
-) -> None:
-    """Computes the gradient of the vectors, and turns that of the last centroids into that of the first."""
-    last, buffers = len(inverse_TGK1) - 1, cells.buffers()
-    for cell in cells.facing(path_TGKD[-2]):
-        pull_GCD = cell.zeros(pull_GKD)
-        for part, block in cell.blocks(x_GVD, buffers):
-            weighted_GDN = torch.div(at(g_GVD, part).mT, block.sum(), out=block.g_GDN)
+) -> Tensor:
+    """Turns the gradient of the last centroids into that of the first, in `pull_GKD`.
+
+    Returns:
+        The gradient of the vectors, as the partition arranges them; a float32 or float64 one.
+    """
+    last, dtype = len(inverse_TGK1) - 1, torch.promote_types(x_GVD.dtype, torch.float32)
+    # The gradient of the soft vectors, until the last iteration puts that of the vectors in its place.
+    gx_GVD = partition.arranged(g_GVD.to(dtype, copy=True))
+    x_GVD, buffers = partition.arranged(x_GVD), partition.buffers()
+    for cells in partition.facing(path_TGKD[-2]):
+        pull_GCD = cells.zeros(pull_GKD.shape[-1])
+        for part, block in cells.blocks(x_GVD, buffers):
+            weighted_GDN = torch.div(cells.at(gx_GVD, part).mT, block.sum(), out=block.g_GDN)
             pull_GCD.add_(torch.bmm(block.e_GKN, weighted_GDN.mT))
-        cell.add(pull_GKD, pull_GCD)
+        cells.add(pull_GKD, pull_GCD)
     for t in range(last, -1, -1):
         all_means_GKD = pull_GKD * inverse_TGK1[t]
         pull_GKD.masked_fill_(inverse_TGK1[t] != 0, 0.0)
-        for cell in cells.facing(path_TGKD[t]):
-            mean_GCD, pull_GCD = cell.pick(all_means_GKD), cell.zeros(pull_GKD)
-            offset_GC1 = -(mean_GCD * cell.local(path_TGKD[t + 1])).sum(-1, keepdim=True)
-            factors = [cell.local(path_TGKD[-1])] if t == last else []
+        for cells in partition.facing(path_TGKD[t]):
+            mean_GCD, pull_GCD = cells.pick(all_means_GKD), cells.zeros(pull_GKD.shape[-1])
+            offset_GC1 = -(mean_GCD * cells.local(path_TGKD[t + 1])).sum(-1, keepdim=True)
+            factors = [cells.local(path_TGKD[-1])] if t == last else []
             factors_GCF = torch.cat([*factors, mean_GCD, offset_GC1], -1).to(buffers.dtype)
             mean_GCD = mean_GCD.to(buffers.dtype)
-            for part, block in cell.blocks(x_GVD, buffers):
+            for part, block in cells.blocks(x_GVD, buffers):
+                gx_GND = cells.at(gx_GVD, part)
                 if t == last:
-                    block.g_GDN.copy_(at(g_GVD, part).mT)
+                    block.g_GDN.copy_(gx_GND.mT)
+                    gx_GND.zero_()
                 torch.bmm(factors_GCF, block.rows_GMN if t == last else block.x_GHN, out=block.r_GKN)
-                gx_GDN, gc_GCD = cell.attention.gradients(block, mean_GCD, t > 0 or wants_centroids)
-                put(gx_GVD, part, gx_GDN.mT if t == last else at(gx_GVD, part) + gx_GDN.mT)
+                gx_GDN, gc_GCD = cells.attention.gradients(block, mean_GCD, t > 0 or wants_centroids)
+                gx_GND.mT.add_(gx_GDN)
                 if gc_GCD is not None:
                     pull_GCD.add_(gc_GCD)
-            cell.add(pull_GKD, pull_GCD)
+            cells.add(pull_GKD, pull_GCD)
+    return gx_GVD
+
+
+def _whole(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
