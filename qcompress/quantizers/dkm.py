@@ -197,7 +197,7 @@ class Dkm(AbstractQuantizer):
         """Returns the distance of the soft weight from the one that is stored, over the size of the soft weight."""
         groups = self._groups(weight)
         x_VD = groups.split(weight)
-        form = exact_form(x_VD, self.centroids, self.tau, self.metric)
+        form = exact_form(x_VD, self.centroids, self.tau, groups.lengths, self.metric)
         soft_VD, _ = soft(x_VD, self.centroids, self.tau, groups.lengths, 1, self.metric, form)
         return float((soft_VD - self._stored_vectors(weight)).norm() / soft_VD.norm().clamp_min(_TINY))
 
@@ -277,7 +277,7 @@ class Dkm(AbstractQuantizer):
         found = None
         if self.vector_dim == 1 and self.metric == "squared":
             found = table_for(x_VD, self.centroids, self.tau, groups.lengths, self.iterations, DRIFT)
-        return found or exact_form(x_VD, self.centroids, self.tau, self.metric)
+        return found or exact_form(x_VD, self.centroids, self.tau, groups.lengths, self.metric)
 
     def _moved(self, x_VD: Tensor, groups: Groups, form: Form, iterations: int) -> Tensor:
         return soft(x_VD, self.centroids, self.tau, groups.lengths, iterations, self.metric, form)[1]

@@ -114,9 +114,7 @@ class AbstractAttention(abc.ABC):
 class _Squared(AbstractAttention):
     """-||x - c||² / τ is 2 x·c / τ - ||c||² / τ and a number per vector: one product of matrices."""
 
-    def __init__(
-        self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype, is_absent_GK1: Tensor | None = None
-    ) -> None:
+    def __init__(self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype, is_absent_GK1: Tensor | None = None) -> None:
         self.count = c_GKD.shape[1]
         norm_GK1 = c_GKD.square().sum(-1, keepdim=True)
         self._factors_GKH = torch.cat([2 * c_GKD, -norm_GK1], -1).div_(tau_G11).to(dtype)
@@ -144,9 +142,7 @@ class _Squared(AbstractAttention):
 class _Euclidean(AbstractAttention):
     """-||x - c|| / τ from the differences themselves: near distance 0 an expanded square has no correct digit."""
 
-    def __init__(
-        self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype, is_absent_GK1: Tensor | None = None
-    ) -> None:
+    def __init__(self, c_GKD: Tensor, tau_G11: Tensor, dtype: torch.dtype, is_absent_GK1: Tensor | None = None) -> None:
         self.count = c_GKD.shape[1]
         self._columns = torch.split(c_GKD.to(dtype), 1, -1)
         self._slope_G11 = (-1 / tau_G11).to(dtype)

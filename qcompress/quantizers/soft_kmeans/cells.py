@@ -25,12 +25,12 @@ class Kept:
     """The centroids that each of some cells attends to.
 
     Args:
-        index_GC: where they are among all.
-        is_absent_GC1: whether a row is there only because another cell has more.
+        index: where they are among all, [G, C].
+        is_absent: whether one is there only because another cell has more, [G, C].
     """
 
-    index_GC: Tensor
-    is_absent_GC1: Tensor
+    index: Tensor
+    is_absent: Tensor
 
 
 @final
@@ -59,8 +59,14 @@ class Cells:
         kept: Kept | None = None,
     ) -> None:
         self._parts, self._origin_G1D, self._kept = parts, origin_G1D, kept
-        is_absent_GC1 = None if kept is None else kept.is_absent_GC1
+        is_absent_GC1 = None if kept is None else kept.is_absent[..., None]
         self.attention = ATTENTION[metric](self.local(c_GKD), tau_G11, origin_G1D.dtype, is_absent_GC1)
+
+    @property
+    def pairs(self) -> int:
+        """The number of pairs of a vector and a centroid."""
+        vectors: int = sum(part.stop - part.start for part in self._parts)
+        return self.attention.count * vectors
 
     def blocks(self, x_GVD: Tensor, buffers: Buffers) -> Iterator[tuple[slice, Block]]:
         """Yields all blocks with their attention, and which vectors they have."""
@@ -81,7 +87,7 @@ class Cells:
         """Returns the rows of the cells' centroids, [G, C, F]."""
         if self._kept is None:
             return rows_GKF
-        index_GC = self._kept.index_GC
+        index_GC = self._kept.index
         return rows_GKF[0].index_select(0, index_GC.view(-1)).view(*index_GC.shape, -1)
 
     def local(self, c_GKD: Tensor) -> Tensor:
@@ -101,7 +107,7 @@ class Cells:
         if self._kept is None:
             sums_GKF.add_(part_GCF)
         else:
-            sums_GKF[0].index_add_(0, self._kept.index_GC.view(-1), part_GCF.flatten(0, 1))
+            sums_GKF[0].index_add_(0, self._kept.index.view(-1), part_GCF.flatten(0, 1))
 
     def add_moments(self, sums_GKH: Tensor, moments_GCH: Tensor) -> None:
         """Adds Σ_v A x and Σ_v A to the rows of the cells' centroids, from those of vectors minus the origin."""
@@ -135,15 +141,15 @@ class Whole(AbstractPartition):
     """One cell for all vectors of a group: they attend to all centroids of their group.
 
     Args:
-        origin_G1D: the mean of the first centroids, in the dtype of the arithmetic.
-        tau_G11: τ, float64.
+        origin: the mean of the first centroids, [G, 1, D] in the dtype of the arithmetic.
+        tau: τ, float64 [G, 1, 1].
         metric: of the distance.
         count: K.
         vectors: V.
     """
 
-    origin_G1D: Tensor
-    tau_G11: Tensor
+    origin: Tensor
+    tau: Tensor
     metric: Metric
     count: int
     vectors: int
@@ -168,15 +174,15 @@ class Whole(AbstractPartition):
     def facing(self, c_GKD: Tensor) -> Iterator[Cells]:
         starts = range(0, self.vectors, self._step)
         parts = [slice(start, min(start + self._step, self.vectors)) for start in starts]
-        yield Cells(c_GKD, parts, self.origin_G1D, self.tau_G11, self.metric)
+        yield Cells(c_GKD, parts, self.origin, self.tau, self.metric)
 
     def buffers(self) -> Buffers:
-        groups, _, size = self.origin_G1D.shape
-        return Buffers(groups * min(self._step, self.vectors) * max(self.count, 2 * size + 1), self.origin_G1D)
+        groups, _, size = self.origin.shape
+        return Buffers(groups * min(self._step, self.vectors) * max(self.count, 2 * size + 1), self.origin)
 
     @property
     def _step(self) -> int:
-        return fitting(self.count, self.origin_G1D.shape[2], self.origin_G1D)
+        return fitting(self.count, self.origin.shape[2], self.origin)
 
 
 def fitting(count: int, size: int, like: Tensor) -> int:

@@ -6,13 +6,14 @@ soft vectors, and λ_T = Σ_v A g plus the gradient of the last centroids, itera
     μ = λ_t / Σ_v A,    R = μ·(x - c_t), in the last iteration also + c_T·g,    V = A (R - Σ_k A R),
     dL/dx += Σ_k A μ + Σ_k V dz/dx,    λ_(t-1) = Σ_v V dz/dc.
 
-Sums over blocks and centroids are float64. Nothing waits for the device, and inputs are not modified.
+Vectors are in cells (`cells`): those of a group in one, or, where nearly all attention is next to zero, around their
+nearest centroids (`near`), with attention to few. Sums over blocks and centroids are float64. Nothing waits for the
+device, unless cells are near, and inputs are not modified.
 """
 
 # Shape suffixes: G = groups, V = vectors of a group, K = centroids, D = numbers in a vector; in a block:
 # N = vectors, H = D + 1, F = D + 1 or 2 D + 1
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,18 @@ from torch.autograd.function import once_differentiable
 
 from qcompress.quantizers.soft_kmeans.cells import AbstractPartition, Whole
 from qcompress.quantizers.soft_kmeans.dense import EMPTY, Metric
-from qcompress.quantizers.soft_kmeans.near import Near, is_near
+from qcompress.quantizers.soft_kmeans.near import Near
 
 
 def chunked(
-    x_GVD: Tensor, c_GKD: Tensor, tau_G: Tensor, iterations: int, metric: Metric, *, dtype: torch.dtype
+    x_GVD: Tensor,
+    c_GKD: Tensor,
+    tau_G: Tensor,
+    iterations: int,
+    metric: Metric,
+    *,
+    dtype: torch.dtype,
+    near: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Computes what `dense` does, in a few MB.
 
@@ -36,6 +44,8 @@ def chunked(
         iterations: how often the centroids move, at least once.
         metric: "squared" or "euclidean".
         dtype: that of the arithmetic, float32 or float64; see `needed_dtype`.
+        near: whether to leave out attention that is next to zero; it looks at values, for which a GPU must be waited
+            for, and needs metric="squared".
 
     Returns:
         The soft vectors in the shape and dtype of the vectors, and the last centroids in those of the first.
@@ -46,12 +56,12 @@ def chunked(
     >>> soft.flatten().tolist(), centroids.flatten().tolist()
     ([0.5, 0.5, 5.0], [0.5, 5.0])
     """
-    flat_GVD, flat_GKD = x_GVD, c_GKD
-    if is_near(x_GVD.shape[1], c_GKD.shape[1], metric, x_GVD.device):
-        flat_GVD, flat_GKD = x_GVD.reshape(1, -1, x_GVD.shape[2]), c_GKD.reshape(1, -1, c_GKD.shape[2])
+    x, c = x_GVD, c_GKD
+    if near:  # whose cells are of all groups
+        x, c = x_GVD.reshape(1, -1, x_GVD.shape[2]), c_GKD.reshape(1, -1, c_GKD.shape[2])
     with torch.autocast(x_GVD.device.type, enabled=False):
-        soft, c = _Chunked.apply(flat_GVD, flat_GKD, tau_G, iterations, metric, dtype)  # type: ignore[no-untyped-call]
-    return soft.view(x_GVD.shape), c.view(c_GKD.shape)
+        soft, centroids = _Chunked.apply(x, c, tau_G, iterations, metric, dtype, near)  # type: ignore[no-untyped-call]
+    return soft.view(x_GVD.shape), centroids.view(c_GKD.shape)
 
 
 def needed_dtype(variance: float, tau: float, metric: Metric) -> torch.dtype:
@@ -75,12 +85,22 @@ def needed_dtype(variance: float, tau: float, metric: Metric) -> torch.dtype:
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_GVD: Tensor, c_GKD: Tensor, tau_G: Tensor, iterations: int, metric: Metric, dtype: torch.dtype
+        ctx: Any,
+        x_GVD: Tensor,
+        c_GKD: Tensor,
+        tau_G: Tensor,
+        iterations: int,
+        metric: Metric,
+        dtype: torch.dtype,
+        near: bool,
     ) -> tuple[Tensor, Tensor]:
         path_TGKD = c_GKD.double().repeat(iterations + 1, 1, 1, 1)
         inverse_TGK1 = path_TGKD.new_empty(iterations, *c_GKD.shape[:2], 1)
         least, soft = EMPTY * (x_GVD.shape[:2].numel() // len(tau_G)), []
-        ctx.batches = _batches(x_GVD, c_GKD, tau_G, metric, dtype)
+        if near:
+            ctx.batches = [(slice(None), Near.of(x_GVD, c_GKD, tau_G, dtype))]
+        else:
+            ctx.batches = Whole.batches(c_GKD, tau_G, x_GVD.shape[1], metric, dtype)
         for some, partition in ctx.batches:
             soft_GVD = _forward(x_GVD[some], partition, path_TGKD[:, some], inverse_TGK1[:, some], least)
             soft.append(partition.restored(soft_GVD))
@@ -98,16 +118,7 @@ class _Chunked(torch.autograd.Function):
                 constants = g_GVD[some], x_GVD[some], partition, path_TGKD[:, some], inverse_TGK1[:, some]
                 gx_GVD = _backward(*constants, pull_GKD[some], ctx.needs_input_grad[1])
                 gradients.append(partition.restored(gx_GVD).to(x_GVD.dtype))
-        return _whole(gradients), pull_GKD.to(ctx.c_dtype), None, None, None, None
-
-
-def _batches(
-    x_GVD: Tensor, c_GKD: Tensor, tau_G: Tensor, metric: Metric, dtype: torch.dtype
-) -> Sequence[tuple[slice, AbstractPartition]]:
-    """Returns groups that are computed together, and their partition; nearby cells take all groups as one."""
-    if is_near(x_GVD.shape[:2].numel() // len(tau_G), c_GKD.shape[:2].numel() // len(tau_G), metric, x_GVD.device):
-        return [(slice(None), Near.of(x_GVD, c_GKD, tau_G, dtype))]
-    return Whole.batches(c_GKD, tau_G, x_GVD.shape[1], metric, dtype)
+        return _whole(gradients), pull_GKD.to(ctx.c_dtype), None, None, None, None, None
 
 
 def _forward(

@@ -16,6 +16,7 @@ from qcompress.quantizers.soft_kmeans.bins import cells, table
 from qcompress.quantizers.soft_kmeans.chunked import chunked, needed_dtype
 from qcompress.quantizers.soft_kmeans.dense import Metric, dense
 from qcompress.quantizers.soft_kmeans.groups import runs
+from qcompress.quantizers.soft_kmeans.near import is_worthwhile, near_dtype
 from qcompress.quantizers.soft_kmeans.table import Table, TableSpec
 from qcompress.quantizers.soft_kmeans.tabulated import iterate, tabulated
 
@@ -26,14 +27,14 @@ _CHEAP: Final = 1 << 14  # edges x K up to which a table costs next to nothing
 @final
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """Attention from every vector to every centroid.
+    """Attention from every vector to every centroid that gets any.
 
     Args:
-        kind: "dense" keeps it for autograd, "chunked" computes it again.
-        dtype: the arithmetic of "chunked".
+        kind: "dense" keeps it for autograd, "chunked" computes it again, "near" leaves out what is next to zero.
+        dtype: the arithmetic of "chunked" and "near".
     """
 
-    kind: Literal["dense", "chunked"]
+    kind: Literal["dense", "chunked", "near"]
     dtype: torch.dtype = torch.float64
 
 
@@ -63,19 +64,22 @@ def soft(
         if form.kind == "dense":
             found.append(dense(x_GVD, c, tau, iterations, metric))
         else:
-            found.append(chunked(x_GVD, c, tau, iterations, metric, dtype=form.dtype))
+            found.append(chunked(x_GVD, c, tau, iterations, metric, dtype=form.dtype, near=form.kind == "near"))
     outs, centroids = zip(*found, strict=True)
     return torch.cat([out.flatten(0, 1) for out in outs]), torch.cat(centroids)
 
 
 @torch.no_grad()
-def exact_form(x_VD: Tensor, c_GKD: Tensor, tau_G: Tensor, metric: Metric) -> Exact:
+def exact_form(x_VD: Tensor, c_GKD: Tensor, tau_G: Tensor, lengths: Sequence[int], metric: Metric) -> Exact:
     """Returns the exact form that costs least. It waits for the device."""
     if len(x_VD) * c_GKD.shape[1] <= _SMALL:
         return Exact("dense")
-    if x_VD.dtype == torch.float64:
-        return Exact("chunked")
-    return Exact("chunked", needed_dtype(float(x_VD.double().var(correction=0)), float(tau_G.min()), metric))
+    is_near = metric == "squared" and is_worthwhile(x_VD, c_GKD, tau_G, lengths)
+    dtype, tau = torch.float64, float(tau_G.min())
+    if x_VD.dtype != torch.float64:
+        variance = float(x_VD.double().var(correction=0))
+        dtype = near_dtype(variance, x_VD.shape[1], tau) if is_near else needed_dtype(variance, tau, metric)
+    return Exact("near" if is_near else "chunked", dtype)
 
 
 @torch.no_grad()

@@ -43,7 +43,8 @@ def dkm(
         tau: τ > 0, in units of a squared weight, or of a weight with metric="euclidean"; a float or [G].
         iterations: T, at least 1.
         metric: the distance, "squared" or "euclidean".
-        form: how it is computed. "dense" keeps [V, K] tensors; "chunked" is as exact without them; "tabulated" (D = 1,
+        form: how it is computed. "dense" keeps [V, K] tensors; "chunked" is as exact without them, and
+            leaves out attention that is next to zero where that is faster; "tabulated" (D = 1,
             squared) interpolates functions of a weight, at a cost that does not depend on K and T. "auto" takes
             "tabulated" where its error bound holds. It costs time and waits for the device, so that training loops call
             `choose_form` before some steps and pass its result.
@@ -172,5 +173,5 @@ def _form(
         )
     if found is not None:
         return found
-    exact = exact_form(x_VD, c_GKD, tau_G, metric)
-    return Exact("chunked", exact.dtype) if name == "chunked" else exact
+    exact = exact_form(x_VD.detach(), c_GKD.detach(), tau_G, groups.lengths, metric)
+    return Exact("near" if exact.kind == "near" else "chunked", exact.dtype) if name == "chunked" else exact

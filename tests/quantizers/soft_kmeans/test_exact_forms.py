@@ -11,10 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 from qcompress.quantizers.soft_kmeans.chunked import chunked, needed_dtype
 from qcompress.quantizers.soft_kmeans.dense import dense
+from qcompress.quantizers.soft_kmeans.forms import Exact, exact_form
+from qcompress.quantizers.soft_kmeans.near import Near, is_worthwhile, near_dtype
 from tests.helpers import reference_dkm
 
 METRICS = ("squared", "euclidean")
 exact = partial(chunked, dtype=torch.float64)
+near = partial(chunked, dtype=torch.float64, near=True)
 
 
 def case(groups, vectors, count, size, *, seed=0, softness=0.5):
@@ -66,8 +69,14 @@ def vector_on_a_centroid(x, c):
 ODD = (far_centroid, equal_centroids, constant, vector_on_a_centroid)
 
 
-@pytest.mark.parametrize("form", [dense, exact], ids=["dense", "chunked"])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("form", "metric"),
+    [
+        *((form, metric) for form in (dense, exact) for metric in METRICS),
+        (near, "squared"),
+    ],
+    ids=["dense-squared", "dense-euclidean", "chunked-squared", "chunked-euclidean", "near-squared"],
+)
 class TestAgainstTheLiteralForm:
     @pytest.mark.parametrize("iterations", [1, 3])
     @pytest.mark.parametrize("size", [1, 2])
@@ -206,3 +215,121 @@ def test_the_needed_dtype_keeps_gradients_of_float32_vectors(kind, size, count):
 def test_the_euclidean_metric_needs_float64():
     assert needed_dtype(1.0, 100.0, "squared") == torch.float32
     assert needed_dtype(1.0, 100.0, "euclidean") == torch.float64
+
+
+def near_case(kind, groups, vectors, count, size, ratio, seed=0):
+    """Draws vectors, some of them as first centroids, τ = the variance times `ratio`, and gradients of both results."""
+    torch.manual_seed(seed)
+    x = torch.stack([drawn(kind, vectors, size) + group for group in range(groups)])
+    c = torch.stack([part[torch.randperm(vectors)[:count]] for part in x])
+    tau = ratio * x.var(1, correction=0).mean(1).double()
+    return x, c, tau, torch.randn_like(x) + x / 0.05, torch.randn_like(c)
+
+
+def assert_near_equals_dense(x, c, tau, g, gc, limit=1e-9):
+    found, wanted = (outcome(form, x, c, tau, 3, "squared", g, gc) for form in (near, dense))
+    for name, a, b in zip(("soft", "centroids", "dx", "dc"), found, wanted, strict=True):
+        assert error(a, b) < limit, name
+
+
+class TestNear:
+    @pytest.mark.parametrize("shape", [(1, 1500, 2, 1), (3, 700, 16, 1), (2, 700, 16, 2), (1, 3000, 64, 4)])
+    @pytest.mark.parametrize("kind", ["gaussian", "outliers"])
+    @pytest.mark.parametrize("ratio", [1.0, 1e-2, 1e-4])
+    def test_equals_dense(self, shape, kind, ratio):
+        assert_near_equals_dense(*(t.double() for t in near_case(kind, *shape, ratio)))
+
+    @pytest.mark.parametrize("shape", [(1, 9000, 256, 1), (1, 9000, 256, 4), (2, 3000, 64, 8)])
+    def test_equals_dense_with_many_centroids(self, shape):
+        assert_near_equals_dense(*(t.double() for t in near_case("outliers", *shape, 1e-2)))
+
+    @pytest.mark.parametrize("ratio", [1e-6, 1e-9])
+    def test_equals_dense_where_attention_is_all_or_nothing(self, ratio):
+        x, c, tau, g, _ = (t.double() for t in near_case("gaussian", 1, 2000, 16, 2, ratio))
+        found, wanted = (outcome(form, x, c, tau, 3, "squared", g, torch.zeros_like(c))[:3] for form in (near, dense))
+        assert [error(a, b) < 1e-9 for a, b in zip(found, wanted, strict=True)] == [True] * 3
+
+    def test_follows_centroids_that_move_far_within_a_step(self):
+        x, c, tau, g, gc = (t.double() for t in near_case("bimodal", 1, 2000, 16, 2, 1e-2))
+        c = c * 0.01 + x.amax((0, 1)) * 3  # all of them in one far corner
+        moved = dense(x, c, tau, 1, "squared")[1]
+        first = Near.of(x, c, tau, torch.float64).bounds
+        assert (moved - c).norm(dim=2).min() > 3 * x.std()
+        assert not torch.equal(first.kept(c), first.kept(moved))
+        assert_near_equals_dense(x, c, tau, g, gc)
+
+    @pytest.mark.parametrize("change", ODD)
+    def test_odd_vectors_and_centroids(self, change):
+        x, c, tau, g, gc = (t.double() for t in near_case("gaussian", 2, 500, 8, 2, 1e-2))
+        change(x, c)
+        assert_near_equals_dense(x, c, tau, g, gc)
+
+    def test_a_centroid_far_from_all_vectors_goes_where_it_gets_attention(self):
+        x, c, tau, g, gc = (t.double() for t in near_case("gaussian", 1, 2000, 8, 1, 1e-1))
+        c[0, 0] = 0.4  # its largest attention is about e^-25
+        moved = near(x, c, tau, 1, "squared")[1]
+        assert moved[0, 0] < 0.3
+        assert_near_equals_dense(x, c, tau, g, gc)
+
+    def test_vectors_that_occur_many_times(self):
+        x, c, tau, g, gc = (t.double() for t in near_case("gaussian", 1, 2000, 16, 1, 1e-2))
+        assert_near_equals_dense((x * 100).round() / 100, c, tau, g, gc)
+
+    def test_gradients_in_any_layout(self):
+        x, c, tau, _, gc = (t.double() for t in near_case("gaussian", 1, 500, 8, 2, 1e-2))
+        assert_near_equals_dense(x, c, tau, torch.ones(1, 1, 1, dtype=torch.float64).expand_as(x), gc)
+        assert_near_equals_dense(x, c, tau, torch.randn(1, 2, 500, dtype=torch.float64).mT, gc)
+
+    def test_bfloat16_vectors(self):
+        x, c, tau, g, gc = near_case("gaussian", 2, 900, 8, 2, 1e-1)
+        form = partial(chunked, dtype=torch.float32, near=True)
+        found, wanted = (outcome(f, x.bfloat16(), c, tau, 3, "squared", g, gc) for f in (form, dense))
+        limits = 3e-3, 1e-6, 3e-3, 1e-4
+        assert [error(a, b) < limit for a, b, limit in zip(found, wanted, limits, strict=True)] == [True] * 4
+
+    def test_the_same_twice(self):
+        x, c, tau, g, gc = near_case("gaussian", 2, 900, 8, 2, 1e-2)
+        form = partial(chunked, dtype=torch.float32, near=True)
+        first, second = (outcome(form, x, c, tau, 3, "squared", g, gc) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    def test_no_tensor_grows_with_vectors_times_centroids(self):
+        inputs = near_case("gaussian", 1, 50_000, 64, 2, 1e-2)
+        with _Largest() as largest:
+            outcome(partial(chunked, dtype=torch.float32, near=True), *inputs[:3], 3, "squared", *inputs[3:])
+        assert largest.nbytes <= 1 << 20
+
+    def test_leaves_out_most_attention_where_that_is_next_to_zero(self):
+        x, c, tau, *_ = near_case("gaussian", 1, 9000, 256, 2, 1e-4)
+        cells = Near.of(x, c, tau, torch.float32).facing(c.double())
+        assert sum(some.pairs for some in cells) < 0.1 * 9000 * 256
+
+
+@pytest.mark.parametrize("count", [4, 16, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["gaussian", "outliers", "bimodal"])
+def test_the_dtype_of_near_cells_keeps_gradients_of_float32_vectors(kind, size, count):
+    for ratio in (size / 329, 1e-3, 1e-5):
+        x, c, tau, g, gc = near_case(kind, 1, 1500 if count < 256 else 9000, count, size, ratio)
+        needed = near_dtype(x.var(1, correction=0).mean().item(), size, tau.item())
+        assert needed == (torch.float32 if ratio >= size / 330 else torch.float64)
+        forms = partial(chunked, dtype=needed, near=True), dense
+        found, wanted = (outcome(form, x, c, tau, 3, "squared", g, torch.zeros_like(gc))[2] for form in forms)
+        assert error(found, wanted) < 5e-4
+
+
+class TestTheChoice:
+    def test_near_cells_where_little_attention_is_kept(self):
+        x, c, *_ = near_case("gaussian", 1, 9000, 64, 2, 1.0)
+        forms = [
+            exact_form(x[0], c, torch.tensor([tau], dtype=torch.float64) * x.var(), [9000], "squared")
+            for tau in (1.0, 0.01, 1e-5)
+        ]
+        assert forms == [Exact("chunked", torch.float32), Exact("near", torch.float32), Exact("near", torch.float64)]
+
+    def test_no_near_cells_for_few_vectors_per_centroid_or_the_plain_distance(self):
+        x, c, tau, *_ = near_case("gaussian", 1, 1000, 64, 2, 1e-5)
+        assert not is_worthwhile(x[0], c, tau, [1000])
+        x, c, tau, *_ = near_case("gaussian", 1, 9000, 64, 2, 1e-5)
+        assert is_worthwhile(x[0], c, tau, [9000])
+        assert exact_form(x[0], c, tau, [9000], "euclidean").kind == "chunked"
