@@ -31,7 +31,7 @@ from qcompress.quantizers.soft_kmeans.table import is_queued
 
 # What is left out is at most e^-CUT times the number of centroids, and of cells: 1e-4 and 2e-11 for 256 of each.
 _CUT: Final[Mapping[torch.dtype, float]] = {torch.float32: 20.0, torch.float64: 36.0}
-_FEWEST: Final = 32  # vectors per centroid from which cells are worth their calls
+_FEWEST: Final = 64  # vectors per centroid from which cells are worth their calls
 _AT_ONCE: Final = 1 << 16  # vectors times centroids whose distances are computed together
 _SAMPLE: Final = 64  # vectors per centroid that tell how much can be left out
 _MOST: Final = 0.35  # share of the attention that may be left at most
@@ -105,7 +105,7 @@ class Bounds:
                 continue
             first_KD, n = first_GKD[cell // count], cell % count
             for some in torch.split(member_V, fitting(count, size, first_GKD)):
-                r_ND = x_VD.index_select(0, some) - first_KD[n]
+                r_ND = x_VD.index_select(0, some).to(first_KD.dtype) - first_KD[n]
                 radius_L[cell] = r_ND.norm(dim=1).max().maximum(radius_L[cell])
                 if size == 1:
                     r_ND = torch.stack(r_ND.aminmax())[:, None]
@@ -131,8 +131,8 @@ class Bounds:
         lowest_nK = (reach_nK - spread_nK) / tau - highest_nK.amax(1, keepdim=True).clamp_min_(0)
         log_size_n = self.sizes[group].log()
         elsewhere_K = (lowest_nK + log_size_n.diag_embed()).amax(0)
-        matters_to_k_nK = highest_nK + log_size_n[:, None] >= elsewhere_K - cut
-        return (highest_nK >= -cut).logical_or_(matters_to_k_nK)
+        matters_to_k_nK: Tensor = highest_nK + log_size_n[:, None] >= elsewhere_K - cut
+        return matters_to_k_nK.logical_or(highest_nK >= -cut)
 
 
 @final
@@ -228,7 +228,7 @@ def _near_one(x_VD: Tensor, c_KD: Tensor) -> Tensor:
     step, found = max(1, _AT_ONCE // len(c)), []
     flat = c.new_empty(step * len(c))
     for x_ND in torch.split(x_VD, step):
-        x_NH = torch.cat([x_ND - shift_D, shift_D.new_ones(len(x_ND), 1)], 1)
+        x_NH = torch.cat([x_ND.to(c.dtype) - shift_D, shift_D.new_ones(len(x_ND), 1)], 1)
         score_KN = torch.mm(factors_KH, x_NH.T, out=flat[: len(c) * len(x_ND)].view(len(c), -1))
         score_KN.view(integer).bitwise_and_(~bits).bitwise_or_(index_K1)
         found.append(score_KN.amax(0).view(integer).bitwise_and_(bits).int())

@@ -255,7 +255,7 @@ class TestNear:
         x, c, tau, g, gc = (t.double() for t in near_case("gaussian", 1, 2000, 16, 2, 1e-1))
         c = c + 0.3  # beside the vectors
         moved, bounds = dense(x, c, tau, 1, "squared")[1], Near.of(x, c, tau, torch.float64).bounds
-        assert (moved - c).norm(dim=2).min() > 2 * x.std()
+        assert (moved - c).norm(dim=2).max() > 4 * x.std()
         assert (bounds.kept(moved) & ~bounds.kept(c)).any()
         assert_near_equals_dense(x, c, tau, g, gc)
 
@@ -267,10 +267,10 @@ class TestNear:
 
     def test_a_centroid_far_from_all_vectors_goes_where_it_gets_attention(self):
         x, c, tau, g, gc = (t.double() for t in near_case("gaussian", 1, 2000, 8, 1, 1e-1))
-        c[0, 0] = x.max() + 0.1
+        c[0, 0] = x.max() + ((x.max() - c[0, 1:].max()).square() + 25 * tau).sqrt()  # logits differ by 25
         attention = torch.softmax(-(x - c.mT).square() / tau, -1)
         assert math.exp(-60) < attention[0, :, 0].max() < math.exp(-20)
-        assert near(x, c, tau, 1, "squared")[1][0, 0] < c[0, 0] - 0.05
+        assert near(x, c, tau, 1, "squared")[1][0, 0] < x.max()
         assert_near_equals_dense(x, c, tau, g, gc)
         assert_near_equals_dense(x.float(), c.float(), tau, g, gc, form=partial(near, dtype=torch.float32), limit=5e-4)
 
