@@ -53,7 +53,7 @@ def is_worthwhile(x_VD: Tensor, c_GKD: Tensor, tau_G: Tensor, lengths: Sequence[
         return False
     kept = total = 0
     for x, c_KD, tau in zip(torch.split(x_VD, list(lengths)), c_GKD, tau_G, strict=True):
-        some = x[:: max(1, len(x) // (_SAMPLE * count))]
+        some = x[:: max(1, len(x) // (_SAMPLE * count))].contiguous()
         near = Near.of(some[None], c_KD[None], tau[None], torch.float32)
         kept += sum(cells.pairs for cells in near.facing(c_KD[None].double()))
         total += len(some) * count
