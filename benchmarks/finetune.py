@@ -56,6 +56,7 @@ ROWS = {
     "LSQ W2": Row("--bits 2", least=0.85),
     "LSQ+ W4A4": Row("--method lsq_plus --bits 4 --activation-bits 4", least=0.856),
     "LSQ+ W2A2": Row(f"--method lsq_plus {_W2A2}", least=0.78),
+    "N2UQ W2A2": Row(f"--method n2uq {_W2A2}", least=0.78),
     "LSQ W2A2, 8-bit ends": Row(f"--method lsq {_W2A2} --ends 8", least=0.842),
     "LSQ+ W2A2, 8-bit ends": Row(f"--method lsq_plus {_W2A2} --ends 8"),
     "N2UQ W2A2, 8-bit ends": Row(f"--method n2uq {_W2A2} --ends 8", no_worse_than="LSQ W2A2, 8-bit ends"),

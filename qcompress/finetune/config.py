@@ -42,6 +42,7 @@ class LoopConfig:
         stage: when regularizers are active, as in "bin regularization": "S1" always; "S2" after the first third of the
             epochs, rounded down; "S3" in every other epoch, in which the weights' scales do not change.
         snap_offsets: share of the steps, at the end, in which offsets stay at values that zero points can store.
+        free_inputs: whether offsets of inputs of few bits never snap; see `Prepared.snap_offsets`.
         settle: share of the steps, at the end, in which the model computes with the biases and offsets that the file
             can hold; see `Prepared.settle`.
         kd_weight: with a teacher and labels, the weight of the teacher's outputs in the loss, in [0, 1]; the labels get
@@ -64,6 +65,7 @@ class LoopConfig:
     warm_up: float = 0.0
     stage: Stage = "S2"
     snap_offsets: float = 0.5
+    free_inputs: bool = True
     settle: float = 0.1
     kd_weight: float = 1.0
     temperature: float = 1.0

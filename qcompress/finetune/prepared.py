@@ -23,7 +23,7 @@ from qcompress.finetune.finalize import Parts, compressed
 from qcompress.finetune.live_graph import AtSites, LiveGraph, LiveGraphs
 from qcompress.finetune.methods import Methods, ObservedSite
 from qcompress.graph.batchnorm import unfolded_names
-from qcompress.graph.marks import mark
+from qcompress.graph.marks import mark, padded_inputs
 from qcompress.graph.sites import OUTPUT
 from qcompress.graph.widths import activation_widths, widths_text
 from qcompress.quantizers import AbstractQuantizer
@@ -32,6 +32,7 @@ from qcompress.regularizers.places import place_of
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 _NAMED: Final = 3  # weights that a note names
+_FEW: Final = 3  # bits of an input at which half a step is much
 _TINY: Final = 1e-30
 _KEPT: Final = 1 << 16  # values per batch from which the quantizer of a site is initialised
 
@@ -54,7 +55,9 @@ class Prepared(nn.Module):
         self._bias_steps: BiasSteps | None = None  # made when they are first needed
         names = unfolded_names(parts.program, parts.folded)
         keys = [(names.get(s.name, s.name) if s.index == OUTPUT else s.name, s.index) for s in parts.sites]
-        self._graphs = LiveGraphs(mark(parts.program, keys))
+        marked = mark(parts.program, keys)
+        self._free = {i for i in padded_inputs(marked) if parts.sites[i].bits <= _FEW}
+        self._graphs = LiveGraphs(marked)
         self._places = {n: place for n in self._graphs.tensors if (place := place_of(model, n)) is not None}
         self._norms = {n: p.module for n, p in self._places.items() if isinstance(p.module, _BatchNorm)}
         for name in set(self._graphs.tensors) - set(self._places):  # constants in the model's code
@@ -147,22 +150,31 @@ class Prepared(nn.Module):
                 for parameter in quantizer.parameters():
                     parameter.grad = None
 
-    def snap_offsets(self) -> None:
+    def snap_offsets(self, *, inputs: bool = True) -> None:
         """Keeps the offsets of activations from now on at multiples of their scales, which zero points can store.
 
         Call it before the last steps: a layer that pads its input with zeros computes in integers only with such an
         offset.
-        """
-        for quantizer in self._activations:
-            quantizer.snap_offset()
 
-    def settle(self) -> None:
+        Args:
+            inputs: whether offsets of the model's inputs snap, too, where they have up to 3 bits and all layers that
+                take them pad them. Half a step is much at so few bits; with a free offset these layers compute in
+                float.
+        """
+        for i, quantizer in enumerate(self._activations):
+            if inputs or i not in self._free:
+                quantizer.snap_offset()
+
+    def settle(self, *, inputs: bool = True) -> None:
         """Computes from now on with what the file can hold: snapped offsets, biases of integer layers at whole steps.
 
         Call it before the last steps. BatchNorms then stay at their stored statistics, since the biases that the file
         holds have these folded in; γ and β train on. It does nothing where no activation is quantized.
+
+        Args:
+            inputs: see `snap_offsets`.
         """
-        self.snap_offsets()
+        self.snap_offsets(inputs=inputs)
         self._is_settled = bool(self.parts.sites)
 
     def get_extra_state(self) -> dict[str, bool]:

@@ -130,9 +130,9 @@ class Trainer:
             group["lr"] = group["highest"] * config.share_of_rate((self.step + 1) / (self.total + 1))
         self.prepared.step(self.step / self.total)
         if self.step >= (1 - config.snap_offsets) * self.total:
-            self.prepared.snap_offsets()
+            self.prepared.snap_offsets(inputs=not config.free_inputs)
         if self.step >= (1 - config.settle) * self.total:
-            self.prepared.settle()
+            self.prepared.settle(inputs=not config.free_inputs)
         with self._autocast():
             taught = None
             if self._teacher is not None:

@@ -1,5 +1,6 @@
 """The layers of a program: which of its tensors is the weight of which kind of layer, read from the ATen graph."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -71,3 +72,11 @@ def bias_of(layer: Node) -> Node | None:
     row = row_of(layer).layer
     bias = None if row is None or row.bias is None else arguments(layer).get(row.bias)
     return bias if isinstance(bias, Node) else None
+
+
+def pads(layer: Node) -> bool:
+    """Return whether a layer pads its input with zeros."""
+    padding = arguments(layer).get("padding", 0)
+    if isinstance(padding, str):
+        return padding != "valid"
+    return any(padding) if isinstance(padding, Sequence) else bool(padding)

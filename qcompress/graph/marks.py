@@ -17,7 +17,7 @@ from torch.fx import Interpreter, Node
 from qcompress.artifacts import SiteGrid
 from qcompress.errors import ConfigError, QCompressError
 from qcompress.graph.conversion import to_numpy, to_torch
-from qcompress.graph.layers import data_input, layers, named_uses
+from qcompress.graph.layers import data_input, layers, named_uses, pads
 from qcompress.graph.nodes import moves, row_of
 from qcompress.graph.program import (
     Arrays,
@@ -97,6 +97,20 @@ def input_sites(marked: FloatProgram) -> dict[str, int]:
             assert isinstance(index, int)
             found[name] = index
     return found
+
+
+def padded_inputs(marked: FloatProgram) -> set[int]:
+    """Return the sites of the program's inputs that only layers use which pad them with zeros.
+
+    Such a layer computes in float if the offset of its input is free.
+
+    Args:
+        marked: from `mark`.
+    """
+    padded = {use.node for use in layers(marked) if pads(use.node)}
+    given = user_inputs(marked.exported)
+    sites = [node for node in marked.exported.graph.nodes if node.target is site_op and node.args[0] in given]
+    return {node.args[1] for node in sites if node.users and padded.issuperset(node.users)}
 
 
 def output_layers(marked: FloatProgram) -> dict[int, str]:

@@ -189,6 +189,13 @@ TRAINING_FIELDS: Final[Fields] = (
         default=0.5,
     ),
     _row(
+        name="free_inputs",
+        values=OneOf((True, False)),
+        meaning="Whether the offsets of the model's inputs of 1 to 3 bits stay as learned where layers pad them: these "
+        "layers compute in float.",
+        default=True,
+    ),
+    _row(
         name="settle",
         values=Number(0, 1),
         meaning="Share of the steps, at the end, that compute with biases as the file holds them.",

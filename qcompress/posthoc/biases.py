@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from qcompress.artifacts import Artifact, IntegerWeight, SiteGrid
 from qcompress.artifacts.base import Floats
-from qcompress.graph.layers import bias_of, weight_layers
+from qcompress.graph.layers import bias_of, pads, weight_layers
 from qcompress.graph.marks import input_sites, mark
 from qcompress.graph.program import FloatProgram, state_nodes
 
@@ -32,12 +32,14 @@ class BiasedLayer:
         bias: qualified name of its bias.
         site: index of the site of its input.
         axis: the weight's axis that counts output channels.
+        pads: whether it pads its input, so that it computes in float if the offset of its input is free.
     """
 
     weight: str
     bias: str
     site: int
     axis: int
+    pads: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def biased_layers(program: FloatProgram, sites: Iterable[tuple[str, int]]) -> It
         if name in inputs and bias in state and layer.kind != "conv_transpose":
             assert bias is not None
             if len(bias.users) == 1:
-                yield BiasedLayer(name, state[bias], inputs[name], layer.axis)
+                yield BiasedLayer(name, state[bias], inputs[name], layer.axis, pads(layer.node))
 
 
 def integer_biases(
@@ -89,13 +91,13 @@ def integer_biases(
         grids: the grids of the program's sites.
     """
     for layer in biased_layers(program, [grid.site for grid in grids]):
-        values = artifacts[layer.weight].integers()
-        if values is None:
+        values, grid = artifacts[layer.weight].integers(), grids[layer.site]
+        if values is None or (layer.pads and grid.free_offset):
             continue
         codes, scale, _ = values
         sums_O = codes.sum(axis=tuple(i for i in range(codes.ndim) if i != layer.axis), dtype=np.int64)
         values_O = artifacts[layer.bias].dequantize().astype(np.float64)
-        yield IntegerBias(layer.bias, layer.weight, values_O, grids[layer.site], scale, sums_O)
+        yield IntegerBias(layer.bias, layer.weight, values_O, grid, scale, sums_O)
 
 
 def finer_steps(weight: Artifact) -> int:
