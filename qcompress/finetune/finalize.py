@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Final, Literal, final
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from qcompress.posthoc.biases import fit_biases
 from qcompress.posthoc.without_data import left_in_float
 
 BatchNorm = Literal["train", "freeze", "fold"]
+
+_NAMED: Final = 3  # weights that a note names
 
 
 @final
@@ -105,3 +107,26 @@ def compressed(
         activations={grid.site: grid for grid in grids},
         compute="int8" if grids else "float",
     )
+
+
+def drop_notes(drops: Mapping[str, float]) -> list[str]:
+    """Returns a note on weights that are stored with other values than training used last; the largest drops first.
+
+    >>> drop_notes({"a": 0.0, "b": 0.002, "c": 0.034})
+    ['Stored weights differ from those of the last training step: c by 3.4 %, b by 0.2 % of its size.']
+    """
+    worst = sorted((name for name in drops if drops[name] > 0), key=lambda name: -drops[name])
+    if not worst:
+        return []
+    listed = ", ".join(f"{name} by {drops[name]:.1%}".replace("%", " %") for name in worst[:_NAMED])
+    others = f"; {len(worst) - _NAMED} others by less" if len(worst) > _NAMED else ""
+    return [f"Stored weights differ from those of the last training step: {listed} of its size{others}."]
+
+
+def left_out_notes(biases: Sequence[str]) -> list[str]:
+    """Returns a note on biases that training could not keep at whole steps.
+
+    >>> left_out_notes(["conv.bias"])
+    ['The export rounds conv.bias: its BatchNorm has no β, or is followed by another.']
+    """
+    return [f"The export rounds {name}: its BatchNorm has no β, or is followed by another." for name in biases]

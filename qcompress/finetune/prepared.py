@@ -19,7 +19,7 @@ from qcompress.compressed.model import CompressedModel
 from qcompress.errors import DataError
 from qcompress.finetune.bias_steps import BiasSteps, Scales
 from qcompress.finetune.compiling import Compiler
-from qcompress.finetune.finalize import Parts, compressed
+from qcompress.finetune.finalize import Parts, compressed, drop_notes, left_out_notes
 from qcompress.finetune.live_graph import AtSites, LiveGraph, LiveGraphs
 from qcompress.finetune.methods import Methods, ObservedSite
 from qcompress.graph.batchnorm import unfolded_names
@@ -31,7 +31,6 @@ from qcompress.regularizers.places import place_of
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
-_NAMED: Final = 3  # weights that a note names
 _FEW: Final = 3  # bits of an input at which half a step is much
 _TINY: Final = 1e-30
 _KEPT: Final = 1 << 16  # values per batch from which the quantizer of a site is initialised
@@ -332,10 +331,10 @@ class Prepared(nn.Module):
         remarks = [
             f"{name}: {said}." for name, q in quantizers.items() if (said := q.remark(weights[name])) is not None
         ]
-        biases, notes = {}, [*self.notes, *_drop_notes(self.drops()), *remarks]
+        biases, notes = {}, [*self.notes, *drop_notes(self.drops()), *remarks]
         if steps is not None:
             biases = steps.stored(tensors, self._scales(steps))
-            notes += _left_out_notes(steps.left_out)
+            notes += left_out_notes(steps.left_out)
         return compressed(self.parts, tensors, weights, grids, biases, tuple(notes))
 
     def _steps(self) -> BiasSteps:
@@ -390,29 +389,6 @@ class Prepared(nn.Module):
 
     def _all_quantizers(self) -> list[AbstractQuantizer]:
         return [*self._attached.values(), *self._activations]
-
-
-def _drop_notes(drops: Mapping[str, float]) -> list[str]:
-    """Returns a note on weights that are stored with other values than training used last; the largest drops first.
-
-    >>> _drop_notes({"a": 0.0, "b": 0.002, "c": 0.034})
-    ['Stored weights differ from those of the last training step: c by 3.4 %, b by 0.2 % of its size.']
-    """
-    worst = sorted((name for name in drops if drops[name] > 0), key=lambda name: -drops[name])
-    if not worst:
-        return []
-    listed = ", ".join(f"{name} by {drops[name]:.1%}".replace("%", " %") for name in worst[:_NAMED])
-    others = f"; {len(worst) - _NAMED} others by less" if len(worst) > _NAMED else ""
-    return [f"Stored weights differ from those of the last training step: {listed} of its size{others}."]
-
-
-def _left_out_notes(biases: Sequence[str]) -> list[str]:
-    """Returns a note on biases that training could not keep at whole steps.
-
-    >>> _left_out_notes(["conv.bias"])
-    ['The export rounds conv.bias: its BatchNorm has no β, or is followed by another.']
-    """
-    return [f"The export rounds {name}: its BatchNorm has no β, or is followed by another." for name in biases]
 
 
 def _constant(name: str) -> str:
