@@ -149,7 +149,7 @@ class Prepared(nn.Module):
                 for parameter in quantizer.parameters():
                     parameter.grad = None
 
-    def snap_offsets(self, *, inputs: bool = True) -> None:
+    def snap_offsets(self, *, inputs: bool = False) -> None:
         """Keeps the offsets of activations from now on at multiples of their scales, which zero points can store.
 
         Call it before the last steps: a layer that pads its input with zeros computes in integers only with such an
@@ -164,7 +164,7 @@ class Prepared(nn.Module):
             if inputs or i not in self._free:
                 quantizer.snap_offset()
 
-    def settle(self, *, inputs: bool = True) -> None:
+    def settle(self, *, inputs: bool = False) -> None:
         """Computes from now on with what the file can hold: snapped offsets, biases of integer layers at whole steps.
 
         Call it before the last steps. BatchNorms then stay at their stored statistics, since the biases that the file
