@@ -101,7 +101,7 @@ def trained(plan: Plan, methods: Methods, *, norm: bool = False, snap: bool = Fa
     module = net(norm).train()
     prepared = prepare(module, plan, example_inputs=inputs(), methods=methods, batchnorm="freeze")
     if snap:
-        prepared.snap_offsets()
+        prepared.snap_offsets(inputs=True)
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.02)
     for step in range(2):
         optimizer.zero_grad()
