@@ -74,6 +74,8 @@ class ComputeReport:
 
     def lines(self) -> list[str]:
         """Return lines for people; nothing where all layers compute in float."""
+        from qcompress_exporters.onnx_format.int8.layers import PADDED, SHARED
+
         layers = self.report.layers
         if self.report.compute == "float":
             return []
@@ -93,6 +95,8 @@ class ComputeReport:
             )
         for reason, found in _grouped(layers, "why"):
             lines.append(f"computed in float, {reason}: {_names(found)}")
+            if reason in (PADDED, SHARED):
+                lines.append("  --offsets snap lets them compute in int8; at 2 bits that can cost accuracy")
         for offset, found in _grouped(layers, "offset"):
             if offset in _OFFSETS:
                 lines.append(f"{_OFFSETS[offset]}: {_names(found)}")

@@ -130,7 +130,7 @@ class Done:
     def lines(self) -> list[str]:
         """Return the verdict and the next commands."""
         if self.best is None:
-            said = f"trained {len(self.rows)} epochs, loss {number(self.rows[-1].loss)}: {self.folder}"
+            said = f"trained {counted(len(self.rows), 'epoch')}, loss {number(self.rows[-1].loss)}: {self.folder}"
         else:
             said = (
                 f"{self.metric} {_scored(self.metric, self.best.compressed)} with the weights of epoch "

@@ -412,6 +412,9 @@ def test_learned_offsets_are_added_exactly_or_moved_onto_their_grids(exported, r
         "second.weight",
         "head.weight",
     }
+    result = qcompress("export", "learned", "--dry-run")
+    assert "--offsets snap lets them compute in int8" in result.stdout
+    assert "--offsets snap" not in qcompress("export", "whole", "--dry-run").stdout
     snapped = exported("learned", "-o", "snapped.onnx", "--offsets", "snap", *calibration)
     assert {layer["compute"] for layer in snapped["layers"]} == {"int8"}
     assert {layer["weight"] for layer in snapped["layers"] if layer["snapped"] is not None} == padded
