@@ -35,6 +35,10 @@ epochs = 12
 ```
 
 Kinds are {", ".join(f"`{kind}`" for kind in TABLE_KINDS)}.
+A `parameter` is a tensor of several axes that no layer takes as its weight: a table of positions, a stack of experts. A
+weight that is computed from the model's own tensors alone (masked, normalized, scaled, updated) is computed once, and
+goes by the name of the largest parameter behind it.
+
 `qcompress inspect MODEL` lists the names and kinds of a model. Tables merge field by field: `default`, then `kind`,
 then `name`; of two tables of the same sort the later one wins. Options replace what `[default]` sets. A pattern that
 matches no tensor, an unknown key and a setting that applies to no weight are errors.

@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from qcompress.deployment import DEFAULT, Deployment
 from qcompress.errors import ConfigError
@@ -18,14 +19,14 @@ from qcompress.finetune.prepared import Inputs, Prepared
 from qcompress.graph.batchnorm import fold_with_factors
 from qcompress.graph.conversion import to_numpy
 from qcompress.graph.example_inputs import by_position
-from qcompress.graph.layers import Layer, bias_of, weight_layers
+from qcompress.graph.layers import LAYER_KINDS, Layer, bias_of, weight_layers
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram, state_nodes
 from qcompress.graph.sites import Placement, activation_sites
 from qcompress.graph.tensors import program_tensors
 from qcompress.graph.tracing import from_module
 from qcompress.plan.plan import Plan
-from qcompress.plan.resolve import ResolvedPlan, resolve
+from qcompress.plan.resolve import Named, ResolvedPlan, resolve
 from qcompress.quantizers import AbstractQuantizer
 from qcompress.regularizers.places import place_of
 
@@ -87,7 +88,7 @@ def prepare(
     folded, factors = fold_with_factors(program)
     if batchnorm == "fold":
         model, program, factors = _folded_copy(model, program, folded), folded, {}
-    resolved = resolve(plan, program_tensors(folded))
+    resolved = resolve(plan, [t if _trains(model, t) else t._replace(kind="other") for t in program_tensors(folded)])
     state, layers = program.state(), weight_layers(folded)
     weight_notes = methods.weight_notes({t.name: t.bits for t in resolved.compressed})
     quantizers = _weight_quantizers(resolved, layers, state, methods)
@@ -118,9 +119,21 @@ def _traced(model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Te
     training, model.training = model.training, False  # training mode is intended here: tracing should not note it
     try:
         traced = model if device.type == "cpu" else copy.deepcopy(model).cpu()
-        return from_module(traced, ProgramOptions(inputs=arrays))
+        return from_module(traced, ProgramOptions(inputs=arrays, computes=False))
     finally:
         model.training = training
+
+
+def _trains(model: nn.Module, tensor: Named) -> bool:
+    """Returns whether a tensor can get a quantizer: the weights of layers can, others if they are parameters."""
+    if tensor.kind in LAYER_KINDS or tensor.kind == "embedding":
+        return True
+    place = place_of(model, tensor.name)
+    return (
+        place is not None
+        and not isinstance(place.module, ParametrizationList)
+        and isinstance(place.weight(), nn.Parameter)
+    )
 
 
 def _weight_quantizers(
@@ -129,8 +142,8 @@ def _weight_quantizers(
     """Returns the initialised quantizers of the plan's weights, by qualified name."""
     made: dict[str, AbstractQuantizer] = {}
     for tensor in resolved.compressed:
-        layer, weight = layers[tensor.name], state[tensor.name]
-        made[tensor.name] = methods.weight(tensor, layer, weight.shape[layer.axis])
+        axis, weight = layers[tensor.name].axis if tensor.name in layers else 0, state[tensor.name]
+        made[tensor.name] = methods.weight(tensor, axis, weight.shape[axis])
         made[tensor.name].initialise(weight.detach())
     return made
 

@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 from typing import Any, Final, final
 
 from qcompress.errors import ConfigError, did_you_mean
-from qcompress.graph.layers import Layer
 from qcompress.plan.combinations import set_to
 from qcompress.plan.resolve import TensorPlan
 from qcompress.quantizers import QUANTIZERS, AbstractQuantizer, Way, supported, way
@@ -60,8 +59,13 @@ class Methods:
     per_channel: bool = True
     bias_bits: int | None = None
 
-    def weight(self, tensor: TensorPlan, layer: Layer, channels: int) -> AbstractQuantizer:
-        """Returns the quantizer of a layer's weight.
+    def weight(self, tensor: TensorPlan, axis: int, channels: int) -> AbstractQuantizer:
+        """Returns the quantizer of a weight.
+
+        Args:
+            tensor: its plan.
+            axis: its axis that counts output channels.
+            channels: their number.
 
         Raises:
             ConfigError: the method does not support a field of the plan.
@@ -72,9 +76,9 @@ class Methods:
         self._check_supports(found, tensor)
         axes: dict[str, Any] = {}
         if found.scales == "channel":
-            axes = {"axis": layer.axis}
+            axes = {"axis": axis}
         elif found.scales == "palette" or (found.scales == "either" and self.per_channel):
-            axes = {"axis": layer.axis, "channels": channels}
+            axes = {"axis": axis, "channels": channels}
         if found.scales == "palette":
             integers = tensor.activation_bits is not None and tensor.vector_dim == 1
             lut_dtype = tensor.lut_dtype or ("int8" if integers else "float32")

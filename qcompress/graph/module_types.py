@@ -3,10 +3,11 @@
 A layer is known by its public fields, so that stand-ins for classes and classes derived from torch's are read alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Final
 
 from qcompress.graph.weights import Call, Tensor, Value, kinds_of_calls
+from qcompress.kinds import kind_without_layer
 
 _CONV: Final = ("in_channels", "out_channels", "groups", "kernel_size", "transposed")
 _LINEAR: Final = ("in_features", "out_features")
@@ -28,9 +29,24 @@ def layer_kind(fields: Mapping[str, Any], parameter: str, shape: tuple[int, ...]
     >>> layer_kind(conv, "weight", (8, 1, 3, 3)), layer_kind(conv, "bias", (8,))
     ('depthwise', 'other')
     """
-    call = parameter_call(fields, parameter, Value(parameter, len(shape)))
+    computed = computed_by_hook(parameter, fields.get("_parameters") or ())
+    call = parameter_call(fields, computed or parameter, Value(parameter, len(shape)))
     calls = [] if call is None else [call]
-    return kinds_of_calls(calls, {parameter: Tensor(parameter, shape)}).get(parameter, "other")
+    return kinds_of_calls(calls, {parameter: Tensor(parameter, shape)}).get(parameter, kind_without_layer(shape))
+
+
+def computed_by_hook(parameter: str, names: Container[str]) -> str | None:
+    """Return the weight that torch.nn.utils' weight_norm, spectral_norm or prune computes from a parameter.
+
+    Args:
+        parameter: the parameter's own name in its layer.
+        names: of all parameters of the layer.
+
+    >>> computed_by_hook("weight_v", ["weight_g", "weight_v"]), computed_by_hook("weight_v", ["weight_v"])
+    ('weight', None)
+    """
+    name, _, suffix = parameter.rpartition("_")
+    return name if suffix == "orig" or (suffix == "v" and f"{name}_g" in names) else None
 
 
 def parameter_call(fields: Mapping[str, Any], parameter: str, value: Value) -> Call | None:

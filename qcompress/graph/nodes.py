@@ -41,15 +41,17 @@ def arguments(node: Node) -> dict[str, Any]:
     >>> arguments(graph.call_function(torch.ops.aten.softmax.int, (x,), {"dim": 1}))
     {'self': x, 'dim': 1}
     """
-    names = [a.name for a in node.target._schema.arguments] if isinstance(node.target, OpOverload) else ["self", "item"]
+    if isinstance(node.target, OpOverload):
+        names = [a.name for a in node.target._schema.arguments]
+    else:
+        names = ["self", "item"] if node.target is python.getitem else [str(i) for i in range(len(node.args))]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def calls(graph: Graph) -> Iterator[Call]:
-    """Yield the calls of a graph that use a weight or hand one on, in order; each returns its node's name."""
+    """Yield the calls of a graph in order; each returns its node's name."""
     for node in graph.nodes:
-        row = row_of(node)
-        if row.layer is not None or row.hands_on or row.transposes:
+        if node.op == "call_function":
             given = {name: as_value(argument) for name, argument in arguments(node).items()}
             yield Call(operator_name(node), given, (node.name,))
 

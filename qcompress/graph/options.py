@@ -16,6 +16,7 @@ class ProgramOptions:
         dynamic: names of dynamic axes, {(input name, axis): axis name}; None: the first axis of every input, `batch`.
         input_names: names for the graph's inputs; None: forward's argument names.
         output_names: names for the graph's outputs; None: `output`, `output_1`, or the keys of a dict.
+        computes: whether weights that are computed from other tensors of the model are computed once, and stored.
         shares: whether the program may share the model's tensors, because nothing else will change them.
     """
 
@@ -23,6 +24,7 @@ class ProgramOptions:
     dynamic: Mapping[tuple[str, int], str] | None = None
     input_names: tuple[str, ...] | None = None
     output_names: tuple[str, ...] | None = None
+    computes: bool = True
     shares: bool = False
 
 

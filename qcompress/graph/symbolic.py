@@ -15,12 +15,14 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch.fx.node import map_arg
 from torch.nn import functional
+from torch.nn.utils.parametrize import ParametrizationList
 
-from qcompress.graph.module_types import parameter_call
+from qcompress.graph.module_types import computed_by_hook, parameter_call
 from qcompress.graph.nodes import as_value, operator_name
 from qcompress.graph.operators import OPERATORS
 from qcompress.graph.quiet import quiet_torch
 from qcompress.graph.weights import Call, Tensor, Value, kinds_of_calls
+from qcompress.kinds import LAYER_WEIGHT_KINDS
 
 # The overload that represents all overloads of an operator: a symbol has no dtype or shape to choose by.
 _OVERLOADS: Final[Mapping[str, str]] = {name.partition(".")[0]: name for name in reversed(list(OPERATORS))}
@@ -48,13 +50,15 @@ def kinds_of(module: nn.Module) -> dict[str, str]:
     state = _state(module)
     kinds = _traced_kinds(module, "", state)
     if kinds is None:
-        kinds = kinds_of_calls(_calls_by_type(module, ""), _by_type(state))
+        by_type = kinds_of_calls(_calls_by_type(module, ""), _by_type(state))
+        known = {name: kind for name, kind in by_type.items() if kind in LAYER_WEIGHT_KINDS}
+        kinds = by_type
         for prefix, part in module.named_modules():
             path = f"{prefix}." if prefix else ""
             own = [path + name for name, value in part.named_parameters(recurse=False) if value.ndim > 1]
-            if any(state[name].name not in kinds for name in own):
+            if any(state[name].name not in known for name in own):
                 guesses = (_traced_kinds(part, path, state, branch) for branch in (None, False, True))
-                kinds = {**next((found for found in guesses if found is not None), {}), **kinds}
+                kinds = {**kinds, **next((found for found in guesses if found is not None), {}), **known}
     return {name: kinds.get(tensor.name, "other") for name, tensor in state.items()}
 
 
@@ -65,7 +69,8 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     for prefix, part in module.named_modules(remove_duplicate=False):
         for listing in (part.named_parameters, part.named_buffers):
             for name, value in listing(prefix, recurse=False, remove_duplicate=False):
-                found[name] = Tensor(first.setdefault(id(value), name), tuple(value.shape))
+                is_float, is_parameter = value.is_floating_point(), isinstance(value, nn.Parameter)
+                found[name] = Tensor(first.setdefault(id(value), name), tuple(value.shape), is_float, is_parameter)
     return found
 
 
@@ -141,22 +146,23 @@ def _calls(graph: fx.Graph, module: nn.Module, path: str) -> Iterator[Call]:
     """Yield the calls of a symbolic trace; those of layers that were not looked into, by their types."""
     for node in graph.nodes:
         if node.op == "call_module":
-            yield from _calls_by_type(module.get_submodule(str(node.target)), f"{path}{node.target}.")
+            part, own = module.get_submodule(str(node.target)), f"{path}{node.target}."
+            if isinstance(part, ParametrizationList):
+                yield Call("", {source: Value(f"{_MARK}{own}{source}") for source in _tensors(part)}, (node.name,))
+            yield from _calls_by_type(part, own)
+        if node.op not in ("call_function", "call_method"):
             continue
         name = _operator_of(node)
-        if name is None:
-            continue
         order = _OTHER_ORDER.get(node.target) or _argument_names(name)
-        given = {**dict(zip(order, node.args, strict=False)), **node.kwargs}
+        positions = [str(i) for i in range(len(node.args))]
+        given = {**dict(zip([*order, *positions[len(order) :]], node.args, strict=False)), **node.kwargs}
         yield Call(name, {key: as_value(argument) for key, argument in given.items()}, (node.name,))
 
 
-def _operator_of(node: fx.Node) -> str | None:
-    """Return the operator that a node of a symbolic trace represents; None if it is not in the table."""
+def _operator_of(node: fx.Node) -> str:
+    """Return the operator that a call of a symbolic trace represents; empty if it is not in the table."""
     if node.op == "call_method":
         name = str(node.target)
-    elif node.op != "call_function":
-        return None
     elif isinstance(node.target, OpOverload):
         return operator_name(node)
     elif node.target is getattr:
@@ -164,8 +170,8 @@ def _operator_of(node: fx.Node) -> str | None:
     else:
         name = getattr(node.target, "__name__", "")
     if node.target is python.getitem and not _is_basic(node.args[1]):
-        return None
-    return _OVERLOADS.get(_OTHER_NAMES.get(name, name))
+        return ""
+    return _OVERLOADS.get(_OTHER_NAMES.get(name, name), "")
 
 
 def _is_basic(index: Any) -> bool:
@@ -177,7 +183,9 @@ def _is_basic(index: Any) -> bool:
 def _argument_names(name: str) -> tuple[str, ...]:
     head, _, overload = name.partition(".")
     found = getattr(getattr(torch.ops.aten, head, None), overload, None)
-    return tuple(a.name for a in found._schema.arguments) if isinstance(found, OpOverload) else ("self", "item")
+    if isinstance(found, OpOverload):
+        return tuple(a.name for a in found._schema.arguments)
+    return ("self", "item") if name == "getitem" else ()
 
 
 def _by_type(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -188,8 +196,33 @@ def _by_type(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _calls_by_type(module: nn.Module, path: str) -> Iterator[Call]:
     """Yield the calls of a module and of all in it, judged by their types."""
     for prefix, part in module.named_modules():
-        for name, value in part.named_parameters(recurse=False):
-            qualified = f"{path}{prefix}.{name}" if prefix else f"{path}{name}"
-            call = parameter_call(vars(part), name, Value(_MARK + qualified, value.ndim))
-            if call is not None:
-                yield call
+        if isinstance(part, ParametrizationList):
+            continue
+        own = f"{path}{prefix}." if prefix else path
+        sources, ranks = _computed_parameters(part)
+        for name, names in sources.items():  # by no operator of the table
+            given = {source: Value(f"{_MARK}{own}{source}") for source in names}
+            yield Call("", given, (f"{_MARK}{own}{name}",))
+        for name, rank in ranks.items():
+            value = Value(f"{_MARK}{own}{name}", rank)
+            yield parameter_call(vars(part), name, value) or Call("", {name: value}, ())
+
+
+def _tensors(part: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(part.named_parameters()) | dict(part.named_buffers())
+
+
+def _computed_parameters(part: nn.Module) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Return the tensors that parameters of a module are computed from before it runs, and all parameters' ranks."""
+    ranks = {name: value.ndim for name, value in part.named_parameters(recurse=False)}
+    sources: dict[str, list[str]] = {}
+    for name, parametrization in getattr(part, "parametrizations", {}).items():
+        tensors = _tensors(parametrization)
+        sources[name] = [f"parametrizations.{name}.{source}" for source in tensors]
+        ranks[name] = max(value.ndim for value in tensors.values())
+    buffers = [name for name, _ in part.named_buffers(recurse=False)]
+    for held in [*ranks]:
+        if (name := computed_by_hook(held, ranks)) is not None:
+            sources[name] = [n for n in (*ranks, *buffers) if n.startswith(f"{name}_")]
+            ranks[name] = ranks.pop(held)
+    return sources, ranks

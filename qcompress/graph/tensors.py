@@ -8,6 +8,7 @@ import torch
 from qcompress.errors import SourceError
 from qcompress.graph.layers import weight_layers
 from qcompress.graph.program import FloatProgram
+from qcompress.kinds import kind_without_layer
 from qcompress.plan.resolve import Named
 
 _FOLDING_TOLERANCE: Final = 1e-2  # of an output's largest value
@@ -16,7 +17,12 @@ _FOLDING_TOLERANCE: Final = 1e-2  # of an output's largest value
 def program_tensors(program: FloatProgram) -> list[Named]:
     """Return the tensors of a program for its plan: weights in the order in which they run, then all others."""
     layers, state, aliases = weight_layers(program), program.state(), program.aliases()
-    kinds = {name: layer.kind for name, layer in layers.items()} | {n: "other" for n in state if n not in layers}
+    rest = {
+        name: kind_without_layer(tuple(value.shape)) if value.is_floating_point() else "other"
+        for name, value in state.items()
+        if name not in layers
+    }
+    kinds = {name: layer.kind for name, layer in layers.items()} | rest
     return [Named(name, kind, aliases.get(name, ())) for name, kind in kinds.items() if name in state]
 
 

@@ -3,12 +3,14 @@
 Each of these forms is read as a sequence of `Call`s, so that all commands agree on the kinds of a model.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qcompress.artifacts.granularity import output_axis
 from qcompress.graph.operators import kind_of_conv, operator
+from qcompress.kinds import kind_without_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,15 @@ class Call:
 
     def values(self, argument: str) -> list[Value]:
         """Return the tensors of one argument."""
-        given = self.arguments.get(argument)
-        return [v for v in (given if isinstance(given, list | tuple) else [given]) if isinstance(v, Value)]
+        return _values(self.arguments.get(argument))
+
+    def all_values(self) -> list[Value]:
+        """Return the tensors of all arguments."""
+        return [value for argument in self.arguments.values() for value in _values(argument)]
+
+
+def _values(argument: Any) -> list[Value]:
+    return [v for v in (argument if isinstance(argument, list | tuple) else [argument]) if isinstance(v, Value)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +60,14 @@ class Tensor:
     Args:
         name: qualified name; the first one where tensors are tied.
         shape: its shape.
+        is_float: whether its values are floats.
+        is_parameter: whether it is a parameter, not a buffer or a constant.
     """
 
     name: str
     shape: tuple[int, ...]
+    is_float: bool = True
+    is_parameter: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +90,8 @@ class Use:
 def weight_uses(calls: Iterable[Call], state: Mapping[str, Tensor]) -> Iterator[Use]:
     """Yield every use of a weight by a layer, in the order of the calls.
 
-    A weight may arrive through views, parts and transposes; a tensor of fewer than two axes is not a weight.
+    A weight may arrive through views, parts and transposes. A tensor of fewer than two axes is not a weight, and a
+    stack of matrices is not that of a layer: no axis of it counts output channels.
 
     Args:
         calls: the graph, in the order in which it runs.
@@ -101,8 +115,8 @@ def weight_uses(calls: Iterable[Call], state: Mapping[str, Tensor]) -> Iterator[
                 if value.name not in origins:
                     continue
                 tensor, transposed = origins[value.name]
-                if len(tensor.shape) > 1:
-                    kind = row.layer.kind
+                kind, rank = row.layer.kind, len(tensor.shape) if value.rank is None else value.rank
+                if len(tensor.shape) > 1 and not (kind == "linear" and rank > 2):
                     if kind == "conv":
                         arguments = call.arguments
                         kind = kind_of_conv(tensor.shape, arguments.get("groups", 1), arguments.get("transposed"))
@@ -111,8 +125,50 @@ def weight_uses(calls: Iterable[Call], state: Mapping[str, Tensor]) -> Iterator[
 
 
 def kinds_of_calls(calls: Iterable[Call], state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the kind of each weight by its qualified name, in the order of first use; the first use counts."""
+    """Return the kind of each tensor that the calls use, by its qualified name, in the order of first use.
+
+    The first use of a weight counts. A weight that is computed from tensors alone goes by the largest parameter of
+    them, as in `constants.compute_weights`; the others are then no tensors of their own.
+
+    >>> calls = [Call("mul.Tensor", {"self": Value("w"), "other": Value("mask")}, ("masked",)),
+    ...          Call("linear.default", {"input": Value("x"), "weight": Value("masked")}, ("y",)),
+    ...          Call("add.Tensor", {"self": Value("y"), "other": Value("table")}, ("z",))]
+    >>> kinds_of_calls(calls, {name: Tensor(name, (2, 3)) for name in ("w", "mask", "table")})
+    {'w': 'linear', 'mask': 'other', 'table': 'parameter'}
+    """
+    calls = list(calls)
+    fixed, computed = _fixed_values(calls, state)
+    running = [call for call in calls if not call.outputs or not all(name in fixed for name in call.outputs)]
+    handing_on = [call for call in calls if call.outputs and all(name in fixed for name in call.outputs)]
+    found: dict[str, str] = {}
+    for call in running:
+        for first, *others in (fixed[value.name] for value in call.all_values() if value.name in fixed):
+            found[first.name] = kind_without_layer(first.shape) if first.is_float else "other"
+            for tensor in others:
+                found.setdefault(tensor.name, "other")
     kinds: dict[str, str] = {}
-    for use in weight_uses(calls, state):
+    given = {**state, **{name: fixed[name][0] for name in computed}}
+    for use in weight_uses([c for c in handing_on if c.outputs[0] not in computed] + running, given):
         kinds.setdefault(use.weight, use.kind)
-    return kinds
+    return kinds | {name: kind for name, kind in found.items() if name not in kinds}
+
+
+def _fixed_values(calls: Iterable[Call], state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, ...]], set[str]]:
+    """Return the values that depend on the state alone, and those among them that are no part or view of a tensor.
+
+    Returns:
+        The tensors that each value depends on by its name, the largest float parameter first; and names.
+    """
+    fixed: dict[str, tuple[Tensor, ...]] = {name: (tensor,) for name, tensor in state.items()}
+    computed: set[str] = set()
+    for call in calls:
+        given = call.all_values()
+        if not given or any(value.name not in fixed for value in given):
+            continue
+        row = operator(call.operator)
+        sources = {tensor.name: tensor for value in given for tensor in fixed[value.name]}.values()
+        largest_first = tuple(sorted(sources, key=lambda t: (not t.is_float, not t.is_parameter, -math.prod(t.shape))))
+        fixed |= dict.fromkeys(call.outputs, largest_first)
+        if given[0].name in computed or not (row.hands_on or (row.transposes and given[0].rank in (None, 2))):
+            computed.update(call.outputs)
+    return fixed, computed

@@ -226,8 +226,6 @@ def leaves_as_is(settings: Settings) -> bool:
 
 def not_compressed(kind: str) -> str:
     """Return why weights of a kind stay in float."""
-    if kind == "recurrent":
-        return "recurrent weights are not compressed in this version"
     if kind == UNKNOWN:
         return "a bare state dict does not tell whether this is a weight; add --arch"
     return "not a weight"

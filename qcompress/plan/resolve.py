@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, final
 
 from qcompress.artifacts.digest import short_digest
 from qcompress.errors import ConfigError, did_you_mean
-from qcompress.kinds import UNKNOWN, WEIGHT_KINDS
+from qcompress.kinds import LAYER_WEIGHT_KINDS, UNKNOWN, WEIGHT_KINDS
 from qcompress.plan.combinations import BUILT_IN, check_weight, set_to
 from qcompress.plan.fields import FLOAT16, PlanField
 from qcompress.plan.plan import FIRST, LAST, Plan, leaves_as_is, not_compressed
@@ -129,7 +129,7 @@ def resolve(plan: Plan, tensors: Iterable[tuple[str, str] | tuple[str, str, tupl
     named = [Named(*tensor) for tensor in tensors]
     _check_kinds_known(plan, named)
     _check_patterns(plan, named)
-    weights = [tensor.name for tensor in named if tensor.kind in WEIGHT_KINDS]
+    weights = [tensor.name for tensor in named if tensor.kind in LAYER_WEIGHT_KINDS]
     ends = {FIRST: weights[:1], LAST: weights[-1:]}
     resolved = tuple(
         _tensor_plan(plan, tensor, {tensor.kind, *(end for end, at in ends.items() if tensor.name in at)})

@@ -21,7 +21,7 @@ NET = [
     ("stem.bias", "other"),
     ("layer1.dw.weight", "depthwise"),
     ("layer1.pw.weight", "conv"),
-    ("rnn.weight_ih_l0", "recurrent"),
+    ("rnn.bias_ih_l0", "other"),
     ("fc.weight", "linear"),
     ("fc.bias", "other"),
 ]
@@ -190,7 +190,7 @@ def test_every_tensor_that_stays_in_float_says_why():
         "stem.bias": "not a weight",
         "layer1.dw.weight": 'by plan (p:5 [name."layer1.*"])',
         "layer1.pw.weight": 'by plan (p:5 [name."layer1.*"])',
-        "rnn.weight_ih_l0": "recurrent weights are not compressed in this version",
+        "rnn.bias_ih_l0": "not a weight",
         "fc.bias": "not a weight",
     }
 
@@ -424,13 +424,13 @@ def test_a_saved_plan_gives_what_some_lack_to_no_one_else():
             rf"p:2 \[kind\.depthwize\]: unknown kind; known: {', '.join(TABLE_KINDS)}\. Did you mean depthwise\?",
         ),
         (
-            "version = 1\n[kind.recurrent]\nbits = 2",
-            r"p:2 \[kind\.recurrent\]: recurrent weights are not compressed in this version; remove the table, or set "
+            "version = 1\n[kind.other]\nbits = 2",
+            r"p:2 \[kind\.other\]: not a weight; remove the table, or set "
             r"nothing in it but skip = true\.",
         ),
         (
-            'version = 1\n[kind.recurrent]\nskip = "float16"',
-            r"p:2 \[kind\.recurrent\]: recurrent weights are not compressed in this version; remove the table, or set "
+            'version = 1\n[kind.other]\nskip = "float16"',
+            r"p:2 \[kind\.other\]: not a weight; remove the table, or set "
             r"nothing in it but skip = true\.",
         ),
         (

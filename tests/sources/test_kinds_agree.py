@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
 
 from qcompress.graph.options import ProgramOptions
+from qcompress.graph.quiet import quiet_torch
 from qcompress.graph.symbolic import kinds_of
 from qcompress.graph.tensors import program_tensors
 from qcompress.graph.tracing import from_module
 from qcompress.openers import load_source
 from qcompress.sources.base import Source
 
+LISTED = "parametrizations.weight.original"
 ROWS, IMAGES, SENTENCES, IDS = (2, 16), (2, 4, 6, 6), (2, 5, 16), (2, 5)
 
 
@@ -60,13 +63,22 @@ class Branches(nn.Module):
         return self.part(self.fc(x)) @ q.t() + x @ k.t()
 
 
+def pruned(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    with pytest.warns(FutureWarning, match="deprecated"):
+        return nn.utils.weight_norm(layer)
+
+
 def attention(**options: int) -> nn.Module:
     return nn.MultiheadAttention(16, 2, batch_first=True, **options)
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Mapping[str, str]]] = {
     "a product": (lambda: Net(lambda m, x: x @ m.w, w=(16, 8)), ROWS, {"w": "linear"}),
-    "a product from the left": (lambda: Net(lambda m, x: (m.w @ x.t()).t(), w=(8, 16)), ROWS, {}),
+    "a product from the left": (lambda: Net(lambda m, x: (m.w @ x.t()).t(), w=(8, 16)), ROWS, {"w": "parameter"}),
     "chunks": (
         lambda: Net(lambda m, x: sum(functional.linear(x, part) for part in m.w.chunk(4)), w=(64, 16)),
         ROWS,
@@ -83,7 +95,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Mapping[str, str
         ROWS,
         {"w": "linear"},
     ),
-    "gathered": (lambda: Net(lambda m, x: functional.linear(x, m.w[[0, 2]]), w=(64, 16)), ROWS, {}),
+    "gathered": (lambda: Net(lambda m, x: functional.linear(x, m.w[[0, 2]]), w=(64, 16)), ROWS, {"w": "linear"}),
     "transposes": (
         lambda: Net(lambda m, x: x @ m.a.T @ m.b.t() @ m.c.transpose(0, 1), a=(8, 16), b=(8, 8), c=(8, 8)),
         ROWS,
@@ -92,7 +104,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Mapping[str, str
     "a kernel with its axes moved": (
         lambda: Net(lambda m, x: functional.conv2d(x, m.w.permute(3, 2, 0, 1)), w=(3, 3, 4, 8)),
         IMAGES,
-        {},
+        {"w": "conv"},
     ),
     "views": (
         lambda: Net(
@@ -101,7 +113,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Mapping[str, str
         ROWS,
         {"w": "linear", "v": "linear"},
     ),
-    "scaled": (lambda: Net(lambda m, x: functional.linear(x, m.w * 2), w=(8, 16)), ROWS, {}),
+    "scaled": (lambda: Net(lambda m, x: functional.linear(x, m.w * 2), w=(8, 16)), ROWS, {"w": "linear"}),
     "convolutions": (
         lambda: nn.Sequential(
             nn.Conv2d(4, 8, 3, groups=4),
@@ -147,6 +159,30 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Mapping[str, str
         IDS,
         {"w": "embedding", "v": "embedding"},
     ),
+    "a mask": (lambda: pruned(nn.Linear(16, 8)), ROWS, {"weight_orig": "linear"}),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Conv2d(4, 8, 3)), IMAGES, {f"{LISTED}1": "conv"}),
+    "weight norm as it was": (lambda: old_weight_norm(nn.Conv2d(4, 8, 3)), IMAGES, {"weight_v": "conv"}),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(16, 8)), ROWS, {LISTED: "linear"}),
+    "an update": (
+        lambda: Net(lambda m, x: functional.linear(x, m.w + m.b @ m.a), b=(8, 2), a=(2, 16), w=(8, 16)),
+        ROWS,
+        {"w": "linear"},
+    ),
+    "joined": (
+        lambda: Net(lambda m, x: functional.linear(x, torch.cat([m.a, m.b])), a=(8, 16), b=(4, 16)),
+        ROWS,
+        {"a": "linear"},
+    ),
+    "used twice": (
+        lambda: Net(lambda m, x: functional.linear(x, m.w * 2) @ m.w, w=(8, 16)),
+        ROWS,
+        {"w": "linear"},
+    ),
+    "tables": (
+        lambda: Net(lambda m, x: m.norm(x + m.at) * m.scale, at=(5, 16), scale=(1, 1, 16), norm=nn.LayerNorm((5, 16))),
+        SENTENCES,
+        {"at": "parameter", "norm.weight": "parameter", "norm.bias": "parameter"},
+    ),
     "branches": (Branches, ROWS, {"w": "linear", "fc.weight": "linear", "part.v": "linear"}),
 }
 
@@ -163,8 +199,10 @@ def test_every_form_of_a_model_names_the_same_weights(name: str, tmp_path: Path)
     program = from_module(net, ProgramOptions(inputs={"x": x}))
     assert {t.name: t.kind for t in program_tensors(program) if t.kind != "other"} == wanted
     assert weights(load_source(net)) == wanted
-    assert weights(load_source(program.exported)) == wanted
-    torch.export.save(program.exported, tmp_path / "m.pt2")
+    with quiet_torch():
+        exported = torch.export.export(net, (torch.from_numpy(x),))
+    assert weights(load_source(exported)) == wanted
+    torch.export.save(exported, tmp_path / "m.pt2")
     assert weights(load_source(tmp_path / "m.pt2")) == wanted
 
 
@@ -194,7 +232,7 @@ def test_a_forward_that_fails_on_symbols_leaves_the_types(error: BaseException) 
         raise error
 
     assert kinds_of(Net(fail, fc=nn.Linear(4, 4), w=(4, 4))) == {
-        "w": "other",
+        "w": "parameter",
         "fc.weight": "linear",
         "fc.bias": "other",
     }
@@ -208,4 +246,4 @@ def test_loops_on_values_end() -> None:
             x = x + 1
         return x @ module.w  # type: ignore[operator]
 
-    assert kinds_of(Net(wait, w=(4, 4))) == {"w": "other"}
+    assert kinds_of(Net(wait, w=(4, 4))) == {"w": "parameter"}

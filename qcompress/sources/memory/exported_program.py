@@ -66,8 +66,14 @@ class ExportedProgramSource:
         from qcompress.graph.program import state_nodes, value_of
         from qcompress.graph.weights import Tensor, kinds_of_calls
 
-        owned = state_nodes(self._exported).items()
-        state = {n.name: Tensor(first_names.get(name, name), tuple(value_of(n).shape)) for n, name in owned}
+        parameters = {*self._exported.graph_signature.parameters}
+        state = {
+            node.name: Tensor(
+                first_names.get(name, name), tuple(value.shape), value.is_floating_point(), name in parameters
+            )
+            for node, name in state_nodes(self._exported).items()
+            if (value := value_of(node)) is not None
+        }
         return kinds_of_calls(calls(self._exported.graph), state)
 
     def program(self, options: ProgramOptions) -> "FloatProgram":

@@ -123,7 +123,11 @@ class ExportedSource(AbstractFile):
         groups: dict[object, list[str]] = {}
         for name, view in views.items():
             groups.setdefault(view if view.shape and 0 not in view.shape else (name, view), []).append(name)
-        tied = {name: Tensor(first, views[first].shape) for first, *rest in groups.values() for name in (first, *rest)}
+        tied = {
+            name: Tensor(first, views[first].shape, views[first].dtype.kind not in "biuc")
+            for first, *rest in groups.values()
+            for name in (first, *rest)
+        }
         kinds = self._kinds(tied)
         for first, *rest in groups.values():
             yield SourceTensor(first, kinds.get(first, "other"), self._lazy(views[first]), tuple(rest))

@@ -1,9 +1,9 @@
 """The graph of a `.pt2` file as calls, read from its JSON: kinds of weights without torch and without running it."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from qcompress.graph.operators import OPERATORS
 from qcompress.graph.weights import Call, Tensor, Value, kinds_of_calls
 
 _LIFTED = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
@@ -11,20 +11,25 @@ _PREFIX = "torch.ops.aten."
 
 
 def graph_kinds(graph_module: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the kind of each tensor that a layer uses as its weight, by qualified name; the first use counts.
+    """Return the kind of each tensor that the graph uses, by qualified name; the first use counts.
 
     Args:
         graph_module: the `graph_module` of `models/model.json`; only read. Anything odd in it is skipped.
         tensors: parameters, buffers and constants by qualified name; tied ones are the same under each of their names.
 
     >>> graph = {"nodes": [{"target": "torch.ops.aten.linear.default", "inputs": [
-    ...     {"name": "weight", "arg": {"as_tensor": {"name": "p_w"}}}], "outputs": []}]}
+    ...     {"name": "input", "arg": {"as_tensor": {"name": "x"}}},
+    ...     {"name": "weight", "arg": {"as_tensor": {"name": "p_w"}}}], "outputs": [{"as_tensor": {"name": "y"}}]}]}
     >>> specs = [{"parameter": {"arg": {"name": "p_w"}, "parameter_name": "fc.weight"}}]
     >>> tensors = {"fc.weight": Tensor("fc.weight", (2, 3))}
     >>> graph_kinds({"graph": graph, "signature": {"input_specs": specs}}, tensors)
     {'fc.weight': 'linear'}
     """
-    state = {value: tensors[name] for value, name in _lifted(graph_module) if name in tensors}
+    state = {
+        value: replace(tensors[name], is_parameter=sort == "parameter")
+        for sort, value, name in _lifted(graph_module)
+        if name in tensors
+    }
     return kinds_of_calls(_calls(graph_module["graph"]), state)
 
 
@@ -34,18 +39,18 @@ def _calls(graph: Mapping[str, Any]) -> Iterator[Call]:
     for node in graph["nodes"]:
         target = node.get("target")
         operator = target.removeprefix(_PREFIX) if isinstance(target, str) and target.startswith(_PREFIX) else ""
-        if operator in OPERATORS:
-            arguments = {str(i.get("name")): _argument(i.get("arg"), ranks) for i in node.get("inputs", [])}
-            outputs = [name for output in node.get("outputs", []) for name in _names(output)]
+        arguments = {str(i.get("name")): _argument(i.get("arg"), ranks) for i in node.get("inputs", [])}
+        outputs = [name for output in node.get("outputs", []) for name in _names(output)]
+        if outputs:  # a check of a value returns none, and makes no use of it
             yield Call(operator, arguments, tuple(outputs))
 
 
-def _lifted(graph_module: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the name in the graph and the qualified name of each parameter, buffer and constant."""
+def _lifted(graph_module: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield the sort, the name in the graph and the qualified name of each parameter, buffer and constant."""
     for spec in graph_module["signature"]["input_specs"]:
         for which, field in _LIFTED.items():
             if isinstance(entry := spec.get(which), dict):
-                yield str(entry["arg"]["name"]), str(entry[field])
+                yield which, str(entry["arg"]["name"]), str(entry[field])
 
 
 def _argument(argument: Any, ranks: Mapping[str, int | None]) -> Any:

@@ -105,12 +105,6 @@ def test_tied_weights_are_stored_once_and_stay_tied() -> None:
         np.testing.assert_allclose(got[name], wanted[name], atol=1e-4)
 
 
-def test_recurrent_weights_stay_float_and_the_reason_is_told() -> None:
-    small = compress_program(tied(), Plan.from_flags(bits=4))
-    left = {t.name: t.why for t in build(small).report.left_in_float}
-    assert "recurrent" in left["recur.weight_ih_l0"]
-
-
 def test_the_same_input_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_file, "trace", trace)
     net = randomized(Residual())
@@ -168,13 +162,6 @@ def test_a_weight_that_gains_nothing_stays_float_with_the_reason() -> None:
     artifact = small.artifacts["weight"]
     assert isinstance(artifact, FloatWeight)
     assert artifact.reason == "too small: 80 bytes at 8 bits, 64 in float"
-
-
-def test_a_parametrized_weight_stays_float_and_says_what_to_do() -> None:
-    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))).eval()
-    small = compress(net, Plan.from_flags(bits=4), example_inputs=(torch.zeros(1, 16),))
-    reasons = {n: a.reason for n, a in small.artifacts.items() if isinstance(a, FloatWeight)}
-    assert "remove_parametrizations makes it a weight" in reasons["0.parametrizations.weight.original1"]
 
 
 def test_few_distinct_values_take_fewer_bits() -> None:
