@@ -13,6 +13,7 @@ from qcompress.data.dataset import Dataset, as_dataset
 from qcompress.deployment import DEFAULT, Compute, Deployment
 from qcompress.errors import ConfigError
 from qcompress.graph.batchnorm import fold_batchnorm
+from qcompress.graph.channels_first import channels_first
 from qcompress.graph.conversion import to_numpy
 from qcompress.graph.example_inputs import by_position
 from qcompress.graph.layers import weight_layers
@@ -135,6 +136,8 @@ def compress_program(
     folded = fold_batchnorm(program)
     check_finite(folded)
     check_same_function(program, folded)
+    by_channel = [t.name for t in resolved.compressed if t.scheme != "palette" or t.rows_per_lut is not None]
+    folded = channels_first(folded, by_channel)
     solving = SolveSettings(settings.solver, integer_kinds, settings.reduce_range)
     model = CompressedModel(
         program=folded,

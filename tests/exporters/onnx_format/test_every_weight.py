@@ -57,7 +57,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "positions": (lambda: Net(lambda m, x: (x + m.w).mean(1), w=(1, 6, 32)), SEQUENCE),
     "a buffer": (lambda: Net(lambda m, x: x * m.table[0] + x.roll(1, 0) * m.table.mean(0)), ROWS),
     "repeated": (lambda: Net(lambda m, x: functional.linear(x, m.w.repeat(4, 1)), w=(8, 32)), ROWS),
-    "lstm": (lambda: Net(lambda m, x: m.r(x)[0].mean(0), r=nn.LSTM(32, 16, 2, bidirectional=True)), SEQUENCE),
+    "lstm": (
+        lambda: Net(lambda m, x: m.r(x)[0].mean(1), r=nn.LSTM(32, 16, 2, batch_first=True, bidirectional=True)),
+        SEQUENCE,
+    ),
     "gru": (lambda: Net(lambda m, x: m.r(x)[1][0], r=nn.GRU(32, 32, batch_first=True)), SEQUENCE),
     "rnn": (lambda: Net(lambda m, x: m.r(x)[1][0], r=nn.RNN(32, 32, batch_first=True)), SEQUENCE),
     "cells": (lambda: Net(cells, lstm=nn.LSTMCell(32, 32), gru=nn.GRUCell(32, 32)), SEQUENCE),
