@@ -5,6 +5,7 @@ Such a weight is [in, out / groups, ...]: no axis of it counts output channels, 
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -57,7 +58,7 @@ def channels_first(program: FloatProgram, weights: Collection[str]) -> FloatProg
     return replace(program, exported=rebuild(exported, module=module, state=state))
 
 
-def _moved(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, list[tuple[object, ...]]]:
+def _moved(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, list[tuple[Any, ...]]]:
     """Return the weight as [out, in / groups, ...], and the calls that undo this."""
     inputs, outputs, *kernel = weight.shape
     order = [0, 2, 1, *range(3, 3 + len(kernel))]

@@ -119,28 +119,52 @@ def _trace(
     names = list(inspect.signature(module.forward).parameters)[: len(args)]
     names += [f"argument_{i}" for i in range(len(names), len(args))]
     arguments = dict(zip(names, args, strict=True)) | dict(kwargs)
-    batch = next((len(t) for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor) and t.ndim), 0)
-    dims = _dynamic_axes(arguments, batch, options)
-    two_args, two_kwargs = pytree.tree_map(lambda value: _batch_of_two(value, batch), (tuple(args), dict(kwargs)))
-    try:
-        shapes = dims if two_kwargs else tuple(dims.values())
-        exported = _export(module, two_args, two_kwargs, shapes)
-    except Exception:
-        exported = _fixed(module, tuple(args), dict(kwargs), batch)
-    return _canonical(exported, options, notes, one_batch=True)
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    traced: list[ExportedProgram] = []
+    for axes in _batch_axes(leaves):
+        of_two = [_resized(value, axis, TRACE_BATCH) for value, axis in zip(leaves, axes, strict=True)]
+        two_args, two_kwargs = pytree.tree_unflatten(of_two, spec)
+        dims = _dynamic_axes(arguments, axes, options)
+        try:
+            traced.append(_export(module, two_args, two_kwargs, dims if two_kwargs else tuple(dims.values())))
+        except Exception:
+            continue
+        if any(sizes(node)[:1] == [None] for node in user_inputs(traced[-1])):
+            return _canonical(traced[-1], options, notes, one_batch=True)
+    return _canonical(traced[0] if traced else _fixed(module, leaves, spec), options, notes, one_batch=True)
 
 
-def _fixed(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> ExportedProgram:
+def _batch_axes(leaves: Sequence[Any]) -> list[tuple[int | None, ...]]:
+    """Return guesses which axis of each input is the batch; None: it has none.
+
+    The batch is the first axis of the first input. Of other inputs, too, it is the first axis; but the state of a
+    recurrent net is [layers, batch, hidden].
+    """
+    first = next((i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.ndim), 0)
+    batch = len(leaves[first]) if leaves and isinstance(leaves[first], torch.Tensor) and leaves[first].ndim else 0
+    equal = [[i for i, n in enumerate(t.shape) if n == batch] if isinstance(t, torch.Tensor) else [] for t in leaves]
+    guesses = (
+        tuple(0 if 0 in axes else None for axes in equal),
+        tuple(axes[0] if axes else None for axes in equal),
+        tuple(axes[min(1, len(axes) - 1) if i != first else 0] if axes else None for i, axes in enumerate(equal)),
+    )
+    return list(dict.fromkeys(guesses))
+
+
+def _fixed(module: torch.nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> ExportedProgram:
     """Trace with the example as it is, or else with its first sample: a model may take a batch of 1 only."""
+    axes = _batch_axes(leaves)[0]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
     try:
         return _export(module, args, kwargs, None)
     except Exception as e:
         error = SourceError(_export_failure(e))
-        if batch < TRACE_BATCH:
+        if not any(axis is not None and len(value) > 1 for value, axis in zip(leaves, axes, strict=True)):
             raise error from e
     try:
-        first_args, first_kwargs = pytree.tree_map(lambda value: _first(value, batch), (args, kwargs))
-        return _export(module, first_args, first_kwargs, None)
+        ones = [_resized(value, axis, 1) for value, axis in zip(leaves, axes, strict=True)]
+        args, kwargs = pytree.tree_unflatten(ones, spec)
+        return _export(module, args, kwargs, None)
     except Exception as e:
         raise error from e
 
@@ -150,33 +174,34 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
 
 
-def _dynamic_axes(arguments: dict[str, Any], batch: int, options: ProgramOptions) -> dict[str, Any]:
+def _dynamic_axes(arguments: dict[str, Any], batch: Sequence[int | None], options: ProgramOptions) -> dict[str, Any]:
     """Return the dynamic axes of each tensor of each argument: the batch, and those that the user named."""
     leaves, spec = pytree.tree_flatten_with_path(arguments)
     names = [key_name(path[1:]) or key_name(path[:1]) for path, _ in leaves]
     if options.input_names and len(options.input_names) == len(names):
         names = list(options.input_names)
     dims = []
-    for name, (_, tensor) in zip(names, leaves, strict=True):
+    for name, (_, tensor), own in zip(names, leaves, batch, strict=True):
         rank = tensor.ndim if isinstance(tensor, torch.Tensor) else 0
         wanted = {axis for given, axis in options.dynamic or {} if given == name}
-        wanted |= {0} if rank and len(tensor) == batch else set()
+        wanted |= set() if own is None else {own}
         dims.append({axis: torch.export.Dim.AUTO for axis in sorted(wanted) if axis < rank})
     axes: dict[str, Any] = pytree.tree_unflatten(dims, spec)
     return axes
 
 
-def _batch_of_two(value: Any, batch: int) -> Any:
-    """Return a tensor whose first axis is the batch with a batch of 2; any other value as it is."""
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != batch:
+def _resized(value: Any, axis: int | None, size: int) -> Any:
+    """Return a tensor with as many samples, its last one repeated; any other value as it is.
+
+    Args:
+        value: a tensor, or something else.
+        axis: that counts samples; None: none does.
+        size: how many.
+    """
+    if axis is None:
         return value
-    return value[:TRACE_BATCH] if batch >= TRACE_BATCH else torch.cat([value] * TRACE_BATCH)[:TRACE_BATCH]
-
-
-def _first(value: Any, batch: int) -> Any:
-    """Return the first sample of a tensor whose first axis is the batch; any other value as it is."""
-    has_batch = isinstance(value, torch.Tensor) and value.ndim and len(value) == batch
-    return value[:1] if has_batch else value
+    places = torch.arange(size).clamp(max=value.shape[axis] - 1)
+    return value.index_select(axis, places)
 
 
 def _is_odd_float(dtype: torch.dtype) -> bool:
@@ -266,7 +291,7 @@ def _canonical(
             if size is None:
                 symbol = str(value_of(node).shape[axis])
                 batch = batch or (symbol if axis == 0 else None)
-                default = "batch" if axis == 0 and (one_batch or symbol == batch) else f"{name}_{axis}"
+                default = "batch" if symbol == batch or (axis == 0 and one_batch) else f"{name}_{axis}"
                 dynamic[name, axis] = (options.dynamic or {}).get((name, axis), default)
     if not any(axis == 0 for _, axis in dynamic):
         shapes = ", ".join(f"{n} {list(value_of(node).shape)}" for n, node in nodes.items())

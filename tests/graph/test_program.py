@@ -528,3 +528,27 @@ def test_a_program_shares_tensors_only_where_it_may():
         module.weight.zero_()
     assert own.state()["weight"].any()
     assert not shared.state()["weight"].any()
+
+
+class Stream(nn.Module):
+    """A recurrent net whose state is an input: [layers, batch, hidden]."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layer = nn.GRU(6, 5, layers, batch_first=True)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layer(x, h)
+
+
+@pytest.mark.parametrize(("layers", "batch"), [(1, 2), (2, 2), (3, 1), (1, 1), (2, 4)])
+def test_a_state_is_stretched_along_its_own_batch_axis(layers: int, batch: int) -> None:
+    net = Stream(layers).eval()
+    inputs = {"x": np.zeros((batch, 4, 6), np.float32), "h": np.zeros((layers, batch, 5), np.float32)}
+    program = from_module(net, ProgramOptions(inputs=inputs))
+    assert program.dynamic == {("x", 0): "batch", ("h", 1): "batch"}
+    given = program.random_inputs(5)
+    assert given["h"].shape == (layers, 5, 5)
+    wanted = net(*map(torch.from_numpy, given.values()))
+    for name, value in zip(program.output_names, wanted, strict=True):
+        np.testing.assert_allclose(program.run(given)[name], value.detach().numpy(), atol=1e-6)
