@@ -23,11 +23,13 @@ from qcompress_cli.terminal.text import printable
 
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
-    from qcompress_exporters.report import ExportReport
+    from qcompress_exporters.report import ExportReport, TensorReport
 
 # What calibration data gains at 2 bits, measured on ResNet-20 (float: 86.3 %), by whether inputs were synthesised.
 _GAINED: Final = {True: "85.1 % against 84.1 % on synthesised inputs", False: "85.1 % against 21.3 % without any"}
 _WIDE: Final = 5  # bits at which it gains next to nothing
+_LARGE: Final = 0.01  # share of the file from which a tensor that stays float is named
+_MUCH: Final = 0.1  # share of the file from which the verdict says how much stays float
 
 
 @final
@@ -69,13 +71,13 @@ class Export:
             file: where the file went, or would have gone.
         """
         report = self.report
-        lines = [_widths(report), *_left_in_float(report), *_solved(self.small), *self.computed.lines()]
+        lines = [_widths(report), *_solved(self.small), *self.computed.lines()]
         if self.decoded is not None:
             tensors = counted(self.decoded["tensors"], "tensor")
             lines.append(f"parity: onnxruntime {self.decoded['onnxruntime']} decodes {tensors} bit for bit")
         where = f"nothing written (--dry-run); the file would be {file}" if report.path is None else f"written: {file}"
         opset = "" if report.opset is None else f"opset {report.opset}, "
-        return [*lines, f"{where} ({opset}runs on {report.runs_on})"]
+        return [*lines, *_left_in_float(report), f"{where} ({opset}runs on {report.runs_on}){_float_share(report)}"]
 
     def notes(self) -> list[str]:
         """Return the notes of the export; those of tracing were shown already."""
@@ -194,16 +196,29 @@ def _widths(report: "ExportReport") -> str:
 
 
 def _left_in_float(report: "ExportReport") -> list[str]:
-    reasons: dict[str, list[Any]] = {}
-    for tensor in report.left_in_float:
+    """Return what stays float, by reason: the largest last, every tensor of more than 1 % of the file by name."""
+    reasons: dict[str, list[TensorReport]] = {}
+    for tensor in sorted(report.left_in_float, key=lambda tensor: -tensor.nbytes):
         is_bias = tensor.encoding == "int32"
         reasons.setdefault("biases as int32" if is_bias else f"left in float, {tensor.why}", []).append(tensor)
     lines = []
-    for reason, tensors in reasons.items():
-        names = ", ".join(printable(t.name) for t in tensors[:3]) + (" …" if len(tensors) > 3 else "")
+    for reason, tensors in sorted(reasons.items(), key=lambda item: sum(t.nbytes for t in item[1])):
+        large = sum(t.nbytes > _LARGE * report.size.file for t in tensors)
+        named = _named(tensors, max(3, large))
         nbytes = sum(t.nbytes for t in tensors)
-        lines.append(f"{reason}: {counted(len(tensors), 'tensor')}, {format_size(nbytes)} ({names})")
+        lines.append(f"{reason}: {counted(len(tensors), 'tensor')}, {format_size(nbytes)} ({named})")
     return lines
+
+
+def _float_share(report: "ExportReport") -> str:
+    """Return what the verdict says where much of the file stays float; else nothing."""
+    floats = sorted((t for t in report.left_in_float if t.encoding != "int32"), key=lambda tensor: -tensor.nbytes)
+    share = sum(t.nbytes for t in floats) / report.size.file
+    return f"; {100 * share:.0f} % of its bytes stay float: {_named(floats, 3)}" if share > _MUCH else ""
+
+
+def _named(tensors: "Sequence[TensorReport]", count: int) -> str:
+    return ", ".join(printable(t.name) for t in tensors[:count]) + (" …" if len(tensors) > count else "")
 
 
 def _solved(small: "CompressedModel") -> list[str]:
