@@ -28,6 +28,7 @@ from qcompress_exporters.onnx_format.passes.order_loops import OrderLoops
 from qcompress_exporters.onnx_format.passes.pool_means import PoolMeans
 from qcompress_exporters.onnx_format.passes.shorten_names import ShortenNames
 from qcompress_exporters.onnx_format.passes.strip import Strip
+from qcompress_exporters.onnx_format.recurrent import TRANSLATIONS, check_recurrent
 
 _FOLD_INPUT_LIMIT: Final = 1024
 _FOLD_OUTPUT_LIMIT: Final = 4096
@@ -92,11 +93,12 @@ def trace(program: FloatProgram) -> Trace:
     Raises:
         SourceError: torch.onnx has no translation for an operator; names it.
     """
+    check_recurrent(program)
     with quiet_torch():
         try:
             exported = torch.onnx.export(
                 program.exported, dynamo=True, optimize=False, verbose=False, opset_version=BASE_OPSET,
-                custom_translation_table={site_op: translate_mark},
+                custom_translation_table={site_op: translate_mark, **TRANSLATIONS},
             )  # fmt: skip
         except Exception as e:
             raise SourceError(_failure(e)) from e

@@ -61,6 +61,13 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Net(lambda m, x: m.r(x)[0].mean(1), r=nn.LSTM(32, 16, 2, batch_first=True, bidirectional=True)),
         SEQUENCE,
     ),
+    "projected lstm": (
+        lambda: Net(
+            lambda m, x: m.r(x)[0].mean(1) + m.r(x)[1][0].sum(0).repeat(1, 2),
+            r=nn.LSTM(32, 40, 2, batch_first=True, proj_size=16, bidirectional=True),
+        ),
+        SEQUENCE,
+    ),
     "gru": (lambda: Net(lambda m, x: m.r(x)[1][0], r=nn.GRU(32, 32, batch_first=True)), SEQUENCE),
     "rnn": (lambda: Net(lambda m, x: m.r(x)[1][0], r=nn.RNN(32, 32, batch_first=True)), SEQUENCE),
     "cells": (lambda: Net(cells, lstm=nn.LSTMCell(32, 32), gru=nn.GRUCell(32, 32)), SEQUENCE),
