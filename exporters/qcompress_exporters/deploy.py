@@ -27,7 +27,7 @@ def export(
     float_leftovers: Leftovers = "float32",
     force: bool = False,
 ) -> ExportReport:
-    """Write a compressed model to a file.
+    """Write a compressed model to a file, which a runtime has opened, where there is one.
 
     Args:
         model: from `qcompress.compress`, or loaded from a folder.
@@ -44,11 +44,14 @@ def export(
     Raises:
         OutputError: the file exists or cannot be written.
         ConfigError: an unknown target or format, or a way to write int8 compute where compute is not int8.
-        SourceError: the format cannot express the graph.
+        SourceError: the format cannot express the graph, or the runtime cannot open the file.
     """
     path = Path(path)
     check_writable(path, force=force)
-    return build(model, target=target, format=format, float_leftovers=float_leftovers).write(path, force=force)
+    built = build(model, target=target, format=format, float_leftovers=float_leftovers)
+    chosen, _ = formats.choose(format)
+    chosen.proof(built.data)
+    return built.write(path, force=force)
 
 
 def build(

@@ -88,6 +88,13 @@ class Artifact(Protocol):
                 the codes nearest to their old values; all others stay as they are.
         """
 
+    def with_zeros(self, where: npt.NDArray[np.bool_]) -> Self:
+        """Return the weight with exact zeros at some places; vectors of values, which have none, stay as they are.
+
+        Args:
+            where: in the weight's shape.
+        """
+
     def halved(self) -> Self:
         """Return the artifact with float32 values as float16 where that loses nothing that counts and saves bytes."""
 

@@ -77,6 +77,10 @@ class FloatWeight:
         """Return the tensor itself: it has no scales."""
         return self
 
+    def with_zeros(self, where: npt.NDArray[np.bool_]) -> Self:
+        """Return the tensor with exact zeros at some places."""
+        return replace(self, values=np.where(where, 0, self.values).astype(self.values.dtype))
+
     def halved(self) -> Self:
         """Return float32 values as float16 where these hold them to within rounding and take fewer bytes in a file."""
         if self.values.dtype != np.float32:

@@ -165,6 +165,17 @@ class IntegerWeight:
         codes = np.array(granularity.from_rows(codes_OK, self.shape, axis), order="C")
         return replace(self, codes=codes, scale=scale)
 
+    def with_zeros(self, where: npt.NDArray[np.bool_]) -> Self:
+        """Return the weight with exact zeros at some places.
+
+        >>> w = IntegerWeight(codes=np.array([[-2, 1]], np.int8), scale=np.array(0.5, np.float32), bits=2)
+        >>> w.with_zeros(np.array([[True, False]])).dequantize().tolist()
+        [[0.0, 0.5]]
+        """
+        zero: Any = 0 if self.zero_point is None else self._broadcast(self.zero_point)
+        codes: Any = np.where(where, zero, self.codes).astype(self.codes.dtype)
+        return replace(self, codes=codes)
+
     def halved(self) -> Self:
         """Return the weight itself: only tensors left in float are halved."""
         return self

@@ -216,6 +216,26 @@ class PalettizedWeight:
         codes = np.array(granularity.from_rows(codes_OK, self.shape, self.axis), order="C")
         return replace(self, codes=codes, scale=scale)
 
+    def with_zeros(self, where: npt.NDArray[np.bool_]) -> Self:
+        """Return the weight with exact zeros at some places: the entry nearest to 0 of their tables becomes 0.
+
+        >>> lut_GK = np.array([[-1.0, 0.1]], np.float32)
+        >>> w = PalettizedWeight(codes=np.array([[0, 1, 0]], np.uint8), lut=lut_GK, bits=1)
+        >>> w.with_zeros(np.array([[True, False, False]])).dequantize().tolist()
+        [[0.0, 0.0, -1.0]]
+        """
+        if self.vector_dim > 1 or not where.any():
+            return self
+        where_OR = granularity.rows(where, self.axis)
+        group_O = granularity.group_of_row(self._channels, self.rows_per_lut)
+        nearest_G = np.abs(self.lut.astype(np.float32)).argmin(axis=1)
+        lut, codes_OR = self.lut.copy(), np.array(granularity.rows(self.codes, self.axis))
+        groups = np.unique(group_O[where_OR.any(axis=1)])
+        lut[groups, nearest_G[groups]] = 0
+        codes_OR[where_OR] = np.broadcast_to(nearest_G[group_O][:, None], where_OR.shape)[where_OR]
+        codes = np.array(granularity.from_rows(codes_OR, self.shape, self.axis), np.uint8, order="C")
+        return replace(self, codes=codes, lut=lut)
+
     def halved(self) -> Self:
         """Return the weight itself: only tensors left in float are halved."""
         return self

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterable
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
+
+import numpy.typing as npt
 
 from qcompress.artifacts import Artifact
 from qcompress.plan.resolve import TensorPlan
@@ -11,6 +13,8 @@ from qcompress.plan.resolve import TensorPlan
 CodeKind = Literal["palette", "int8 palette", "vectors", "uniform"]
 
 _DB_PER_BIT: Final = 20 * math.log10(2)
+
+_PRUNED: Final = 0.01  # share of exact zeros from which a weight counts as pruned
 
 AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
 
@@ -33,6 +37,20 @@ def codes_for(plan: TensorPlan, *, integer: bool) -> tuple[CodeKind, ...]:
     if plan.scheme == "palette" or plan.bits == 1:
         return (palette,)
     return (palette, "uniform")
+
+
+def keeping_zeros(artifact: AnyArtifact, values: npt.NDArray[Any], bits: int) -> AnyArtifact:
+    """Return an artifact that is exactly 0 where a pruned weight is; at 1 bit, one of two levels is too much for that.
+
+    Args:
+        artifact: of the weight; one that is left in float stays as it is.
+        values: the weight.
+        bits: width of its codes.
+    """
+    if artifact.reason or bits == 1:
+        return artifact
+    zeros = values == 0
+    return artifact.with_zeros(zeros) if zeros.mean() >= _PRUNED else artifact
 
 
 def better(found: Iterable[tuple[AnyArtifact, float]]) -> AnyArtifact:

@@ -28,7 +28,7 @@ from qcompress.palettes.int8_palette import LARGEST, LARGEST_REDUCED
 from qcompress.palettes.vector import palettize_vectors
 from qcompress.plan.resolve import TensorPlan
 from qcompress.posthoc.input_moments import Moments, has_moments
-from qcompress.posthoc.schemes import CodeKind, better, codes_for
+from qcompress.posthoc.schemes import CodeKind, better, codes_for, keeping_zeros
 from qcompress.posthoc.walk import Reached, walk
 from qcompress.progress import ON_CPU, Execution
 from qcompress.solvers import SOLVERS
@@ -144,7 +144,8 @@ def _solved(reached: Reached, plan: TensorPlan, first: Artifact, settings: Solve
             continue
         levels = _levels(kind, target_OK, importance_OK, plan, reduce_range=settings.reduce_range)
         levels, codes = solver.solve(problem, levels)
-        solved.append(levels.artifact(to_numpy(codes.reshape(rows_OK.shape)).astype(np.uint8), shape, layer.axis))
+        made = levels.artifact(to_numpy(codes.reshape(rows_OK.shape)).astype(np.uint8), shape, layer.axis)
+        solved.append(keeping_zeros(made, to_numpy(reached.weight), plan.bits))
     found = solved[0] if len(solved) == 1 else better((a, error(a)) for a in solved)
     return found if error(found) < error(first) and found.nbytes < reached.weight.nbytes else first
 

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from qcompress.artifacts import Artifact
-from qcompress.graph.conversion import to_torch
+from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.graph.differentiable import Differentiable
 from qcompress.graph.program import Arrays, FloatProgram
 from qcompress.posthoc.latent import latent_of
+from qcompress.posthoc.schemes import keeping_zeros
 from qcompress.progress import Track, untracked
 
 _STEPS: Final = 400
@@ -69,7 +70,8 @@ def tune(
         comparison.error(now, inputs[order.pop()]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    return dict(artifacts) | {name: latent.artifact() for name, latent in tuned.items()}
+    made = {name: latent.artifact() for name, latent in tuned.items()}
+    return dict(artifacts) | {n: keeping_zeros(a, to_numpy(state[n]), a.bits) for n, a in made.items()}
 
 
 def output_error(

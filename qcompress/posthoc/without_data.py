@@ -13,7 +13,7 @@ from qcompress.palettes.int8_palette import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.palettes.vector import palettize_vectors
 from qcompress.plan.resolve import TensorPlan
-from qcompress.posthoc.schemes import CodeKind, better, codes_for
+from qcompress.posthoc.schemes import CodeKind, better, codes_for, keeping_zeros
 
 _AS_GOOD: Final = 10 ** (0.5 / 10)  # factor of squared error that a single scale per tensor may cost: 0.5 dB
 _UNCLIPPED: Final = 8  # bits from which clipping gains nothing
@@ -49,7 +49,10 @@ def compress_weight(values: npt.NDArray[Any], tensor: TensorPlan | None, how: Ho
     """
     if tensor is None or tensor.settings is None:
         return left_in_float(values, tensor)
-    made = [_MAKERS[codes](values, tensor, how) for codes in codes_for(tensor, integer=how.integer)]
+    made = [
+        keeping_zeros(_MAKERS[codes](values, tensor, how), values, tensor.bits)
+        for codes in codes_for(tensor, integer=how.integer)
+    ]
     found = made[0] if len(made) == 1 else better((a, _error(a, values)) for a in made)
     if how.integer and found.nbytes >= values.nbytes and tensor.bits > 1:  # too small for a table
         found = _uniform(values, tensor, how)

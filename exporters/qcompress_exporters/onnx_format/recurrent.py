@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from onnxscript import opset18 as op
+from onnxscript import opset18
 from torch.fx import Node
 
 from qcompress.errors import SourceError
 from qcompress.graph.nodes import arguments
 from qcompress.graph.program import FloatProgram, value_of
 
+op: Final[Any] = opset18  # takes Python's numbers, too, which its types do not say
 _ZEROS: Final = ("zeros", "zeros_like", "new_zeros")
 
 
@@ -42,26 +43,26 @@ _LSTM: Final = _Cell(op.LSTM, (0, 3, 1, 2), {})
 
 
 def _translate_lstm(
-    input: Any, hx: Sequence[Any], params: Sequence[Any], has_biases: bool, num_layers: int, dropout: float,
+    x: Any, hx: Sequence[Any], params: Sequence[Any], has_biases: bool, num_layers: int, dropout: float,
     train: bool, bidirectional: bool, batch_first: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    return _layers(_LSTM, input, hx, params, has_biases, num_layers, bidirectional, batch_first)
+    return _layers(_LSTM, x, hx, params, has_biases, num_layers, bidirectional, batch_first)
 
 
 def _translate_gru(
-    input: Any, hx: Any, params: Sequence[Any], has_biases: bool, num_layers: int, dropout: float, train: bool,
+    x: Any, hx: Any, params: Sequence[Any], has_biases: bool, num_layers: int, dropout: float, train: bool,
     bidirectional: bool, batch_first: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    return _layers(_GRU, input, [hx], params, has_biases, num_layers, bidirectional, batch_first)
+    return _layers(_GRU, x, [hx], params, has_biases, num_layers, bidirectional, batch_first)
 
 
 def _rnn(activation: str) -> Callable[..., tuple[Any, ...]]:
     def translate(
-        input: Any, hx: Any, params: Sequence[Any], has_biases: bool, num_layers: int, dropout: float, train: bool,
+        x: Any, hx: Any, params: Sequence[Any], has_biases: bool, num_layers: int, dropout: float, train: bool,
         bidirectional: bool, batch_first: bool,
     ) -> tuple[Any, ...]:  # fmt: skip
         cell = _Cell(op.RNN, (0,), {"activations": [activation] * (1 + bidirectional)})
-        return _layers(cell, input, [hx], params, has_biases, num_layers, bidirectional, batch_first)
+        return _layers(cell, x, [hx], params, has_biases, num_layers, bidirectional, batch_first)
 
     return translate
 
