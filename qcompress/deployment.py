@@ -69,7 +69,7 @@ class Deployment(Protocol):
     def fused(self) -> frozenset[str]:
         """Operators between layers that are computed on codes, so that their operands and outputs are quantized too.
 
-        Properties of the rows in `graph.operators`: `clamps`, `sums`, `pools`, `averages`, `joins`.
+        Properties of the rows in `graph.operators`: `clamps`, `bends`, `sums`, `pools`, `averages`, `joins`.
         """
 
     @property
@@ -108,7 +108,7 @@ class Generic:
     """
 
     name: str = "generic"
-    fused: frozenset[str] = frozenset({"clamps", "sums", "pools", "averages", "joins"})
+    fused: frozenset[str] = frozenset({"clamps", "bends", "sums", "pools", "averages", "joins"})
     largest_bias: int = 1 << 30  # half of what int32 holds
     largest_pair: int = (1 << 15) - 1  # CPUs without VNNI add pairs of products in 16 bits
 

@@ -42,6 +42,7 @@ class Operator:
         splits: whether it returns parts of its first argument, as a list.
         pads: whether it adds values around its first argument; with zeros it counts as a move.
         clamps: whether it is a monotone clamp, which a quantizer behind it absorbs.
+        bends: whether it is a function of each value by itself, which a table of 256 entries computes on codes.
         sums: whether it adds or multiplies two values.
         pools: whether it averages over windows.
         averages: whether it averages over whole axes.
@@ -57,6 +58,7 @@ class Operator:
     splits: bool = False
     pads: bool = False
     clamps: bool = False
+    bends: bool = False
     sums: bool = False
     pools: bool = False
     averages: bool = False
@@ -112,6 +114,7 @@ _TABLE: Final[tuple[tuple[str, Operator], ...]] = (
     ("dropout.default feature_dropout.default", Operator(moves=True, drops=True)),
     ("pad.default constant_pad_nd.default", Operator(pads=True)),
     ("relu.default relu6.default hardtanh.default clamp.default clamp_min.default", Operator(clamps=True)),
+    ("sigmoid.default leaky_relu.default", Operator(bends=True)),
     ("add.Tensor mul.Tensor", Operator(sums=True)),
     ("avg_pool1d.default avg_pool2d.default", Operator(pools=True)),
     ("adaptive_avg_pool1d.default adaptive_avg_pool2d.default", Operator(pools=True)),

@@ -156,7 +156,11 @@ class _Finder:
         candidates: Sequence[Any] = ()
         if row.sums and "sums" in self.fused and not node.kwargs:
             candidates = node.args
-        elif (row.pools and "pools" in self.fused) or (row.averages and "averages" in self.fused and _is_spatial(node)):
+        elif (
+            (row.bends and "bends" in self.fused)
+            or (row.pools and "pools" in self.fused)
+            or (row.averages and "averages" in self.fused and _is_spatial(node))
+        ):
             candidates = node.args[:1]
         elif row.joins and "joins" in self.fused:
             candidates = node.args[0]  # type: ignore[assignment]

@@ -16,6 +16,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from qcompress.errors import ConfigError, DataError, SourceError, did_you_mean
+from qcompress.graph.composites import without_composites
 from qcompress.graph.constants import compute_weights
 from qcompress.graph.conversion import to_torch
 from qcompress.graph.in_place import out_of_place, without_mutations
@@ -266,7 +267,7 @@ def _canonical(
         ),
     )
     _check_outputs(exported)
-    exported = _prune(out_of_place(_prune(without_mutations(exported))))
+    exported = without_composites(_prune(out_of_place(_prune(without_mutations(exported)))))
     if options.computes:
         exported = _prune(compute_weights(exported))
     exported = exported if options.shares else _with_own_tensors(exported)
