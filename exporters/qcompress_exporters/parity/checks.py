@@ -28,7 +28,7 @@ from qcompress_exporters.parity.differences import (
     samples_in,
 )
 from qcompress_exporters.parity.replay import Replay
-from qcompress_exporters.parity.sessions import Mode, run, session
+from qcompress_exporters.parity.sessions import Mode, run, run_each_time, session
 
 OUTPUT_TOLERANCE: Final = 1e-3  # for float outputs computed from the same codes
 CODES_OFF: Final = 1e-4  # share of codes that may differ by 1
@@ -73,6 +73,22 @@ def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays |
     ok = not (strange or misshapen or wrong or grids)
     check = Check(name="weights", session="exact", ok=ok, error=None, limit=0.0, detail=detail)
     return check, None if strange or misshapen or None in read else values
+
+
+def check_folding(graph: onnx.GraphProto) -> Check:
+    """Check that onnxruntime has decoded all weights once, at load.
+
+    Args:
+        graph: what onnxruntime runs as deployed.
+    """
+    left = run_each_time(graph)
+    detail = "decoded once, at load"
+    if left:
+        detail = (
+            f"{len(left)} operators decode weights at each run ({', '.join(dict.fromkeys(left))}): onnxruntime folds "
+            "nothing that is larger than 1 GiB once decoded; skip such a weight, or divide its layer"
+        )
+    return Check(name="weights", session="deployed", ok=not left, error=None, limit=0.0, detail=detail)
 
 
 def float_reference(graph: Trace, model: onnx.ModelProto, values: Arrays) -> bytes:

@@ -26,6 +26,9 @@ Mode = Literal["exact", "deployed"]
 _EXACT_CONFIG: Final = {"session.qdq_matmulnbits_accuracy_level": "1"}
 WEIGHT_BIAS_QUANTIZATION: Final = "WeightBiasQuantization"  # quantizes weights that were left in float
 _EXACT_DISABLED: Final = [WEIGHT_BIAS_QUANTIZATION]
+# Of an output of a node that it folds, in bytes: what is larger is decoded at each run. onnxruntime's default is 1 GiB.
+FOLDING_LIMIT: Final = "optimization.constant_folding_max_output_size_in_bytes"
+_DEPLOYED_CONFIG: Final[dict[str, str]] = {}
 _ERRORS_ONLY: Final = 3
 _VNNI: Final = ("avx512_vnni", "avx_vnni")
 
@@ -45,10 +48,10 @@ def session(data: bytes, mode: Mode, *, optimized_path: Path | None = None, with
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     disabled = list(without)
+    for key, value in (_EXACT_CONFIG if mode == "exact" else _DEPLOYED_CONFIG).items():
+        options.add_session_config_entry(key, value)
     if mode == "exact":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        for key, value in _EXACT_CONFIG.items():
-            options.add_session_config_entry(key, value)
         disabled += _EXACT_DISABLED
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
@@ -82,10 +85,29 @@ def optimized_ops(data: bytes) -> collections.Counter[str]:
 
     Two files with the same counts do the same work at run time.
     """
+    return collections.Counter(node.op_type for node in optimized(data).node)
+
+
+def optimized(data: bytes) -> onnx.GraphProto:
+    """Return the graph that onnxruntime runs, as deployed, after folding and fusing."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         session(data, "deployed", optimized_path=path)
-        return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
+        return onnx.load(path).graph
+
+
+def run_each_time(graph: onnx.GraphProto) -> list[str]:
+    """Return the operators of an optimized graph that compute constants at each run, since nothing folded them.
+
+    onnxruntime keeps DequantizeLinear on purpose, for its integer kernels, so that it does not count.
+    """
+    constant = {tensor.name for tensor in graph.initializer}
+    found = []
+    for node in graph.node:
+        if node.input and all(name in constant for name in node.input if name):
+            constant.update(node.output)
+            found.append(node.op_type)
+    return [operator for operator in found if operator != "DequantizeLinear"]
 
 
 def cpu_features() -> dict[str, bool | None]:

@@ -7,6 +7,7 @@
 A collapsed 1-bit model can pass any single check. Errors are divided by the spread of an output over the samples.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ from qcompress_exporters.parity.checks import (
     CONSTANT,
     check_codes,
     check_exporter,
+    check_folding,
     check_graph,
     check_weights,
     float_reference,
@@ -39,7 +41,7 @@ from qcompress_exporters.parity.differences import Arrays, check_finite, concate
 from qcompress_exporters.parity.noise import LayerNoise, layer_noise, noise_db, runtime_share
 from qcompress_exporters.parity.replay import SiteDifference, reference_state, replay
 from qcompress_exporters.parity.report import OutputReport, ParityReport
-from qcompress_exporters.parity.sessions import Mode, cpu_features, optimized_ops, run, session
+from qcompress_exporters.parity.sessions import Mode, cpu_features, optimized, optimized_ops, run, session
 from qcompress_exporters.parity.timing import measure
 
 PARITY_SAMPLES: Final = 256
@@ -72,7 +74,8 @@ def validate(program: FloatProgram, file: metadata.CompressedFile, data: Dataset
     wanted = concatenated([runner(batch) for batch in head])
     check_finite(wanted, "the original")
     weights, values = check_weights(graph, file.model)
-    checks = [weights]
+    runs = optimized(packed)
+    checks = [weights, check_folding(runs)]
     layers: tuple[LayerNoise, ...] = ()
     widths: dict[str, int | None] = {}
     if values is not None and sites:
@@ -109,7 +112,7 @@ def validate(program: FloatProgram, file: metadata.CompressedFile, data: Dataset
         layers=layers,
         runtime=runtime_share(packed, wanted, head),
         timing=measure(original, packed, _one(program, head[0]), seconds=how.timing) if how.timing else None,
-        same_ops=optimized_ops(packed) == optimized_ops(original),
+        same_ops=Counter(n.op_type for n in runs.node) == optimized_ops(original),
         same_source=made_from == how.source_digest if made_from and how.source_digest else None,
         cpu=cpu_features(),
         activation_bits=widths,

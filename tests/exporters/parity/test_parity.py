@@ -21,6 +21,7 @@ from qcompress_exporters import export, validate
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.lower import serialize
+from qcompress_exporters.parity import sessions
 from qcompress_exporters.parity import validate as parity
 from qcompress_exporters.parity.checks import check_exporter
 from qcompress_exporters.parity.differences import EXPORTER_TOLERANCE
@@ -153,11 +154,11 @@ def test_a_good_file_passes_every_check_in_both_sessions(tmp_path: Path) -> None
     report = validate(small_models.compressed(), write(tmp_path), data(labels=True), metric=METRICS["top1"])
     assert failed(report) == {}
     assert [(c.name, c.session) for c in report.checks] == [
-        ("weights", "exact"), ("graph", "exact"), ("graph", "deployed"), ("exporter", "exact"),
-        ("exporter", "deployed"),
+        ("weights", "exact"), ("weights", "deployed"), ("graph", "exact"), ("graph", "deployed"),
+        ("exporter", "exact"), ("exporter", "deployed"),
     ]  # fmt: skip
-    assert [c.error for c in report.checks[:3]] == [None, 0.0, 0.0]
-    assert all(c.error is not None and 0 < c.error <= 1e-4 for c in report.checks[3:])
+    assert [c.error for c in report.checks[:4]] == [None, None, 0.0, 0.0]
+    assert all(c.error is not None and 0 < c.error <= 1e-4 for c in report.checks[4:])
     assert report.same_ops
     assert report.same_source is True
     assert report.notes == ()
@@ -440,3 +441,17 @@ def test_data_of_another_shape(tmp_path: Path) -> None:
     wrong = Dataset(inputs={"x": image(4)})
     with pytest.raises(DataError, match=r"^Input x must have shape \[any, 3, 8, 8\], got \[4, 3, 9, 9\]\.$"):
         validate(small_models.program(), write(tmp_path), wrong)
+
+
+def test_weights_that_are_too_large_to_fold_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).standard_normal((8, 600)).astype(np.float32)
+    program = traced(nn.Sequential(nn.Linear(600, 500), nn.ReLU(), nn.Linear(500, 4)).eval(), input=x)
+    small = compress_program(program, Plan.from_flags(bits=4), PosthocSettings(effort="fast"))
+    path = tmp_path / "m.onnx"
+    export(small, path)
+    samples = Dataset(inputs={"input": x}, labels=None, name="x")
+    assert validate(small, path, samples).ok
+    monkeypatch.setitem(sessions._DEPLOYED_CONFIG, sessions.FOLDING_LIMIT, str(1 << 20))  # 1 MiB; decoded: 1.2 MB
+    found = failed(validate(small, path, samples))
+    assert "operators decode weights at each run" in found["weights deployed"]
