@@ -2,16 +2,19 @@
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from qcompress.errors import SourceError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
+
+_COLOURS: Final = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def find_object(spec: str, flag: str) -> Any:
@@ -70,12 +73,12 @@ def first_on_path(folder: Path) -> None:
 
 
 def one_line(e: BaseException) -> str:
-    """Return the type and message of an exception in one line.
+    """Return the type and message of an exception in one line, without the colours of a terminal.
 
-    >>> one_line(TypeError("bad\\nvalue"))
+    >>> one_line(TypeError("bad\\n\\x1b[96mvalue\\x1b[0m"))
     'TypeError: bad value'
     """
-    text = " ".join(str(e).split())
+    text = " ".join(_COLOURS.sub("", str(e)).split())
     return f"{type(e).__name__}: {text[:300]}" if text else type(e).__name__
 
 

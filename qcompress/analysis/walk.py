@@ -11,7 +11,7 @@ from qcompress.analysis.moments import statistics
 from qcompress.analysis.report import WIDTHS, AnalysisReport, TensorReport
 from qcompress.artifacts.size import nbytes_at
 from qcompress.errors import SourceError
-from qcompress.kinds import UNKNOWN, WEIGHT_KINDS
+from qcompress.kinds import UNKNOWN, WEIGHT_KINDS, kind_without_layer
 from qcompress.sources.base import LazyArray, Source, SourceTensor
 
 _FLOATS: Final = ("float64", "float32", "float16", "bfloat16")
@@ -82,6 +82,6 @@ def _stays(kind: str, array: LazyArray) -> str | None:
     """Return why a tensor is not compressed at any width; None for a weight."""
     if array.dtype not in _FLOATS:
         return f"{array.dtype} is not compressed"
-    if kind == UNKNOWN:  # in a bare state dict, tensors with a single axis count as biases or statistics
-        return None if len(array.shape) >= 2 else "not a weight"
+    if kind == UNKNOWN:  # in a bare state dict, what counts along a single axis is a bias, a scale or a statistic
+        kind = kind_without_layer(tuple(array.shape))
     return None if kind in WEIGHT_KINDS else "not a weight"

@@ -64,6 +64,7 @@ def test_bytes_at_each_width():
         ("linear", noise(40, 40, dtype=np.float16), None),
         ("unknown", noise(40, 40), None),
         ("unknown", noise(1600), "not a weight"),
+        ("unknown", noise(1600, 1), "not a weight"),
         ("other", noise(40, 40), "not a weight"),
         ("recurrent", noise(40, 40), None),
         ("parameter", noise(40, 40), None),

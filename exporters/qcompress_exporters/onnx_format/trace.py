@@ -18,6 +18,7 @@ from qcompress.errors import SourceError
 from qcompress.graph.marks import site_op
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.quiet import quiet_torch
+from qcompress.user_code import one_line
 from qcompress_exporters.onnx_format.marks import is_mark, site_of, translate_mark
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET, ir_version
 from qcompress_exporters.onnx_format.passes.default_attributes import DropDefaultAttributes
@@ -32,6 +33,8 @@ from qcompress_exporters.onnx_format.recurrent import TRANSLATIONS, check_recurr
 
 _FOLD_INPUT_LIMIT: Final = 1024
 _FOLD_OUTPUT_LIMIT: Final = 4096
+_UNTRANSLATED: Final = re.compile(r"OpOverload\(op='([\w.]+)', overload='(\w+)'\)")
+_LINE: Final = re.compile(r'File "(.+)", line (\d+), in .*\n(.*)')
 _CONSTANT_LIMIT: Final = 1 << 20  # elements of a constant that is compared with others
 
 
@@ -101,7 +104,7 @@ def trace(program: FloatProgram) -> Trace:
                 custom_translation_table={site_op: translate_mark, **TRANSLATIONS},
             )  # fmt: skip
         except Exception as e:
-            raise SourceError(_failure(e)) from e
+            raise SourceError(_failure(e, program)) from e
         assert exported is not None
         model = exported.model
         graph = model.graph
@@ -131,9 +134,17 @@ def _tidied(model: ir.Model, state_names: tuple[str, ...]) -> ir.Model:
     )(model).model
 
 
-def _failure(error: Exception) -> str:
-    text = str(error)
-    operators = sorted(set(re.findall(r"(?:aten|prims)\.\w+(?:\.\w+)?", text)))
-    what = f" It has no translation for {', '.join(operators[:3])}." if operators else ""
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return f"torch.onnx cannot write the model: {first}{what} Write that part with other operators."
+def _failure(error: BaseException, program: FloatProgram) -> str:
+    """Return one message for a failure of torch.onnx: the operator, the user's line, or the first cause."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    reason = one_line(chain[-1])
+    missing = {f"{name}.{overload}" for name, overload in _UNTRANSLATED.findall(" ".join(str(e) for e in chain))}
+    if not missing:
+        return f"torch.onnx cannot write the model: {reason}. Write that part with other operators."
+    nodes = [n for n in program.exported.graph.nodes if str(n.target) in missing]
+    found = [_LINE.findall(n.meta.get("stack_trace") or "") for n in nodes]
+    where = next((f" (at {lines[-1][0]}:{lines[-1][1]}: {lines[-1][2].strip()})" for lines in found if lines), "")
+    named = ", ".join(sorted(missing))
+    return f"torch.onnx has no translation for {named}{where}: write that part with other operators."

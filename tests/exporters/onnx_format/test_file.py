@@ -270,3 +270,29 @@ def test_the_length_of_the_float_file_is_told_without_its_bytes() -> None:
     for program in (wide(), tied()):
         graph = small_models.trace_once(program)
         assert float_file_nbytes(graph, program.state()) == len(float_file(graph, program.state()))
+
+
+class Untranslated(nn.Module):
+    """It ends in an operator that torch.onnx cannot write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return torch.linalg.matrix_exp(y @ y.T)
+
+
+def test_an_operator_without_a_translation_is_named_with_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_file, "trace", trace)
+    x = (torch.randn(4, 16),)
+    small = compress(Untranslated().eval(), Plan.from_flags(bits=4), example_inputs=x, effort="fast")
+    with pytest.raises(SourceError) as error:
+        build(small)
+    line = r"return torch\.linalg\.matrix_exp\(y @ y\.T\)"
+    assert re.fullmatch(
+        rf"torch\.onnx has no translation for aten\.linalg_matrix_exp\.default \(at .*test_file\.py:\d+: {line}\): "
+        r"write that part with other operators\.",
+        str(error.value),
+    )
