@@ -66,7 +66,7 @@ ROWS = {
     "DKM 2/2": Row("--method dkm --bits 2 --vector-dim 2", least=0.8),
     "DKM 4/4": Row("--method dkm --bits 4 --vector-dim 4"),
     "DKM W1, from post-hoc codes": Row("--method dkm", start="--bits 1 --effort best", no_worse_than="DKM W1"),
-    "LSQ W2, from post-hoc codes": Row("--method lsq", start="--bits 2", no_worse_than="LSQ W2"),
+    "LSQ W2, from post-hoc codes": Row("--method lsq", start="--bits 2 --scheme uniform", no_worse_than="LSQ W2"),
 }
 
 

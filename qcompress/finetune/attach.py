@@ -52,7 +52,8 @@ def prepare(
             statistics, and what drops values at random does not, because it was exported for evaluation.
         plan: `bits` of each weight, and `activation_bits` of its layer's input.
         example_inputs: one batch: a tensor for a model with one input, or several by position or by name.
-        program: the model's program, if it was traced already.
+        program: the model's program, if it was traced already: with `computes=False`, since the model trains the
+            tensors that it holds.
         calibration: further batches from which the quantizers of activations are initialised.
         methods: how values are quantized; None: weights with LSQ, activations with LSQ+.
         regularizers: each is called with the model after its quantizers are attached, and returns a module with a
@@ -85,6 +86,7 @@ def prepare(
     else:
         arguments = tuple(inspect.signature(model.forward).parameters)
         program = program or _traced(model, example_inputs)
+        _check_same_tensors(model, program)
     folded, factors = fold_with_factors(program)
     if batchnorm == "fold":
         model, program, factors = _folded_copy(model, program, folded), folded, {}
@@ -122,6 +124,20 @@ def _traced(model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Te
         return from_module(traced, ProgramOptions(inputs=arrays, computes=False))
     finally:
         model.training = training
+
+
+def _check_same_tensors(model: nn.Module, program: FloatProgram) -> None:
+    """Rejects a program that holds other values than the model, such as weights that it computed once."""
+    for name, value in program.state().items():
+        place = place_of(model, name)
+        held = None if place is None else place.weight().detach()
+        if held is not None and not (
+            held.shape == value.shape and torch.allclose(held.to(value), value.detach(), rtol=0, atol=0, equal_nan=True)
+        ):
+            raise ConfigError(
+                f"program must hold the tensors of the model, but {name} has other values in it; trace the model "
+                "again, with ProgramOptions(computes=False)."
+            )
 
 
 def _trains(model: nn.Module, tensor: Named) -> bool:

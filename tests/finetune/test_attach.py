@@ -17,6 +17,8 @@ from qcompress.finetune.attach import prepare
 from qcompress.finetune.methods import Methods
 from qcompress.finetune.prepared import Prepared
 from qcompress.graph.marks import MarkedRunner, mark, rounding
+from qcompress.graph.options import ProgramOptions
+from qcompress.graph.tracing import from_module
 from qcompress.plan.plan import Plan, parse_plan
 from qcompress.quantizers import Lsq, LsqPlus, N2uqActivation
 from qcompress.regularizers import BinRegularizer, DistanceRegularizer, KurtosisRegularizer
@@ -461,3 +463,48 @@ def test_a_batchnorm_that_fits_no_scale():
     ):
         prepare(net, plan(4), example_inputs=(x,))
     assert isinstance(prepare(net, plan(4), example_inputs=(x,), batchnorm="fold"), Prepared)
+
+
+class Recurrent(nn.Module):
+    """Weights that are no weights of common layers: recurrent, behind a norm, a table of positions, a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(0.1 * torch.randn(1, 7, 16))
+        self.layer = nn.LSTM(16, 24, 2, batch_first=True, bidirectional=True)
+        with pytest.warns(FutureWarning, match="deprecated"):
+            self.old = nn.utils.weight_norm(nn.Linear(48, 16))
+        self.new = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.register_buffer("mixing", torch.randn(16, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x + self.positions)[0].mean(1)
+        return self.new(self.old(y).relu()).relu() @ self.mixing
+
+
+def test_every_parameter_trains_with_a_quantizer() -> None:
+    torch.manual_seed(0)
+    net, x = Recurrent(), torch.randn(8, 7, 16)
+    tuned = prepare(net, Plan.from_flags(bits=4), example_inputs=(x,))
+    recurrent = {f"layer.weight_{i}h_l{n}{way}" for i in "ih" for n in (0, 1) for way in ("", "_reverse")}
+    assert {*tuned.quantizers()} == {"positions", "old.weight_v", "mixing", *recurrent}
+    optimizer = torch.optim.SGD(tuned.parameters(), lr=0.05)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = tuned(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    wanted = tuned.eval()(x).detach()
+    small = tuned.finalize()
+    assert {n for n, a in small.artifacts.items() if not a.reason} == {*tuned.quantizers()}
+    torch.testing.assert_close(small.to_module()(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_program_with_computed_weights_is_refused_beside_its_module() -> None:
+    net, x = nn.utils.parametrizations.weight_norm(nn.Linear(16, 8)).eval(), torch.randn(4, 16)
+    program = from_module(net, ProgramOptions(inputs={"input": x.numpy()}))
+    with pytest.raises(ConfigError, match=r"original1 has other values in it; trace the model again, with Program"):
+        prepare(net, Plan.from_flags(bits=4), example_inputs=(x,), program=program)

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from qcompress.artifacts import PalettizedWeight
 from qcompress.compressed.source import CompressedSource
 from qcompress.errors import ConfigError, DivergenceError, OutputError
 from qcompress.files import check_writable, write_whole
 from qcompress.plan.plan import Plan
 from qcompress.plan.settings import Settings
+from qcompress.plan.training import Training
 from qcompress.sources.base import Source
 from qcompress_cli.commands import finetune_report
 from qcompress_cli.inputs import options
@@ -57,7 +59,7 @@ def command(json: bool, quiet: bool, **params: Any) -> None:
 def _finetune(wanted: FinetuneOptions, given: RunOptions, ui: Ui) -> None:
     folder = _check(wanted, given)
     source = open_model(given, ui)
-    plan = _plan(wanted, given, source)
+    plan = _plan(wanted, given, source, ui)
 
     from qcompress.finetune.processes import Processes
 
@@ -199,7 +201,7 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
         raise OutputError(f"{folder} holds other files than those of a training run: name another folder by -o.")
 
 
-def _plan(wanted: FinetuneOptions, given: RunOptions, source: Source) -> Plan:
+def _plan(wanted: FinetuneOptions, given: RunOptions, source: Source, ui: Ui) -> Plan:
     plan = wanted.plan(given.plan, given.bits)
     if plan.training.method == "none":
         if given.bits is not None or plan.kind or plan.name:
@@ -208,7 +210,11 @@ def _plan(wanted: FinetuneOptions, given: RunOptions, source: Source) -> Plan:
             )
         return replace(plan, default=Settings(skip=True))
     if isinstance(source, CompressedSource) and not (plan.default.given() or plan.kind or plan.name):
-        return replace(source.model().plan, training=plan.training)
+        small, training = source.model(), plan.training
+        if training.method is None and any(isinstance(a, PalettizedWeight) for a in small.artifacts.values()):
+            ui.note("MODEL holds palettes, which --method dkm goes on to train; --method lsq begins with even grids.")
+            training = Training(**{**training.given(), "method": "dkm"})
+        return replace(small.plan, training=training)
     if plan.default.bits is None and not (plan.kind or plan.name):
         raise ConfigError("finetune needs the bits per weight: add --bits N, or --plan FILE, or --method none.")
     return plan

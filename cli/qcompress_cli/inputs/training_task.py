@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qcompress.compressed.source import CompressedSource
 from qcompress.errors import ConfigError, DataError
+from qcompress.graph.options import ProgramOptions
 from qcompress.plan.plan import Plan
 from qcompress.sources.base import Source
 from qcompress_cli.inputs.finetune_options import FinetuneOptions
@@ -94,7 +95,8 @@ def training_task(
     # The program may share tensors with the module that it is traced from, and so may a source; a copy trains.
     given_module, module = module, copy.deepcopy(module)
     traced = source if given_module is None else load_source(given_module.eval())
-    program = open_program(traced, given, ui)
+    # A module trains the tensors that it holds; weights that it computes from them stay computed.
+    program = open_program(traced, given, ui, ProgramOptions(computes=module is None))
     if module is None:
         ui.note("MODEL is a graph: BatchNorm keeps its statistics, and dropout stays off, as export left them.")
     outputs = _first_shape(program, data)

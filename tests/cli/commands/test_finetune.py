@@ -113,6 +113,14 @@ def test_a_compressed_folder_goes_on_with_its_plan(finetune, qcompress):
     assert CompressedModel.load(Path("ckpt")).plan.default.bits == 4
 
 
+def test_palettes_of_a_folder_are_trained_as_palettes(finetune, qcompress):
+    assert qcompress("export", "model.pt2", "--bits", "3", "--save-compressed", "small", "--quiet").exit_code == 0
+    loud = [option for option in SHORT if option != "--quiet"]
+    result = finetune("small", "--data", "unlabelled.npz", "-o", "ckpt", *loud)
+    assert "MODEL holds palettes, which --method dkm goes on to train" in result.stderr
+    assert {a.kind for a in CompressedModel.load(Path("ckpt")).artifacts.values()} == {"palette", "float"}
+
+
 def test_labels_beside_a_teacher(finetune):
     """Each weight of the teacher in the loss gives other weights; with all of it, labels do not matter."""
     np.savez("other.npz", x=small_models.images(48), y=LABELS[::-1])
