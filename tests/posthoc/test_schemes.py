@@ -15,7 +15,7 @@ from qcompress.graph.tensors import program_tensors
 from qcompress.palettes.even_grid import round_to_nearest
 from qcompress.plan.plan import Plan
 from qcompress.plan.resolve import resolve
-from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.compress import compress, compress_program
 from qcompress.posthoc.schemes import better, codes_for
 from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import build
@@ -271,3 +271,16 @@ def test_palettes_of_floats_beside_int8_layers_compute_in_float():
     plan = Plan.from_flags(bits=4, lut_dtype="float16", activation_bits=8)
     (layer,) = build(compress_program(program, plan, calibration=data)).report.layers
     assert (layer.compute, layer.why) == ("float", "its palette is not on an int8 grid")
+
+
+def test_at_8_bits_a_weight_too_small_for_a_table_takes_an_even_grid():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 2)).eval()
+    small = compress(net, Plan.from_flags(bits=8), example_inputs=(torch.randn(2, 20),), effort="fast")
+    first, second = (small.artifacts[f"{i}.weight"] for i in (0, 1))
+    assert (first.kind, first.nbytes) == ("uniform", 20 * 16 + 4 * 16)
+    assert second.reason.startswith("too small")
+    assert (
+        compress(net, Plan.from_flags(bits=6), example_inputs=(torch.randn(2, 20),)).artifacts["0.weight"].kind
+        == "palette"
+    )

@@ -68,7 +68,8 @@ def lines(report: "ParityReport", compute: str) -> list[str]:
         )
     )
     for name, output in report.outputs.items():
-        noise = "no noise at all" if output.sqnr_db is None else f"SQNR {output.sqnr_db:.1f} dB"
+        none = "constant, so it has no SQNR" if output.constant else "no noise at all"
+        noise = none if output.sqnr_db is None else f"SQNR {output.sqnr_db:.1f} dB"
         agrees = "" if output.agreement is None else f", top-1 agreement {output.agreement:.2%}"
         found.append(f"output {name!r}: {noise}{agrees} against the original, {report.data['samples']:,} samples")
     if report.metric is not None:

@@ -15,9 +15,9 @@ class OutputReport:
     """Comparison of one output of the file, as deployed, with the original's.
 
     Args:
-        sqnr_db: signal to quantization noise ratio; None without noise.
+        sqnr_db: signal to quantization noise ratio; None without noise, or if the original's output is constant.
         agreement: share of samples with the same largest entry; None unless the output holds one score per class.
-        constant: whether the file's output hardly varies over the data.
+        constant: whether the output, the file's or the original's, hardly varies over the data.
     """
 
     sqnr_db: float | None

@@ -209,8 +209,9 @@ def _both(runner: Runner, packed: bytes, data: Dataset, track: Track) -> tuple[A
 
 def _output_report(original: npt.NDArray[Any], ours: npt.NDArray[Any]) -> OutputReport:
     scores = original.ndim == 2 and original.shape[1] > 1 and original.dtype.kind == "f"
+    varies = original.dtype.kind != "f" or not is_constant(original)
     return OutputReport(
-        sqnr_db=sqnr_db(original, ours),
+        sqnr_db=sqnr_db(original, ours) if varies else None,
         agreement=agreement(original, ours) if scores else None,
-        constant=is_constant(ours),
+        constant=not varies or is_constant(ours),
     )

@@ -455,3 +455,10 @@ def test_weights_that_are_too_large_to_fold_fail(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sessions._DEPLOYED_CONFIG, sessions.FOLDING_LIMIT, str(1 << 20))  # 1 MiB; decoded: 1.2 MB
     found = failed(validate(small, path, samples))
     assert "operators decode weights at each run" in found["weights deployed"]
+
+
+def test_a_constant_output_has_no_ratio(tmp_path: Path) -> None:
+    samples = Dataset(inputs={"x": np.full_like(small_models.images(8), 0.5)}, labels=None, name="blank")
+    report = validate(small_models.compressed(), write(tmp_path), samples)
+    assert report.sqnr_db is None
+    assert all(output.sqnr_db is None and output.constant for output in report.outputs.values())
