@@ -37,6 +37,7 @@ from qcompress.graph.program import (
 )
 from qcompress.graph.quiet import quiet_torch
 from qcompress.graph.value_names import input_names, key_name, output_names
+from qcompress.graph.views import with_contiguous_views
 
 TRACE_BATCH: Final = 2  # torch.export specializes a batch of 1
 _COUNTER: Final = "num_batches_tracked"  # of BatchNorm; a graph in eval mode does not read it
@@ -70,12 +71,25 @@ def from_module(module: torch.nn.Module, options: ProgramOptions) -> FloatProgra
         module = copy.deepcopy(module).float()
         inputs = {n: v.astype(np.float32) if v.dtype.kind == "f" else v for n, v in inputs.items()}
     module.eval()
+    cached = [config for config in _configs(module) if getattr(config, "use_cache", None) is True]
+    if cached:
+        notes += ("The model keeps no cache of what it has seen (use_cache): each call computes all of its inputs.",)
     try:
+        for config in cached:
+            config.use_cache = False
         args, kwargs = _arguments(module, inputs)
         return _trace(module, args, kwargs, options, notes)
     finally:
+        for config in cached:
+            config.use_cache = True
         for m in training:
             m.training = True
+
+
+def _configs(module: torch.nn.Module) -> list[Any]:
+    """Return the configurations that the parts of a model hold, as those of transformers do."""
+    found = (vars(part).get("config") for part in module.modules())
+    return list({id(config): config for config in found if config is not None}.values())
 
 
 def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatProgram:
@@ -267,7 +281,8 @@ def _canonical(
         ),
     )
     _check_outputs(exported)
-    exported = without_composites(_prune(out_of_place(_prune(without_mutations(exported)))))
+    exported = _prune(out_of_place(_prune(without_mutations(exported))))
+    exported = with_contiguous_views(without_composites(exported))
     if options.computes:
         exported = _prune(compute_weights(exported))
     exported = exported if options.shares else _with_own_tensors(exported)
