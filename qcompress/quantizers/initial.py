@@ -25,10 +25,11 @@ _NARROWER: Final = tuple(0.9**k for k in range(1, 28))
 _AROUND: Final = tuple(1 + k / 100 for k in range(-8, 9))
 _STEPS: Final = 60
 _GAIN: Final = 1e-5  # share of the error that a step has to save
+_OFF: Final = 1e-3  # share of a step that values on a grid may be off by
 
 
 def weight_scale(rows_OR: Tensor, limits: IntegerRange, init: Init) -> Tensor:
-    """Returns the scale of each row's signed grid, [O].
+    """Returns the scale of each row's signed grid, [O]; a row that lies on such a grid already keeps its scale.
 
     Args:
         rows_OR: weights; one row if they share a scale.
@@ -38,7 +39,26 @@ def weight_scale(rows_OR: Tensor, limits: IntegerRange, init: Init) -> Tensor:
 
     >>> weight_scale(torch.tensor([[-1.0, 3.0]]), IntegerRange(3, signed=True), "min_max").tolist()
     [1.0]
+    >>> weight_scale(torch.tensor([[-0.75, 0.25, 0.5]]), IntegerRange(3, signed=True), "lsq").tolist()
+    [0.25]
     """
+    found_O = _started(rows_OR, limits, init)
+    if rows_OR.shape[1] <= 2:  # any two values lie on some grid
+        return found_O
+    step_O = _step(rows_OR)[:, None]
+    codes_OR = (rows_OR / step_O).round()
+    is_on_grid_OR = ((codes_OR * step_O - rows_OR).abs() <= _OFF * step_O) & (codes_OR >= limits.n)
+    return torch.where((is_on_grid_OR & (codes_OR <= limits.p)).all(1), step_O[:, 0], found_O)
+
+
+def _step(rows_OR: Tensor) -> Tensor:
+    """Returns the smallest step between different values of each row, or from 0, [O]; infinite for rows of zeros."""
+    with_zero = torch.cat([rows_OR, rows_OR.new_zeros(len(rows_OR), 1)], 1)
+    steps = with_zero.sort(1).values.diff(dim=1)
+    return steps.where(steps > _OFF * rows_OR.abs().amax(1, keepdim=True), steps.new_tensor(math.inf)).amin(1)
+
+
+def _started(rows_OR: Tensor, limits: IntegerRange, init: Init) -> Tensor:
     if init == "lsq":
         return rows_OR.abs().mean(1) * (2 / math.sqrt(limits.p))
     if init == "min_max":

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import qcompress as qc
+from qcompress.artifacts.integer_range import IntegerRange
 from qcompress.errors import ConfigError
 from qcompress.quantizers import QUANTIZERS, way
 from qcompress.quantizers.positive import Positive
@@ -300,6 +301,19 @@ def test_initial_scales_are_the_papers():
     each = qc.quantizers.Lsq(bits=4, role="weight", axis=0, channels=2, init="min_max")
     each.initialise(w)
     torch.testing.assert_close(each.scale.value().detach(), torch.tensor([1 / 8, 3 / 7]))
+
+
+@pytest.mark.parametrize("init", ["lsq", "min_max", "lsq_plus"])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_a_weight_on_a_grid_keeps_it(init, bits):
+    torch.manual_seed(0)
+    scale, limits = torch.rand(6, 1) + 0.1, IntegerRange(bits, signed=True)
+    weight = scale * torch.randint(limits.n, limits.p + 1, (6, 40))
+    quantizer = qc.quantizers.Lsq(bits=bits, role="weight", axis=0, channels=6, init=init)
+    quantizer.initialise(weight)
+    torch.testing.assert_close(quantizer(weight).detach(), weight, rtol=1e-5, atol=0)
+    quantizer.initialise(weight + 0.2 * torch.randn(6, 40))
+    assert not torch.allclose(quantizer.scale.value().detach(), scale[:, 0], rtol=1e-3)
 
 
 @pytest.mark.parametrize("configuration", [1, 2, 3, 4])
