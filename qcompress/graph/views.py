@@ -35,6 +35,8 @@ def with_contiguous_views(exported: ExportedProgram) -> ExportedProgram:
 
 
 def _is_transposed(node: object) -> bool:
+    while isinstance(node, Node) and operator_name(node) == "contiguous.default":  # does nothing in the trace
+        node = node.args[0]
     if not isinstance(node, Node):
         return False
     value = node.meta.get("val")

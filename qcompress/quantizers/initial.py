@@ -26,6 +26,7 @@ _AROUND: Final = tuple(1 + k / 100 for k in range(-8, 9))
 _STEPS: Final = 60
 _GAIN: Final = 1e-5  # share of the error that a step has to save
 _OFF: Final = 1e-3  # share of a step that values on a grid may be off by
+_PARTS: Final = 8  # steps of the grid that the smallest step between two values may have
 
 
 def weight_scale(rows_OR: Tensor, limits: IntegerRange, init: Init) -> Tensor:
@@ -45,10 +46,14 @@ def weight_scale(rows_OR: Tensor, limits: IntegerRange, init: Init) -> Tensor:
     found_O = _started(rows_OR, limits, init)
     if rows_OR.shape[1] <= 2:  # any two values lie on some grid
         return found_O
-    step_O = _step(rows_OR)[:, None]
-    codes_OR = (rows_OR / step_O).round()
-    is_on_grid_OR = ((codes_OR * step_O - rows_OR).abs() <= _OFF * step_O) & (codes_OR >= limits.n)
-    return torch.where((is_on_grid_OR & (codes_OR <= limits.p)).all(1), step_O[:, 0], found_O)
+    step_O = _step(rows_OR)
+    for parts in range(_PARTS, 0, -1):
+        scale_O1 = step_O[:, None] / parts  # codes 0, 2 and 5 are 2 and 3 steps apart
+        codes_OR = (rows_OR / scale_O1).round()
+        is_near_OR = (codes_OR * scale_O1 - rows_OR).abs() <= _OFF * scale_O1
+        is_on_grid_O = (is_near_OR & (codes_OR >= limits.n) & (codes_OR <= limits.p)).all(1)
+        found_O = torch.where(is_on_grid_O, scale_O1[:, 0], found_O)
+    return found_O
 
 
 def _step(rows_OR: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import io
 from collections import OrderedDict
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -552,3 +553,24 @@ def test_a_state_is_stretched_along_its_own_batch_axis(layers: int, batch: int) 
     wanted = net(*map(torch.from_numpy, given.values()))
     for name, value in zip(program.output_names, wanted, strict=True):
         np.testing.assert_allclose(program.run(given)[name], value.detach().numpy(), atol=1e-6)
+
+
+class Cached(nn.Module):
+    """It returns what no graph can hold, unless its configuration says otherwise, as generation models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(use_cache=True)
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.layer(x)
+        return (y, SimpleNamespace(past=y)) if self.config.use_cache else y
+
+
+def test_caches_are_switched_off_for_the_trace_alone() -> None:
+    net = Cached().eval()
+    program = from_module(net, ProgramOptions(inputs={"x": np.zeros((2, 6), np.float32)}))
+    assert [*program.run({"x": np.ones((3, 6), np.float32)})] == ["output"]
+    assert "keeps no cache" in " ".join(program.notes)
+    assert net.config.use_cache

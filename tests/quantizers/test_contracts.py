@@ -312,6 +312,9 @@ def test_a_weight_on_a_grid_keeps_it(init, bits):
     quantizer = qc.quantizers.Lsq(bits=bits, role="weight", axis=0, channels=6, init=init)
     quantizer.initialise(weight)
     torch.testing.assert_close(quantizer(weight).detach(), weight, rtol=1e-5, atol=0)
+    few = scale * torch.tensor([0, -2, 1] if bits == 2 else [-3, 0, 2])
+    quantizer.initialise(few)
+    torch.testing.assert_close(quantizer(few).detach(), few, rtol=1e-5, atol=0)
     quantizer.initialise(weight + 0.2 * torch.randn(6, 40))
     assert not torch.allclose(quantizer.scale.value().detach(), scale[:, 0], rtol=1e-3)
 
