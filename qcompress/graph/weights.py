@@ -6,11 +6,13 @@ Each of these forms is read as a sequence of `Call`s, so that all commands agree
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from qcompress.artifacts.granularity import output_axis
 from qcompress.graph.operators import kind_of_conv, operator
 from qcompress.kinds import kind_without_layer
+
+_MOST_SOURCES: Final = 64  # that are remembered for one value: a hostile graph may add up thousands
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ def _fixed_values(calls: Iterable[Call], state: Mapping[str, Tensor]) -> tuple[d
         row = operator(call.operator)
         sources = {tensor.name: tensor for value in given for tensor in fixed[value.name]}.values()
         largest_first = tuple(sorted(sources, key=lambda t: (not t.is_float, not t.is_parameter, -math.prod(t.shape))))
-        fixed |= dict.fromkeys(call.outputs, largest_first)
+        fixed |= dict.fromkeys(call.outputs, largest_first[:_MOST_SOURCES])
         if given[0].name in computed or not (row.hands_on or (row.transposes and given[0].rank in (None, 2))):
             computed.update(call.outputs)
     return fixed, computed
