@@ -41,6 +41,8 @@ from qcompress.graph.views import with_contiguous_views
 
 TRACE_BATCH: Final = 2  # torch.export specializes a batch of 1
 _COUNTER: Final = "num_batches_tracked"  # of BatchNorm; a graph in eval mode does not read it
+# Settings of transformers' configurations with which a graph holds what a model computes, and ONNX can write it.
+_TRACEABLE: Final = {"use_cache": False, "_experts_implementation": "batched_mm"}
 _TRAINING: Final = ("training", "train")  # arguments that switch operators to training mode
 
 
@@ -71,17 +73,22 @@ def from_module(module: torch.nn.Module, options: ProgramOptions) -> FloatProgra
         module = copy.deepcopy(module).float()
         inputs = {n: v.astype(np.float32) if v.dtype.kind == "f" else v for n, v in inputs.items()}
     module.eval()
-    cached = [config for config in _configs(module) if getattr(config, "use_cache", None) is True]
-    if cached:
+    changed = [
+        (config, name, old)
+        for config in _configs(module)
+        for name, value in _TRACEABLE.items()
+        if (old := getattr(config, name, None)) not in (None, False, value)
+    ]
+    if any(name == "use_cache" for _, name, _ in changed):
         notes += ("The model keeps no cache of what it has seen (use_cache): each call computes all of its inputs.",)
     try:
-        for config in cached:
-            config.use_cache = False
+        for config, name, _ in changed:
+            setattr(config, name, _TRACEABLE[name])
         args, kwargs = _arguments(module, inputs)
         return _trace(module, args, kwargs, options, notes)
     finally:
-        for config in cached:
-            config.use_cache = True
+        for config, name, old in changed:
+            setattr(config, name, old)
         for m in training:
             m.training = True
 
