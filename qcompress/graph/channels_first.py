@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from qcompress.graph.layers import layers
-from qcompress.graph.nodes import arguments
+from qcompress.graph.nodes import arguments, operator_name, row_of
 from qcompress.graph.program import FloatProgram, copy_graph, rebuild, state_nodes
 
 
@@ -56,6 +56,21 @@ def channels_first(program: FloatProgram, weights: Collection[str]) -> FloatProg
     module.graph.lint()
     module.recompile()
     return replace(program, exported=rebuild(exported, module=module, state=state))
+
+
+def stored_channels_first(program: FloatProgram) -> list[str]:
+    """Return the weights that `channels_first` has moved."""
+    found = []
+    for node, name in state_nodes(program.exported).items():
+        users = [node]
+        for operator in ("view.default", "permute.default", "reshape.default"):
+            users = [u for user in users for u in user.users if operator_name(u) == operator]
+        layers = [
+            u for user in users for u in user.users if (layer := row_of(u).layer) and layer.kind == "conv_transpose"
+        ]
+        if any(arguments(layer).get("groups", 1) > 1 for layer in layers):
+            found.append(name)
+    return found
 
 
 def _moved(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, list[tuple[Any, ...]]]:

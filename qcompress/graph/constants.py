@@ -26,9 +26,7 @@ def compute_weights(exported: ExportedProgram) -> ExportedProgram:
     Args:
         exported: without in-place operators. Tensors that it no longer needs stay, without users.
     """
-    state = state_nodes(exported)
-    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
-    tensors = {node: tensor_of(exported, specs[node.name]) for node in state}
+    state, tensors = _state(exported)
     replaced = _replaced(exported.graph, tensors)
     if not replaced:
         return exported
@@ -47,6 +45,19 @@ def compute_weights(exported: ExportedProgram) -> ExportedProgram:
             module.graph.erase_node(copies[node])
     module.recompile()
     return rebuild(exported, module=module, state=parameters, constants=constants)
+
+
+def uncomputed(exported: ExportedProgram) -> list[str]:
+    """Return the names under which `compute_weights` would put tensors in the place of what is computed."""
+    state, tensors = _state(exported)
+    return [state[owner] for owner in _replaced(exported.graph, tensors)]
+
+
+def _state(exported: ExportedProgram) -> tuple[dict[Node, str], dict[Node, torch.Tensor]]:
+    """Return names and tensors of the state, by their nodes."""
+    state = state_nodes(exported)
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    return state, {node: tensor_of(exported, specs[node.name]) for node in state}
 
 
 def _replaced(graph: Graph, state: Mapping[Node, torch.Tensor]) -> dict[Node, Node]:

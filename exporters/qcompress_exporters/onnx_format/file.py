@@ -1,5 +1,6 @@
 """Builds the ONNX file of a compressed model: chooses its opset, counts its bytes, fills in its metadata."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib import metadata as package_metadata
@@ -11,8 +12,11 @@ from qcompress.artifacts import Artifact, FloatWeight
 from qcompress.artifacts.base import bits_per_weight
 from qcompress.artifacts.size import SizeReport, ideal_nbytes
 from qcompress.compressed.model import CompressedModel
+from qcompress.graph.channels_first import stored_channels_first
+from qcompress.graph.constants import uncomputed
 from qcompress.graph.conversion import to_numpy
 from qcompress.graph.marks import input_sites, mark
+from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import layer_input_sites
 from qcompress.graph.widths import activation_widths
 from qcompress_exporters.onnx_format import metadata
@@ -63,6 +67,7 @@ def build(model: CompressedModel, target: Target, options: BuildOptions) -> Buil
             metadata.SOURCE: model.source_digest,
             **({metadata.SITES: metadata.sites_text(model.compute, sites)} if sites else {}),
             **({metadata.GRIDS: metadata.grids_text(entries)} if entries else {}),
+            **_stored_as(model.program),
         }
     )
     count = sum(int(np.prod(a.shape)) for a in artifacts.values())
@@ -102,6 +107,15 @@ def sites_of(model: CompressedModel) -> list[tuple[str, int]]:
         integer = [name for name, artifact in model.artifacts.items() if artifact.integers() is not None]
         return [site.key for site in layer_input_sites(model.program, integer)]
     return []
+
+
+def _stored_as(program: FloatProgram) -> dict[str, str]:
+    """Return the metadata from which `validate` knows how the program stores weights, where that is not as usual."""
+    moved = stored_channels_first(program)
+    return {
+        **({metadata.CHANNELS_FIRST: json.dumps(moved)} if moved else {}),
+        **({metadata.UNCOMPUTED: "1"} if {*uncomputed(program.exported)} - {*moved} else {}),
+    }
 
 
 def unfolded(model: CompressedModel, report: ExportReport) -> list[tuple[str, int]]:

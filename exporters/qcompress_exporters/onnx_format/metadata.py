@@ -20,6 +20,8 @@ PLAN: Final = "qcompress.plan"
 SOURCE: Final = "qcompress.source"
 SITES: Final = "qcompress.sites"
 GRIDS: Final = "qcompress.grids"
+CHANNELS_FIRST: Final = "qcompress.channels_first"
+UNCOMPUTED: Final = "qcompress.uncomputed"
 VALIDATION: Final = "qcompress.validation"
 
 
@@ -96,7 +98,19 @@ class CompressedFile:
                 for axis, size in enumerate(v.type.tensor_type.shape.dim)
                 if axis and size.dim_param
             },
+            computes=UNCOMPUTED not in self.metadata,
         )
+
+    @property
+    def channels_first(self) -> list[str]:
+        """The weights of grouped transposed convolutions that are stored with their output channels first."""
+        try:
+            names = json.loads(self.metadata.get(CHANNELS_FIRST, "[]"))
+        except (ValueError, RecursionError):
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise SourceError(f"{self.path}: its metadata {CHANNELS_FIRST} is damaged: export it again.")
+        return names
 
     @property
     def digest(self) -> str:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from qcompress.data.dataset import Dataset
 from qcompress.errors import ConfigError, DataError, SourceError
 from qcompress.graph.batchnorm import fold_batchnorm
+from qcompress.graph.channels_first import channels_first
 from qcompress.graph.conversion import to_numpy
 from qcompress.graph.marks import mark
 from qcompress.graph.program import FloatProgram, Runner
@@ -64,7 +65,7 @@ def validate(program: FloatProgram, file: metadata.CompressedFile, data: Dataset
     if metric is not None and data.labels is None:
         raise DataError(f"The metric {metric.name} needs labels (an array y), but {data.name} has none.")
 
-    folded = fold_batchnorm(program)
+    folded = channels_first(fold_batchnorm(program), file.channels_first)
     compute, sites = file.sites
     marked = _marked(folded, sites, file)
     graph = trace(marked)
