@@ -25,7 +25,6 @@ from qcompress.graph.program import FloatProgram, state_nodes
 from qcompress.graph.sites import Placement, activation_sites
 from qcompress.graph.tensors import program_tensors
 from qcompress.graph.tracing import from_module
-from qcompress.graph.widths import widths_text
 from qcompress.plan.plan import Plan
 from qcompress.plan.resolve import Named, ResolvedPlan, resolve
 from qcompress.quantizers import AbstractQuantizer
@@ -109,9 +108,6 @@ def prepare(
     prepared = Prepared(model, parts)
     prepared.initialise(methods, [example_inputs, *calibration])
     prepared.add_notes(weight_notes)
-    taken, asked = prepared.activation_bits(), set(widths.values())
-    if any(bits not in asked for bits in taken.values()) and asked:
-        prepared.add_notes([f"{widths_text(taken, asked)}."])
     prepared.add_notes(methods.bias_notes(without_bias))
     prepared.quantize_weights(quantizers)
     prepared.regularizers.extend(make(model) for make in regularizers)

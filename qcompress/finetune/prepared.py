@@ -65,9 +65,17 @@ class Prepared(nn.Module):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know about the quantizers and about `compile`."""
+        """What the user should know about the quantizers, the widths of activations and `compile`."""
+        taken, asked = self.activation_bits(), self._asked_widths()
+        others = asked and any(bits not in asked for bits in taken.values())
+        return (*self._method_notes(), *([f"{widths_text(taken, asked)}."] if others else []))
+
+    def _method_notes(self) -> tuple[str, ...]:
         failed = None if self._compiler is None else self._compiler.failure
         return self._notes if failed is None else (*self._notes, f"Training runs without torch.compile: {failed}")
+
+    def _asked_widths(self) -> set[int]:
+        return {t.activation_bits for t in self.parts.resolved.compressed if t.activation_bits is not None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the model's outputs for the arguments of its forward."""
@@ -101,7 +109,7 @@ class Prepared(nn.Module):
         """Returns the widths of weights and activations in a line."""
         bits = Counter(quantizer.bits for quantizer in self._planned_quantizers().values())
         weights = ", ".join(f"{count} at {width}" for width, count in sorted(bits.items()))
-        asked = [t.activation_bits for t in self.parts.resolved.compressed if t.activation_bits is not None]
+        asked = self._asked_widths()
         widths = f"; {widths_text(self.activation_bits(), asked)}" if asked else ""
         return f"Prepared({type(self.model).__name__}; bits of weights: {weights or 'none'}{widths})"
 
@@ -331,7 +339,7 @@ class Prepared(nn.Module):
         remarks = [
             f"{name}: {said}." for name, q in quantizers.items() if (said := q.remark(weights[name])) is not None
         ]
-        biases, notes = {}, [*self.notes, *drop_notes(self.drops()), *remarks]
+        biases, notes = {}, [*self._method_notes(), *drop_notes(self.drops()), *remarks]
         if steps is not None:
             biases = steps.stored(tensors, self._scales(steps))
             notes += left_out_notes(steps.left_out)

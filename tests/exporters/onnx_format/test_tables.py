@@ -64,6 +64,9 @@ class SignWeight:
     def halved(self) -> Self:
         return self
 
+    def with_zeros(self, where: Any) -> Self:
+        return self
+
     def to_arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"negative": self.negative}, {"scale": float(self.scale)}
 
