@@ -89,7 +89,7 @@ class Artifact(Protocol):
         """
 
     def with_zeros(self, where: npt.NDArray[np.bool_]) -> Self:
-        """Return the weight with exact zeros at some places; vectors of values, which have none, stay as they are.
+        """Return the weight with exact zeros at some places. Codes of vectors cannot do that: they stay as they are.
 
         Args:
             where: in the weight's shape.

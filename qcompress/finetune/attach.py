@@ -85,8 +85,10 @@ def prepare(
         arguments = program.input_names
     else:
         arguments = tuple(inspect.signature(model.forward).parameters)
-        program = program or _traced(model, example_inputs)
-        _check_same_tensors(model, program)
+        if program is None:
+            program = _traced(model, example_inputs)
+        else:
+            _check_same_tensors(model, program)
     folded, factors = fold_with_factors(program)
     if batchnorm == "fold":
         model, program, factors = _folded_copy(model, program, folded), folded, {}

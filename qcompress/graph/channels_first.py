@@ -18,7 +18,8 @@ from qcompress.graph.program import FloatProgram, copy_graph, rebuild, state_nod
 def channels_first(program: FloatProgram, weights: Collection[str]) -> FloatProgram:
     """Return a program that stores some weights of grouped transposed convolutions as [out, in / groups, ...].
 
-    The graph brings them into the form that the operator takes. Weights with further uses stay as they are.
+    The graph brings them into the form that the operator takes. Weights with further uses, and constants,
+    stay as they are.
 
     Args:
         program: not modified.
@@ -34,6 +35,7 @@ def channels_first(program: FloatProgram, weights: Collection[str]) -> FloatProg
             layer.kind == "conv_transpose"
             and layer.weight in weights
             and groups > 1
+            and layer.weight in exported.state_dict
             and [*weight.users] == [layer.node]
         ):
             found[weight] = layer.weight, groups

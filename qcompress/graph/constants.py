@@ -38,7 +38,7 @@ def compute_weights(exported: ExportedProgram) -> ExportedProgram:
         copies[owner].meta["val"] = root.meta["val"]
         copies[root].replace_all_uses_with(copies[owner])
         name, value = state[owner], values[root].contiguous().clone()
-        home = parameters if state[owner] in parameters else constants
+        home = parameters if name in parameters else constants
         home[name] = torch.nn.Parameter(value, False) if isinstance(home[name], torch.nn.Parameter) else value
     for node in reversed(fixed):  # checks of what is computed no more would keep its tensors
         if copies[node].op != "placeholder" and not copies[node].users:
@@ -103,7 +103,7 @@ def _is_deterministic(node: Node) -> bool:
 
 
 def _whole(node: Node, fixed: Collection[Node]) -> Node:
-    """Return the tensor of which a value is a part or a form that a layer sees through; itself if there is none."""
+    """Return the tensor that a value is a part or a view of, as far as layers see through that; else the value."""
     whole = node
     while node.op == "call_function":
         first, row = node.all_input_nodes[:1], row_of(node)

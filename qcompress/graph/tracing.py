@@ -157,14 +157,15 @@ def _trace(
 
 
 def _batch_axes(leaves: Sequence[Any]) -> list[tuple[int | None, ...]]:
-    """Return guesses which axis of each input is the batch; None: it has none.
+    """Return guesses at the axis of each input that is its batch, the likeliest first; None: it has none.
 
     The batch is the first axis of the first input. Of other inputs, too, it is the first axis; but the state of a
     recurrent net is [layers, batch, hidden].
     """
     first = next((i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.ndim), 0)
     batch = len(leaves[first]) if leaves and isinstance(leaves[first], torch.Tensor) and leaves[first].ndim else 0
-    equal = [[i for i, n in enumerate(t.shape) if n == batch] if isinstance(t, torch.Tensor) else [] for t in leaves]
+    shapes = [tuple(t.shape) if batch and isinstance(t, torch.Tensor) else () for t in leaves]
+    equal = [[i for i, n in enumerate(shape) if n == batch] for shape in shapes]
     guesses = (
         tuple(0 if 0 in axes else None for axes in equal),
         tuple(axes[0] if axes else None for axes in equal),
@@ -290,8 +291,8 @@ def _canonical(
     _check_outputs(exported)
     exported = _prune(out_of_place(_prune(without_mutations(exported))))
     exported = with_contiguous_views(without_composites(exported))
-    if options.computes:
-        exported = _prune(compute_weights(exported))
+    if options.computes and (computed := compute_weights(exported)) is not exported:
+        exported = _prune(computed)
     exported = exported if options.shares else _with_own_tensors(exported)
     state = _checked_state(exported)
     inputs = _check_names(options.input_names, input_names(exported), "--input-names", "inputs")

@@ -18,6 +18,7 @@ from qcompress.posthoc.schemes import CodeKind, better, codes_for, keeping_zeros
 _AS_GOOD: Final = 10 ** (0.5 / 10)  # factor of squared error that a single scale per tensor may cost: 0.5 dB
 _UNCLIPPED: Final = 8  # bits from which clipping gains nothing
 _HALF_BITS: Final = 16
+_WIDEST: Final = 8  # bits at which a table is largest, and an even grid is as good
 _NODES: Final = 128  # bytes that decoding a small weight takes in a file at least
 _NOT_A_WEIGHT: Final = "not a weight"
 _PARAMETRIZED: Final = ".parametrizations."
@@ -55,9 +56,10 @@ def compress_weight(values: npt.NDArray[Any], tensor: TensorPlan | None, how: Ho
         for codes in codes_for(tensor, integer=how.integer)
     ]
     found = made[0] if len(made) == 1 else better((a, _error(a, values)) for a in made)
-    if found.nbytes >= values.nbytes and tensor.bits > 1:  # too small for a table
+    takes_even = tensor.bits > 1 if how.integer else tensor.bits == _WIDEST
+    if found.nbytes >= values.nbytes and takes_even:  # too small for a table
         even = _uniform(values, tensor, how)
-        if how.integer or (tensor.bits == _UNCLIPPED and even.nbytes + _NODES < values.nbytes):
+        if how.integer or even.nbytes + _NODES < values.nbytes:
             found = even
     if found.nbytes >= values.nbytes:
         reason = f"too small: {found.nbytes} bytes at {tensor.bits} bits, {values.nbytes} in float"

@@ -1,6 +1,7 @@
 """Weights that a file stores in another form than the module does: validate compares them all the same."""
 
 import numpy as np
+import onnx
 import pytest
 
 NETS = """
@@ -47,12 +48,32 @@ def weights_of(factory, name="m.pt"):
     torch.save(getattr(nets, factory)().state_dict(), name)
 
 
+def metadata_of(path):
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
 @pytest.mark.parametrize(("factory", "data"), [("normed", "rows.npz"), ("grouped", "images.npz")])
 def test_exported_and_validated(run, factory, data):
     weights_of(factory)
     arch = ("m.pt", "--arch", f"nets.py:{factory}")
     run("export", *arch, "--bits", "4", "--rows-per-lut", "1", "--calibration", data, "-o", "m.onnx")
     run("validate", arch[0], "m.onnx", *arch[1:], "--data", data, "--no-timing")
+    stored = {"normed": None, "grouped": '["0.weight"]'}
+    assert metadata_of("m.onnx").get("qcompress.channels_first") == stored[factory]
+    assert "qcompress.uncomputed" not in metadata_of("m.onnx")
+
+
+def test_damaged_metadata(run, qcompress):
+    weights_of("grouped")
+    arch = ("--arch", "nets.py:grouped")
+    run("export", "m.pt", *arch, "--bits", "4", "--rows-per-lut", "1", "--input-shape", "2,8,4,4", "-o", "m.onnx")
+    model = onnx.load("m.onnx")
+    for text in ("[1", "[1]", "9" * 5000, "{}"):
+        next(e for e in model.metadata_props if e.key == "qcompress.channels_first").value = text
+        onnx.save(model, "bad.onnx")
+        result = qcompress("validate", "m.pt", "bad.onnx", *arch, "--data", "images.npz", "--no-timing")
+        assert result.exit_code == 2
+        assert "metadata qcompress.channels_first is damaged: export it again." in result.stderr
 
 
 def test_trained_from_the_module_and_validated(run):
@@ -60,5 +81,6 @@ def test_trained_from_the_module_and_validated(run):
     arch = ("m.pt", "--arch", "nets.py:normed")
     run("finetune", *arch, "--data", "rows.npz", "--bits", "4", "--epochs", "1", "--batch-size", "16", "-o", "ckpt")
     run("export", "ckpt", "-o", "m.onnx")
+    assert metadata_of("m.onnx")["qcompress.uncomputed"] == "1"
     run("validate", arch[0], "m.onnx", *arch[1:], "--data", "rows.npz", "--no-timing")
     run("validate", "ckpt", "m.onnx", "--data", "rows.npz", "--no-timing")

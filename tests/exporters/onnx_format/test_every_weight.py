@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qcompress.data.dataset import as_dataset
+from qcompress.errors import SourceError
 from qcompress.plan.plan import Plan
 from qcompress.posthoc.compress import compress_program
 from qcompress.posthoc.settings import PosthocSettings
@@ -90,3 +91,21 @@ def test_every_large_tensor_is_small_and_right(name: str) -> None:
     np.testing.assert_allclose(got, floats.run(inputs)["output"], rtol=1e-4, atol=1e-5)
     wanted = program.run(inputs)["output"]
     assert np.square(got - wanted).sum() < 0.2 * np.square(wanted).sum()
+
+
+class Continued(nn.Module):
+    """An LSTM with projections that is given its first state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.r = nn.LSTM(32, 40, batch_first=True, proj_size=16)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.r(x, (h, torch.zeros(1, x.shape[0], 40)))[0]
+
+
+def test_a_projected_lstm_that_is_given_a_state_is_refused() -> None:
+    x, h = np.zeros((3, 6, 32), np.float32), np.zeros((1, 3, 16), np.float32)
+    small = compress_program(traced(Continued().eval(), x=x, h=h), Plan.from_flags(bits=4))
+    with pytest.raises(SourceError, match=r"an LSTM with proj_size must begin with zeros.*leave the state out"):
+        build(small)
