@@ -173,11 +173,15 @@ class Table:
         """Returns g·slope(w) + through(w) for two functions given at the edges, in the shape and dtype of `g_N`."""
         found_N = torch.empty_like(g_N, dtype=torch.float32)
         slopes, throughs = _lines(torch.stack([slope_GM, through_GM]))
+        # One look-up for both functions: a complex128 element holds the four float32 numbers of an edge.
+        four = torch.stack([torch.view_as_real(throughs), torch.view_as_real(slopes)], 2).flatten(2)
+        lines = torch.view_as_complex(four.view(torch.float64))
         for piece in self.pieces:
             place_n, share_n = self._place(piece, position_N[piece.where])
-            found_n = _along(piece, place_n, share_n, throughs, out=found_N[piece.where])
-            found_n.addcmul_(_along(piece, place_n, share_n, slopes), g_N[piece.where])
-            del place_n, share_n
+            picked = torch.view_as_real(piece.tables(lines).index_select(0, place_n)).view(torch.float32)
+            found_n = torch.addcmul(picked[:, 0], picked[:, 1], share_n, out=found_N[piece.where])
+            found_n.addcmul_(torch.addcmul(picked[:, 2], picked[:, 3], share_n), g_N[piece.where])
+            del place_n, share_n, picked
         return found_N.to(g_N.dtype)
 
     def _locate(self, piece: Piece, w_n: Tensor, position_n: Tensor) -> None:
@@ -195,8 +199,8 @@ class Table:
 
     def _place(self, piece: Piece, position_n: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the place of each weight's bin in tables of edges, int32 [n], and its share of the upper edge."""
-        bin_n = position_n.to(torch.int32).clamp_(0, self.edges.shape[1] - 2)
-        return piece.place(bin_n, self.edges.shape[1]), position_n - bin_n
+        bin_n = position_n.floor().clamp_(0, self.edges.shape[1] - 2)
+        return piece.place(bin_n.to(torch.int32), self.edges.shape[1]), torch.sub(position_n, bin_n, out=bin_n)
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(self.edges.shape, dtype=torch.complex64, device=self.edges.device)
