@@ -129,13 +129,17 @@ def asked(names: list[str], seeds: int) -> Iterator[tuple[str, int]]:
 
 def command(folder: Path, row: Row, epochs: int, seed: int) -> list[str]:
     """Return the command line of a row, without its output."""
-    module = f"{folder}/{NET.arch.partition(':')[0]}"
     model = "start" if row.start is not None else str(folder / NET.weights)
     return [
         "qcompress", "finetune", model, "--arch", f"{folder}/{NET.arch}",
-        "--data", f"{folder}/cifar10jpeg_small.npz:train_x", "--transform", f"{module}:{NET.transform}",
+        "--data", f"{folder}/cifar10jpeg_small.npz:train_x", "--transform", transform(folder),
         "--augment", "flip,crop:2", *shlex.split(row.options), "--epochs", str(epochs), "--seed", str(seed),
     ]  # fmt: skip
+
+
+def transform(folder: Path) -> str:
+    """Return the function that makes inputs of stored images, as the command line names it."""
+    return f"{folder}/{NET.arch.partition(':')[0]}:{NET.transform}"
 
 
 def measured(args: argparse.Namespace, name: str, seed: int, words: list[str], work: Path) -> Result:
@@ -145,8 +149,8 @@ def measured(args: argparse.Namespace, name: str, seed: int, words: list[str], w
     if row.start is not None and not start.exists():
         np.save(work / "calibration.npy", next(iter(NET.calibration_data(args.data).inputs.values())))
         run(["qcompress", "export", str(args.data / NET.weights), "--arch", f"{args.data}/{NET.arch}",
-             "--calibration", str(work / "calibration.npy"), *shlex.split(row.start), "-o", f"{start}.onnx",
-             "--save-compressed", str(start)])  # fmt: skip
+             "--calibration", str(work / "calibration.npy"), "--transform", transform(args.data),
+             *shlex.split(row.start), "-o", f"{start}.onnx", "--save-compressed", str(start)])  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     words = [str(start) if word == "start" else word for word in words]
     run([*words, "-o", str(folder), *(["--resume"] if (folder / "run.json").exists() else [])])
