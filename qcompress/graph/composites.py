@@ -10,14 +10,11 @@ from torch.fx import Graph, Node
 from qcompress.graph.nodes import operator_name
 from qcompress.graph.program import copy_graph, rebuild
 
-
-def _silu(graph: Graph, x: Node) -> Node:
-    sigmoid = _call(graph, torch.ops.aten.sigmoid.default, x)
-    return _call(graph, torch.ops.aten.mul.Tensor, x, sigmoid)
-
-
-# By the name of an operator of one argument: what computes the same.
-_PARTS: Final[Mapping[str, Callable[[Graph, Node], Node]]] = {"silu.default": _silu}
+# Operators of one argument that multiply it with a function of itself, and that function.
+_GATES: Final[Mapping[str, Callable[..., Any]]] = {
+    "silu.default": torch.ops.aten.sigmoid.default,
+    "hardswish.default": torch.ops.aten.hardsigmoid.default,
+}
 
 
 def without_composites(exported: ExportedProgram) -> ExportedProgram:
@@ -26,14 +23,15 @@ def without_composites(exported: ExportedProgram) -> ExportedProgram:
     Args:
         exported: without in-place operators.
     """
-    if not any(operator_name(node) in _PARTS for node in exported.graph.nodes):
+    if not any(operator_name(node) in _GATES for node in exported.graph.nodes):
         return exported
     module = copy_graph(exported)
     for node in list(module.graph.nodes):
-        made = _PARTS.get(operator_name(node))
-        if made is not None:
+        gate = _GATES.get(operator_name(node))
+        if gate is not None:
+            x = node.args[0]
             with module.graph.inserting_before(node):
-                found = made(module.graph, node.args[0])
+                found = _call(module.graph, torch.ops.aten.mul.Tensor, x, _call(module.graph, gate, x))
             found.meta, name = dict(node.meta), node.name
             node.replace_all_uses_with(found)
             module.graph.erase_node(node)

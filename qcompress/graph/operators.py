@@ -43,7 +43,7 @@ class Operator:
         pads: whether it adds values around its first argument; with zeros it counts as a move.
         clamps: whether it is a monotone clamp, which a quantizer behind it absorbs.
         bends: whether it is a function of each value by itself, which a table of 256 entries computes on codes.
-        sums: whether it adds or multiplies two values.
+        sums: whether it adds or multiplies two values, one of which may be a number.
         pools: whether it averages over windows.
         averages: whether it averages over whole axes.
         joins: whether it concatenates a list of values.
@@ -114,7 +114,7 @@ _TABLE: Final[tuple[tuple[str, Operator], ...]] = (
     ("dropout.default feature_dropout.default", Operator(moves=True, drops=True)),
     ("pad.default constant_pad_nd.default", Operator(pads=True)),
     ("relu.default relu6.default hardtanh.default clamp.default clamp_min.default", Operator(clamps=True)),
-    ("sigmoid.default leaky_relu.default", Operator(bends=True)),
+    ("sigmoid.default hardsigmoid.default leaky_relu.default", Operator(bends=True)),
     ("add.Tensor mul.Tensor", Operator(sums=True)),
     ("avg_pool1d.default avg_pool2d.default", Operator(pools=True)),
     ("adaptive_avg_pool1d.default adaptive_avg_pool2d.default", Operator(pools=True)),

@@ -4,6 +4,7 @@ A site is a value of the float program. Its place follows from what onnxruntime 
 elsewhere, and `marks` puts it into the graph.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -155,7 +156,7 @@ class _Finder:
         row = row_of(node)
         candidates: Sequence[Any] = ()
         if row.sums and "sums" in self.fused and not node.kwargs:
-            candidates = node.args
+            candidates = [a for a in node.args if not _is_number(a)]
         elif (
             (row.bends and "bends" in self.fused)
             or (row.pools and "pools" in self.fused)
@@ -173,6 +174,11 @@ class _Finder:
         while moves(value, self.state):
             value = value.args[0]  # type: ignore[assignment]
         return value
+
+
+def _is_number(argument: Any) -> bool:
+    """Return whether an argument is a number that a sum or a product of codes can take: it has a scale."""
+    return isinstance(argument, int | float) and 0 < abs(argument) < math.inf
 
 
 def _is_spatial(node: Node) -> bool:

@@ -15,10 +15,27 @@ from qcompress_exporters import build
 from qcompress_exporters.parity.sessions import optimized_ops, run, session
 from tests.helpers.nets import randomized, traced
 
+
+class Steps(nn.Module):
+    """A HardSwish in steps, as older code has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * nn.functional.relu6(x + 3) * 0.5
+
+
+class Shifted(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -2.0 * x + -0.5
+
+
 FUNCTIONS = {
     "silu": (nn.SiLU(), {"QLinearSigmoid": 2, "QLinearMul": 2}),
     "silu in place": (nn.SiLU(inplace=True), {"QLinearSigmoid": 2, "QLinearMul": 2}),
     "sigmoid": (nn.Sigmoid(), {"QLinearSigmoid": 2}),
+    "hardswish": (nn.Hardswish(), {"QLinearAdd": 2, "QLinearMul": 2}),
+    "hardsigmoid": (nn.Hardsigmoid(), {"QLinearAdd": 2}),
+    "steps": (Steps(), {"QLinearAdd": 2, "QLinearMul": 4}),
+    "shifted": (Shifted(), {"QLinearAdd": 2, "QLinearMul": 2}),
     "leaky relu": (nn.LeakyReLU(0.2), {"QLinearLeakyRelu": 2}),
 }
 
@@ -42,7 +59,7 @@ def test_they_run_on_codes(name: str) -> None:
     built = build(small)
     ops = optimized_ops(built.data)
     assert {op: ops[op] for op in wanted} == wanted
-    assert not {"Sigmoid", "Mul", "LeakyRelu"} & {op for op, count in ops.items() if count}
+    assert not {"Sigmoid", "HardSigmoid", "Add", "Mul", "LeakyRelu"} & {op for op, count in ops.items() if count}
     got, floats = run(session(built.data, "deployed"), {"input": x})["output"], program.run({"input": x})["output"]
     assert np.square(got - floats).sum() < 1e-2 * np.square(floats).sum()
 

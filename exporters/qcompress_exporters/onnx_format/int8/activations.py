@@ -16,11 +16,13 @@ import onnx_ir as ir
 from qcompress.artifacts import SiteGrid
 from qcompress_exporters.onnx_format.graph_writer import GraphWriter
 from qcompress_exporters.onnx_format.int8.grid_format import Formats, Quantizer, format_of
+from qcompress_exporters.onnx_format.int8.hard_sigmoid import write_as_sum
 from qcompress_exporters.onnx_format.marks import is_mark, site_of
 from qcompress_exporters.onnx_format.names import code_name
 from qcompress_exporters.onnx_format.passes.hoist_marks import RESHAPES
 from qcompress_exporters.onnx_format.passes.replace import drop_unused, input_of, optional_input, replace_node
 
+_SUMS: Final = ("Add", "Mul")
 _MOVES: Final = (*RESHAPES, "Transpose", "Slice", "MaxPool", "Expand", "Split", "Gather", "DepthToSpace", "Resize")
 
 
@@ -81,6 +83,21 @@ class Activations:
         for node in list(self.writer.graph):
             if is_mark(node):
                 self._replace(node)
+        for node in list(self.writer.graph):
+            is_sum = node.op_type in _SUMS and not node.domain
+            if is_sum and any(user.op_type == "QuantizeLinear" for user in node.outputs[0].consumers()):
+                self._dequantize_number(node)
+
+    def _dequantize_number(self, node: ir.Node) -> None:
+        """Let a number that a dequantized value is added to, or multiplied with, be code 1 or -1 of its own scale."""
+        for position in (0, 1):
+            number, other = input_of(node, position).const_value, input_of(node, 1 - position)
+            if other in self.quantized and number is not None and not len(number.shape) and number.numpy():
+                value = np.asarray(number.numpy(), np.float32)
+                codes = (0, 1) if value < 0 else (1, 0)  # the code, and the zero point
+                scale = self.writer.constant(np.abs(value))
+                inputs = [self.code(codes[0]), scale, self.code(codes[1])]
+                node.replace_input_with(position, self.writer.add("DequantizeLinear", inputs))
 
     def _replace(self, mark: ir.Node) -> None:
         graph, value, site = self.writer.graph, input_of(mark, 0), site_of(mark)
@@ -124,6 +141,8 @@ class Activations:
     def _push_down(self, source: Quantized) -> None:
         """Let what moves a dequantized value move its codes."""
         for user in source.floats.consumers():
+            if user.op_type == "HardSigmoid" and user.graph is self.writer.graph and source.grid.zero_point is not None:
+                write_as_sum(self.writer, user)
             if not self._moves_codes(user, source):
                 continue
             if user.op_type == "Pad":
