@@ -76,6 +76,8 @@ class ExportReport:
         notes: notes for the user.
         compute: `float`, `int8` or `dynamic8`.
         layers: how each layer is computed; empty if all compute in float.
+        float_operators: at int8 compute, how often each operator occurs between integer layers that computes in
+            floats; layers do not count.
         saturation: share of the calibration data that each activation's grid clips.
     """
 
@@ -88,6 +90,7 @@ class ExportReport:
     notes: tuple[str, ...]
     compute: str = "float"
     layers: tuple[LayerReport, ...] = ()
+    float_operators: Mapping[str, int] = field(default_factory=dict)
     saturation: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -55,6 +55,7 @@ class ComputeReport:
         return {
             "compute": self.report.compute,
             "format": self.format,
+            "float_operators": dict(self.report.float_operators),
             "layers": [
                 {**asdict(layer), "snapped": self.small.snapped.get(layer.weight)} for layer in self.report.layers
             ],
@@ -88,6 +89,10 @@ class ComputeReport:
 
             widths = widths_text({layer.weight: layer.activation_bits for layer in layers}, self.asked)
             lines = [f"{first} (format {self.format}); {widths}."]
+        if self.report.float_operators:
+            each = ", ".join(f"{count:,} {name}" for name, count in self.report.float_operators.items())
+            total = counted(sum(self.report.float_operators.values()), "operator")
+            lines.append(f"computed in float between int8 layers: {total} ({each})")
         if self.widened:
             lines.append(
                 f"{counted(len(self.widened), 'activation')} at 8 bits although the plan asks for fewer: sums, "

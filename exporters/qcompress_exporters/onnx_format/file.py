@@ -22,6 +22,7 @@ from qcompress.graph.widths import activation_widths
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.encodings.codes import choose
 from qcompress_exporters.onnx_format.encodings.native import Native
+from qcompress_exporters.onnx_format.int8.between import float_operators
 from qcompress_exporters.onnx_format.int8.grids import grid_entry
 from qcompress_exporters.onnx_format.int8.layers import PADDED, SHARED
 from qcompress_exporters.onnx_format.int8.stepped_biases import stepped
@@ -85,6 +86,7 @@ def build(model: CompressedModel, target: Target, options: BuildOptions) -> Buil
         notes=(*model.notes, *graph.notes),
         compute=model.compute,
         layers=_with_widths(model, lowered.layers),
+        float_operators=float_operators(lowered.model, [r.weight for r in lowered.layers if r.compute == "int8"]),
         saturation={name: share for (name, _), share in model.saturation.items()},
     )
     return Built(data, report)
