@@ -14,6 +14,7 @@ from qcompress_cli.terminal.text import printable
 
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
+    from qcompress_exporters.auto_compute import AutoCompute
     from qcompress_exporters.report import ExportReport, LayerReport
 
 _NAMED = 3
@@ -30,6 +31,7 @@ class ComputeReport:
         format: how int8 compute is written; None for other compute.
         widened: the grids that have more bits than the plan asks for.
         asked: the widths of activations that the plan asks for.
+        auto: what --compute auto measured; None with other compute.
     """
 
     small: "CompressedModel"
@@ -37,17 +39,23 @@ class ComputeReport:
     format: str | None
     widened: Collection[SiteGrid]
     asked: Collection[int] = ()
+    auto: "AutoCompute | None" = None
 
     @classmethod
     def of(
-        cls, small: "CompressedModel", report: "ExportReport", resolved: ResolvedPlan, format: str | None
+        cls,
+        small: "CompressedModel",
+        report: "ExportReport",
+        resolved: ResolvedPlan,
+        format: str | None,
+        auto: "AutoCompute | None" = None,
     ) -> "ComputeReport":
         """Return the report of a file whose plan is known."""
         from qcompress.posthoc.activations import widened
 
         asked = {t.name: t.activation_bits for t in resolved.compressed if t.activation_bits is not None}
         wider = widened(small.program, list(small.activations.values()), asked) if small.compute == "int8" else []
-        return cls(small=small, report=report, format=format, widened=wider, asked=set(asked.values()))
+        return cls(small=small, report=report, format=format, widened=wider, asked=set(asked.values()), auto=auto)
 
     def as_dict(self) -> dict[str, Any]:
         """Return its part of the JSON document."""
@@ -55,6 +63,7 @@ class ComputeReport:
         return {
             "compute": self.report.compute,
             "format": self.format,
+            "auto": None if self.auto is None else asdict(self.auto),
             "float_operators": dict(self.report.float_operators),
             "layers": [
                 {**asdict(layer), "snapped": self.small.snapped.get(layer.weight)} for layer in self.report.layers
@@ -78,8 +87,9 @@ class ComputeReport:
         from qcompress_exporters.onnx_format.int8.layers import PADDED, SHARED
 
         layers = self.report.layers
+        measured = [] if self.auto is None else _measured(self.auto)
         if self.report.compute == "float":
-            return []
+            return measured
         integer = sum(layer.compute != "float" for layer in layers)
         first = f"{integer:,} of {counted(len(layers), 'layer')} compute in int8"
         if self.report.compute == "dynamic8":
@@ -88,7 +98,7 @@ class ComputeReport:
             from qcompress.graph.widths import widths_text
 
             widths = widths_text({layer.weight: layer.activation_bits for layer in layers}, self.asked)
-            lines = [f"{first} (format {self.format}); {widths}."]
+            lines = [*measured, f"{first} (format {self.format}); {widths}."]
         if self.report.float_operators:
             each = ", ".join(f"{count:,} {name}" for name, count in self.report.float_operators.items())
             total = counted(sum(self.report.float_operators.values()), "operator")
@@ -139,6 +149,20 @@ _OFFSETS = {
     "folded": "offset of the input folded into the bias, exactly",
     "added": "offset of the input added in float, exactly",
 }
+
+
+def _measured(auto: "AutoCompute") -> list[str]:
+    """Return how fast each candidate of --compute auto was, the one that was picked first."""
+    from qcompress_exporters.auto_compute import NONE
+
+    low, high = auto.spread
+    found = sorted(auto.candidates, key=lambda c: (c.name != auto.picked, -c.speed))
+    speeds = "; ".join(f"for {c.name} {c.speed:.2f} x" for c in found if c.name != NONE)
+    picked = "float" if auto.picked == NONE else f"int8 for {auto.picked}"
+    return [
+        f"measured here, batch 1, one thread: int8 {speeds} the float file's speed (noise: {low:.2f} to {high:.2f} x); "
+        f"written: {picked}"
+    ]
 
 
 def _site(grid: SiteGrid) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,6 +33,9 @@ from qcompress_exporters.options import BuildOptions
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
     from qcompress.data.dataset import Dataset
+    from qcompress.graph.program import FloatProgram
+    from qcompress.posthoc.settings import PosthocSettings
+    from qcompress_exporters.auto_compute import AutoCompute
     from qcompress_exporters.report import Built, ExportReport
 
 
@@ -72,11 +76,13 @@ class _Job:
         resolved: the plan for this model.
         compute: what layers compute in.
         work: makes the compressed model.
+        auto: what --compute auto measured; None with other compute.
     """
 
     resolved: ResolvedPlan
     compute: Compute
     work: "Callable[[], CompressedModel]"
+    auto: "AutoCompute | None" = None
 
 
 def _export(wanted: ExportOptions, given: RunOptions, ui: Ui) -> None:
@@ -94,13 +100,18 @@ def _export(wanted: ExportOptions, given: RunOptions, ui: Ui) -> None:
     format, way = formats.choose(wanted.format)
     wanted = replace(wanted, format=way)
     target = format.target(given.target)  # a wrong one is an error before the long work
+
+    def check_file(resolved: ResolvedPlan, compute: Compute) -> Path:
+        file = given.output or default_file(source, resolved, compute, format.suffix)
+        if not wanted.dry_run:
+            outputs.check_file(file)
+        return file
+
     if isinstance(source, CompressedSource):
         job = _from_folder(source, wanted, given, ui)
     else:
-        job = _from_model(source, wanted, given, target, ui)
-    file = given.output or default_file(source, job.resolved, job.compute, format.suffix)
-    if not wanted.dry_run:
-        outputs.check_file(file)
+        job = _from_model(source, wanted, given, target, ui, check_file)
+    file = check_file(job.resolved, job.compute)
 
     small = job.work()
     built = format.build(small, target, BuildOptions(way=way, float_leftovers=wanted.float_leftovers))
@@ -111,7 +122,7 @@ def _export(wanted: ExportOptions, given: RunOptions, ui: Ui) -> None:
         small=small,
         report=built.report,
         decoded=format.proof(built.data),
-        computed=ComputeReport.of(small, built.report, job.resolved, written_as),
+        computed=ComputeReport.of(small, built.report, job.resolved, written_as, job.auto),
     )
     if not wanted.dry_run:
         done = replace(done, report=_write(built, small, replace(outputs, file=file), ui))
@@ -155,9 +166,17 @@ def _snapped(small: "CompressedModel", given: RunOptions, ui: Ui) -> "Compressed
     return snap_offsets(small, data, sites)
 
 
-def _from_model(source: Source, wanted: ExportOptions, given: RunOptions, target: Deployment, ui: Ui) -> _Job:
-    """Check an export of a float model."""
+def _from_model(
+    source: Source,
+    wanted: ExportOptions,
+    given: RunOptions,
+    target: Deployment,
+    ui: Ui,
+    check_file: "Callable[[ResolvedPlan, Compute], Any]",
+) -> _Job:
+    """Check an export of a float model; with --compute auto, measure what its layers shall compute in."""
     wanted.check_for_float_model(calibrated=given.calibration is not None)
+    wanted = wanted.settled(planned=given.plan is not None)
     plan = _plan(wanted, given)
     settings = wanted.posthoc
 
@@ -171,6 +190,13 @@ def _from_model(source: Source, wanted: ExportOptions, given: RunOptions, target
     check_effort(wanted.effort, compute)
     combinations.check_file(compute, wanted.format)
     wanted.check_compute(compute)
+    auto = None
+    if wanted.measures:
+        combinations.check_calibration(compute, given.calibration is not None)
+        check_file(resolved, compute)
+        auto = _measured(program, resolved, settings, given, target, ui)
+        resolved, compute = auto.settle(resolved), auto.compute
+        settings = replace(settings, compute=compute)
 
     def work() -> "CompressedModel":
         return compress_program(
@@ -183,7 +209,24 @@ def _from_model(source: Source, wanted: ExportOptions, given: RunOptions, target
             execution=Execution(device=device(given), track=ui.track),
         )
 
-    return _Job(resolved, compute, work)
+    return _Job(resolved, compute, work, auto)
+
+
+def _measured(
+    program: "FloatProgram",
+    resolved: ResolvedPlan,
+    settings: "PosthocSettings",
+    given: RunOptions,
+    target: Deployment,
+    ui: Ui,
+) -> "AutoCompute":
+    """Measure which layers are worth computing in int8."""
+    from qcompress.progress import Execution
+    from qcompress_exporters.auto_compute import choose
+
+    data = _calibration(given, ui)
+    assert data is not None
+    return choose(program, resolved, settings, data, target, Execution(device=device(given), track=ui.track))
 
 
 def _plan(wanted: ExportOptions, given: RunOptions) -> Plan:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qcompress.graph.sites import Placement
     from qcompress_exporters.options import Leftovers
 
+AUTO: Final = "auto"  # measure what layers shall compute in
 # Options that apply to some ways to compute only.
 _COMPUTES: Final[Mapping[str, tuple[Compute, ...]]] = {
     "calibration_method": ("int8",),
@@ -43,6 +44,7 @@ class ExportOptions:
         settings: the class of the plan's settings, which knows the fields of the plan.
         plan_fields: values of the plan's fields by name.
         compute: what layers compute in.
+        measures: whether that shall be measured (AUTO).
         format: the deployment format, or its way to write int8 compute.
         calibration_method: how ranges of activations are found, a key of `posthoc.calibration.METHODS`.
         percentile: for the method of that name.
@@ -80,16 +82,20 @@ class ExportOptions:
     float_leftovers: "Leftovers"
     strict: bool
     on_command_line: frozenset[str]
+    measures: bool = False
 
     @classmethod
     def of(cls, params: Mapping[str, Any], settings: type[Settings]) -> "ExportOptions":
         """Return the record of what click parsed for the current command."""
         source = click.get_current_context().get_parameter_source
+        measures = params["compute"] == AUTO
         return cls(
             settings=settings,
             plan_fields={f.name: params[f.name] for f in settings.fields if f.has_option},
             on_command_line=frozenset(name for name in params if source(name) is ParameterSource.COMMANDLINE),
-            **{f.name: params[f.name] for f in fields(cls) if f.name in params},
+            measures=measures,
+            **{f.name: params[f.name] for f in fields(cls) if f.name in params and f.name != "compute"},
+            compute=None if measures else params["compute"],
         )
 
     @property
@@ -101,6 +107,18 @@ class ExportOptions:
             **{name: value for name, value in given.items() if value is not None},
             synthetic=not self.no_synthetic,
         )
+
+    def settled(self, *, planned: bool) -> "ExportOptions":
+        """Return these options with int8 compute if it shall be measured, and 8 activation bits where nothing is said.
+
+        Args:
+            planned: whether there is a plan, which says what activations have.
+        """
+        if not self.measures:
+            return self
+        known = planned or self.plan_fields.get("activation_bits") is not None
+        plan_fields = dict(self.plan_fields) if known else {**self.plan_fields, "activation_bits": 8}
+        return replace(self, compute="int8", plan_fields=plan_fields)
 
     def check_compute(self, compute: Compute) -> None:
         """Reject options that would have no effect.
@@ -203,9 +221,10 @@ _OWN: Final = options.together(
     click.option("--save-plan", type=options.PATH, metavar="FILE", help="Write the resolved plan to FILE."),
     click.option(
         "--compute",
-        type=click.Choice(get_args(Compute)),
+        type=click.Choice([*get_args(Compute), AUTO]),
         help="What layers compute in. Default: int8 with --activation-bits, else float. dynamic8: matrix products in "
-        "int8, with activation scales found at run time; needs no calibration data.",
+        "int8, with activation scales found at run time; needs no calibration data. auto: int8 (--activation-bits, "
+        "8 by default) for the layers that it makes faster on this machine, if any; --save-plan writes which.",
     ),
     click.option(
         "--format",

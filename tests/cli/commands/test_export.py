@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from qcompress.compressed.model import CompressedModel
+from qcompress_exporters import auto_compute
 from qcompress_exporters.onnx_format import file as onnx_file
 from qcompress_exporters.parity import validate as parity
 from tests.helpers import small_models
@@ -344,9 +345,24 @@ def test_names_and_reports_of_other_ways_to_compute(qcompress, exported, model, 
 
 
 @pytest.mark.usefixtures("traced_once")
+def test_what_is_fastest_is_measured_and_the_saved_plan_repeats_it(qcompress, exported, model, monkeypatch, folder):
+    monkeypatch.setattr(auto_compute, "_SECONDS", 0.2)
+    asked = ("--bits", "8", "--calibration", "test.npz", "--effort", "fast")
+    made = exported("model.pt", *asked, "--compute", "auto", "--save-plan", "plan.toml", "-o", "a.onnx")
+    in_int8 = next(c["weights"] for c in made["auto"]["candidates"] if c["name"] == made["auto"]["picked"])
+    assert [layer["weight"] for layer in made["layers"] if layer["compute"] == "int8"] == list(in_int8)
+    assert made["compute"] == ("int8" if in_int8 else "float")
+    exported("model.pt", *asked[2:], "--plan", "plan.toml", "-o", "b.onnx")
+    assert (folder / "a.onnx").read_bytes() == (folder / "b.onnx").read_bytes()
+    result = qcompress("export", "model.pt", *asked, "--compute", "auto", "--dry-run")
+    assert "measured here, batch 1, one thread: int8 for " in result.stdout
+
+
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--compute", "auto"], "activation_bits needs calibration data to find the ranges of activations; add "),
         (["--activation-bits", "8"], "activation_bits needs calibration data to find the ranges of activations; add "),
         (["--compute", "int8"], "compute int8 needs activation_bits for at least one layer; add --activation-bits"),
         (["--format", "qdq"], "format qdq applies to compute int8 only, but this is compute float; remove format, or "),
