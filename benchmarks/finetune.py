@@ -129,9 +129,9 @@ def asked(names: list[str], seeds: int) -> Iterator[tuple[str, int]]:
 
 def command(folder: Path, row: Row, epochs: int, seed: int) -> list[str]:
     """Return the command line of a row, without its output."""
-    model = "start" if row.start is not None else str(folder / NET.weights)
+    float_net = [str(folder / NET.weights), "--arch", f"{folder}/{NET.arch}"]
     return [
-        "qcompress", "finetune", model, "--arch", f"{folder}/{NET.arch}",
+        "qcompress", "finetune", *(float_net if row.start is None else ["start"]),
         "--data", f"{folder}/cifar10jpeg_small.npz:train_x", "--transform", transform(folder),
         "--augment", "flip,crop:2", *shlex.split(row.options), "--epochs", str(epochs), "--seed", str(seed),
     ]  # fmt: skip
