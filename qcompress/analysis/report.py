@@ -23,7 +23,8 @@ class TensorReport:
         shape: its shape.
         dtype: numpy name of its dtype.
         nbytes: its current size in bytes.
-        nbytes_at: bytes at each of WIDTHS: packed codes and one float32 table, or `nbytes` if that is not larger.
+        nbytes_at: bytes at each of WIDTHS: packed codes and one float32 table, or `nbytes` if that is not larger; 0 for
+            a part of a weight that export computes.
         stays: why it is not compressed at any width; None for a weight that is compressed.
         aliases: further names of the same tensor.
         statistics: statistics of its finite values.

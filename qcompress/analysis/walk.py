@@ -11,8 +11,9 @@ from qcompress.analysis.moments import statistics
 from qcompress.analysis.report import WIDTHS, AnalysisReport, TensorReport
 from qcompress.artifacts.size import nbytes_at
 from qcompress.errors import SourceError
-from qcompress.kinds import UNKNOWN, WEIGHT_KINDS, kind_without_layer
-from qcompress.sources.base import LazyArray, Source, SourceTensor
+from qcompress.kinds import UNKNOWN, WEIGHT_KINDS
+from qcompress.sources.base import Source, SourceTensor
+from qcompress.sources.state_names import Shapes, is_weight_by_name, shapes_by_name, weight_computed_from
 
 _FLOATS: Final = ("float64", "float32", "float16", "bfloat16")
 
@@ -41,7 +42,9 @@ def analyze(model: Any) -> AnalysisReport:
 
 def walk(source: Source) -> Iterator[TensorReport]:
     """Yield a report on each tensor of a source, in its order."""
-    return (_report(tensor) for tensor in source.tensors())
+    tensors = list(source.tensors())  # their values are read one at a time
+    shapes = shapes_by_name(tensors)
+    return (_report(tensor, shapes) for tensor in tensors)
 
 
 def report_of(source: Source, tensors: Iterable[TensorReport]) -> AnalysisReport:
@@ -56,13 +59,16 @@ def report_of(source: Source, tensors: Iterable[TensorReport]) -> AnalysisReport
     return AnalysisReport(model=source.label, original_bytes=source.original_bytes, sha256=source.sha256, tensors=found)
 
 
-def _report(tensor: SourceTensor) -> TensorReport:
+def _report(tensor: SourceTensor, shapes: Shapes) -> TensorReport:
     array = tensor.array
     count = math.prod(array.shape)
-    stays = _stays(tensor.kind, array)
     # A 4-bit float takes a byte in numpy and half a byte in most files; sizes are those in numpy.
     nbytes = count * np.dtype(array.dtype).itemsize
-    at = {bits: nbytes if stays else nbytes_at(count, bits, nbytes) for bits in WIDTHS}
+    weight, stays = weight_computed_from(tensor.name, shapes), _stays(tensor, shapes)
+    if weight is not None:
+        at, stays = dict.fromkeys(WIDTHS, 0), f"export computes it into {weight}"
+    else:
+        at = {bits: nbytes if stays else nbytes_at(count, bits, nbytes) for bits in WIDTHS}
     if stays is None and min(at.values()) == nbytes:
         stays = "too small: codes and table would not save bytes"
     return TensorReport(
@@ -78,10 +84,9 @@ def _report(tensor: SourceTensor) -> TensorReport:
     )
 
 
-def _stays(kind: str, array: LazyArray) -> str | None:
+def _stays(tensor: SourceTensor, shapes: Shapes) -> str | None:
     """Return why a tensor is not compressed at any width; None for a weight."""
-    if array.dtype not in _FLOATS:
-        return f"{array.dtype} is not compressed"
-    if kind == UNKNOWN:  # in a bare state dict, what counts along a single axis is a bias, a scale or a statistic
-        kind = kind_without_layer(tuple(array.shape))
-    return None if kind in WEIGHT_KINDS else "not a weight"
+    if tensor.array.dtype not in _FLOATS:
+        return f"{tensor.array.dtype} is not compressed"
+    is_weight = tensor.kind in WEIGHT_KINDS or (tensor.kind == UNKNOWN and is_weight_by_name(tensor.name, shapes))
+    return None if is_weight else "not a weight"

@@ -10,6 +10,7 @@ from qcompress.errors import SourceError, did_you_mean
 from qcompress.graph.conversion import to_torch
 from qcompress.graph.options import ProgramOptions
 from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
+from qcompress.sources.state_names import kind_by_name, shapes_by_name
 from qcompress.user_code import build_module
 
 if TYPE_CHECKING:
@@ -54,13 +55,17 @@ def module_of_state_dict(tensors: Iterable[SourceTensor], source: SourceOptions,
 
 
 def with_kinds_of(tensors: Iterable[SourceTensor], source: SourceOptions, label: str) -> Iterator[SourceTensor]:
-    """Yield the tensors of a state dict; if an architecture is given, with its kinds and in its order."""
+    """Yield the tensors of a state dict; if an architecture is given, with its kinds and in its order.
+
+    Without it, the kinds are unknown but for those that names tell.
+    """
+    kept = list(tensors)
     if source.arch is None:
-        yield from tensors
+        shapes = shapes_by_name(kept)
+        yield from (replace(tensor, kind=kind_by_name(tensor.name, shapes)) for tensor in kept)
         return
     from qcompress.graph.symbolic import kinds_of
 
-    kept = list(tensors)
     kinds = kinds_of(module_of_state_dict(kept, source, label))
     order = {name: i for i, name in enumerate(kinds)}
     for tensor in sorted(kept, key=lambda t: order.get(t.name, len(order))):

@@ -1,4 +1,7 @@
-"""The kinds of weights are those that compression finds, whatever form of the model is asked: module, graph or file."""
+"""The kinds of weights are those that compression finds, whatever form of the model is asked: module, graph or file.
+
+State dicts without an architecture have names and shapes only, and promise no more than an export of the module gives.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,14 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
+from qcompress.analysis import analyze
+from qcompress.artifacts.float_weight import FloatWeight
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.quiet import quiet_torch
 from qcompress.graph.symbolic import kinds_of
 from qcompress.graph.tensors import program_tensors
 from qcompress.graph.tracing import from_module
 from qcompress.openers import load_source
+from qcompress.plan.plan import Plan
+from qcompress.posthoc.compress import compress_program
+from qcompress.posthoc.settings import PosthocSettings
 from qcompress.sources.base import Source
 
 LISTED = "parametrizations.weight.original"
@@ -204,6 +212,102 @@ def test_every_form_of_a_model_names_the_same_weights(name: str, tmp_path: Path)
     assert weights(load_source(exported)) == wanted
     torch.export.save(exported, tmp_path / "m.pt2")
     assert weights(load_source(tmp_path / "m.pt2")) == wanted
+
+
+class LowRank(nn.Module):
+    """A parametrization with matrices of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(16, 2)), nn.Parameter(torch.randn(2, 16))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.a @ self.b
+
+
+class Gates(nn.Module):
+    """A cell with weights under names that weight_norm uses, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_g, self.w_v = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.w_g).sigmoid() * (x @ self.w_v)
+
+
+def parametrized(layer: nn.Module, part: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(layer, "weight", part)
+
+
+def tied() -> nn.Module:
+    net = TiedHeadFirst()
+    del net.unused  # a state dict cannot tell
+    return net
+
+
+def norm_of_images() -> nn.Module:
+    norm = Net(lambda m, x: x * m.weight + m.bias, weight=(1, 8, 1, 1), bias=(1, 8, 1, 1))
+    return nn.Sequential(nn.Conv2d(4, 8, 1), norm)
+
+
+def old_spectral_norm() -> nn.Module:
+    return nn.utils.spectral_norm(nn.Conv2d(4, 8, 3))
+
+
+def recurrent(layer: Callable[..., nn.Module], **options: object) -> nn.Module:
+    return Net(lambda m, x: m.layer(x)[0], layer=layer(16, 8, batch_first=True, **options))
+
+
+# Modules whose state dicts tell by themselves which tensors are weights.
+BARE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    **{name: NETS[name][:2] for name in ("convolutions", "attention", "a decoder", "a mask")},
+    **{name: NETS[name][:2] for name in ("recurrent", "weight norm", "weight norm as it was", "spectral norm")},
+    "spectral norm as it was": (old_spectral_norm, IMAGES),
+    "one output, one input": (lambda: nn.Sequential(nn.Linear(16, 1), nn.Linear(1, 16)), ROWS),
+    "a norm of images": (norm_of_images, IMAGES),
+    "tied": (tied, IDS),
+    "a table": (lambda: Net(lambda m, x: (x + m.at) * m.scale, at=(5, 16), scale=(1, 1, 16)), SENTENCES),
+    "BatchNorm": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8)), IMAGES),
+    "a bias with a mask, too": (lambda: prune.random_unstructured(pruned(nn.Linear(16, 8)), "bias", 0.5), ROWS),
+    "an orthogonal weight": (lambda: parametrizations.orthogonal(nn.Linear(16, 16)), ROWS),
+    "an update by a parametrization": (lambda: parametrized(nn.Linear(16, 16), LowRank()), ROWS),
+    "two parametrizations": (lambda: parametrizations.spectral_norm(parametrized(nn.Linear(16, 16), LowRank())), ROWS),
+    "weight norm of the whole": (lambda: parametrizations.weight_norm(nn.Linear(16, 8), dim=None), ROWS),
+    "weights called as in weight norm": (Gates, ROWS),
+    "LSTM with projections in both directions": (
+        lambda: recurrent(nn.LSTM, proj_size=4, num_layers=2, bidirectional=True),
+        SENTENCES,
+    ),
+    "GRU": (lambda: recurrent(nn.GRU, bidirectional=True), SENTENCES),
+    "RNN with weight norm": (lambda: parametrizations.weight_norm(nn.RNNCell(16, 8), "weight_hh"), ROWS),
+    "RNN with a mask": (lambda: prune.l1_unstructured(nn.RNNCell(16, 8), "weight_ih", 0.5), ROWS),
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_a_state_dict_promises_what_export_gives(name: str, tmp_path: Path) -> None:
+    make, shape = BARE[name]
+    net, random = make().eval(), np.random.default_rng(0)
+    x = random.integers(0, 40, shape) if shape == IDS else random.standard_normal(shape).astype(np.float32)
+    program = from_module(net, ProgramOptions(inputs={"x": x}))
+    small = compress_program(program, Plan.from_flags(bits=3), PosthocSettings(effort="fast"))
+    given = {name: a.nbytes for name, a in small.artifacts.items() if not isinstance(a, FloatWeight)}
+    torch.save(net.state_dict(), tmp_path / "m.pt")
+    for model in (net.state_dict(), tmp_path / "m.pt"):
+        promised = {t.name: t.nbytes_at[3] for t in analyze(model).tensors if 0 < t.nbytes_at[3] < t.nbytes}
+        assert promised == given
+    recurrent_names = {tensor.name for tensor in program_tensors(program) if tensor.kind == "recurrent"}
+    told = {tensor.name: tensor.kind for tensor in load_source(net.state_dict()).tensors()}
+    assert {name for name, kind in told.items() if kind == "recurrent"} == recurrent_names
+
+
+def test_parts_of_a_weight_cost_nothing_beside_it() -> None:
+    net = pruned(parametrizations.weight_norm(nn.Linear(64, 64), "bias", dim=None))
+    for model in (net, net.state_dict()):
+        mask = next(t for t in analyze(model).tensors if t.name == "weight_mask")
+        assert (mask.kind, mask.stays) == ("other", "export computes it into weight_orig")
+        assert set(mask.nbytes_at.values()) == {0}
 
 
 def test_a_forward_leaves_no_trace_in_its_module() -> None:

@@ -62,7 +62,8 @@ def command(json: bool, quiet: bool, **params: Any) -> None:
 
     This runs no code from MODEL, so it is safe for files that you do not trust. Your own code runs only if --arch is
     on the command line (an arch in the project's config is ignored); it tells which tensors of a state dict are
-    weights. Without it, tensors of two or more axes count as weights.
+    weights. Without it, names and shapes tell: tensors that count along two or more axes are weights, except those from
+    which export computes another one.
     """
     ui = Ui(json=json, quiet=quiet)
     source = open_model(replace(run_options(params), arch=params["arch"]), ui)

@@ -37,7 +37,7 @@ def command(json: bool, quiet: bool, **params: Any) -> None:
 
 def _summary(tensors: list[SourceTensor]) -> str:
     if any(tensor.kind == UNKNOWN for tensor in tensors):
-        return f"{counted(len(tensors), 'tensor')}; a bare state dict does not tell their kinds; add --arch."
+        return f"{counted(len(tensors), 'tensor')}; a bare state dict does not tell all kinds; add --arch."
     weights = [tensor for tensor in tensors if tensor.kind in WEIGHT_KINDS]
     return f"{counted(len(tensors), 'tensor')}, {len(weights)} of them weights that a plan can compress."
 

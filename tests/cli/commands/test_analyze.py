@@ -69,7 +69,7 @@ def test_inspect_lists_names_kinds_and_shapes(qcompress, weights):
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["features.0.weight", "unknown", "16x3x3x3", "float32", "432"] in rows
     assert [LONG, "unknown", "32x32", "float16", "1,024"] in rows
-    assert "5 tensors; a bare state dict does not tell their kinds; add --arch." in result.stdout
+    assert "5 tensors; a bare state dict does not tell all kinds; add --arch." in result.stdout
 
 
 def test_inspect_shows_tied_names_and_kinds(qcompress, folder):
