@@ -12,6 +12,7 @@ from typing import Self, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qcompress.compressed.model import CompressedModel
 from qcompress.graph.batchnorm import NormTensors, absorbed_norms
@@ -111,13 +112,17 @@ class BiasSteps:
         if not self.biases:
             return {}
         exact_N, rounded_N = self._rounded(tensors, scales)
-        found = {}
+        found: dict[str, Tensor] = {}
         split = (torch.split(values_N, self._channels) for values_N in (rounded_N, rounded_N - exact_N))
         for bias, rounded_O, moved_O in zip(self.biases, *split, strict=True):
-            name = bias.name if bias.norm is None else bias.norm.beta
-            value_O = rounded_O if bias.norm is None else tensors[name].detach() + moved_O
-            found[name] = straight_through(tensors[name], value_O.to(tensors[name].dtype))
-        return found
+            if bias.norm is None:
+                found[bias.name] = rounded_O
+            else:  # β of the channels of other layers stays as it is
+                name, first = bias.norm.beta, bias.norm.first
+                beta = found.get(name, tensors[name].detach())
+                behind = len(beta) - first - bias.channels
+                found[name] = beta + functional.pad(moved_O, (first, behind)) if first or behind else beta + moved_O
+        return {name: straight_through(tensors[name], value.to(tensors[name].dtype)) for name, value in found.items()}
 
     @torch.no_grad()
     def _rounded(self, tensors: Mapping[str, Tensor], scales: Scales) -> tuple[Tensor, Tensor]:
@@ -130,7 +135,10 @@ class BiasSteps:
         def norm(attribute: str, default: Tensor) -> Tensor:
             def tensor(bias: SteppedBias) -> Tensor:
                 name = None if bias.norm is None else getattr(bias.norm, attribute)
-                return default if name is None else tensors[name]
+                if bias.norm is None or name is None:
+                    return default
+                whole, first = tensors[name], bias.norm.first
+                return whole if len(whole) == bias.channels else whole[first : first + bias.channels]
 
             return joined(tensor).double()
 

@@ -22,7 +22,7 @@ from qcompress.finetune.compiling import Compiler
 from qcompress.finetune.finalize import Parts, compressed, drop_notes, left_out_notes
 from qcompress.finetune.live_graph import AtSites, LiveGraph, LiveGraphs
 from qcompress.finetune.methods import Methods, ObservedSite
-from qcompress.graph.batchnorm import unfolded_names
+from qcompress.graph.batchnorm import unfolded_names, with_split_norms
 from qcompress.graph.marks import mark, padded_inputs
 from qcompress.graph.sites import OUTPUT
 from qcompress.graph.widths import activation_widths, widths_text
@@ -52,9 +52,10 @@ class Prepared(nn.Module):
         self._notes: tuple[str, ...] = ()
         self._is_settled = False
         self._bias_steps: BiasSteps | None = None  # made when they are first needed
-        names = unfolded_names(parts.program, parts.folded)
+        program = with_split_norms(parts.program)
+        names = unfolded_names(program, parts.folded)
         keys = [(names.get(s.name, s.name) if s.index == OUTPUT else s.name, s.index) for s in parts.sites]
-        marked = mark(parts.program, keys)
+        marked = mark(program, keys)
         self._free = {i for i in padded_inputs(marked) if parts.sites[i].bits <= _FEW}
         self._graphs = LiveGraphs(marked)
         self._places = {n: place for n in self._graphs.tensors if (place := place_of(model, n)) is not None}

@@ -49,14 +49,37 @@ class Block(nn.Module):
         return self.head(self.down_norm(self.down(x)).relu().mean((2, 3)))
 
 
+class MixConv(nn.Module):
+    """Depthwise convolutions whose outputs are joined, and a BatchNorm behind them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.small = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
+        self.large = nn.Conv2d(4, 6, 5, padding=2, groups=2)
+        self.norm, self.head = nn.BatchNorm2d(10), nn.Linear(10, 4)
+        with torch.no_grad():
+            self.norm.weight[::3] *= -1
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.stem_norm(self.stem(image)).relu()
+        a, b = x.split(4, 1)
+        return self.head(self.norm(torch.cat([self.small(a), self.large(b)], 1)).relu().mean((2, 3)))
+
+
 def plain() -> nn.Module:
     """Returns a net without BatchNorm."""
     layers = nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.Flatten()
     return nn.Sequential(*layers, nn.Linear(72, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
-NETS = {"plain": plain, "block": Block}
-QUICK = [("plain", "W2A2"), ("block", "W4A4"), ("block", "N2UQ"), ("block", "DKM")]
+NETS = {"plain": plain, "block": Block, "mixconv": MixConv}
+# Layers, the BatchNorms that they absorb, and their channels in these.
+NORMS = {
+    Block: [(c, n, slice(None)) for c, n in (("stem", "stem_norm"), ("conv", "norm"), ("down", "down_norm"))],
+    MixConv: [("stem", "stem_norm", slice(None)), ("small", "norm", slice(4)), ("large", "norm", slice(4, 10))],
+}
+QUICK = [("plain", "W2A2"), ("mixconv", "W4A4"), ("block", "W4A4"), ("block", "N2UQ"), ("block", "DKM")]
 TRAINED = [
     pytest.param(net, method, marks=() if (net, method) in QUICK else pytest.mark.slow)
     for net in NETS
@@ -150,13 +173,15 @@ def folded_biases(tuned):
     found = {name: place.used() for name, place in tuned._places.items()}
     found |= tuned._steps().used(found, tuned._scales(tuned._steps()))
     seen = {name: value.detach().double().numpy() for name, value in found.items()}
-    if not isinstance(tuned.model, Block):
+    if type(tuned.model) not in NORMS:
         return {name: value for name, value in seen.items() if name.endswith("bias")}
     found = {"head.bias": seen["head.bias"]}
-    for conv, norm in (("stem", "stem_norm"), ("conv", "norm"), ("down", "down_norm")):
-        factor = seen[f"{norm}.weight"] / np.sqrt(seen[f"{norm}.running_var"] + 1e-5)
+    for conv, norm, channels in NORMS[type(tuned.model)]:
+        weight, bias, mean, variance = (
+            seen[f"{norm}.{part}"][channels] for part in ("weight", "bias", "running_mean", "running_var")
+        )
         own = seen.get(f"{conv}.bias", 0.0)
-        found[f"{conv}.bias"] = seen[f"{norm}.bias"] + (own - seen[f"{norm}.running_mean"]) * factor
+        found[f"{conv}.bias"] = bias + (own - mean) * weight / np.sqrt(variance + 1e-5)
     return found
 
 

@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from qcompress.errors import ConfigError, DataError, SourceError
-from qcompress.graph.batchnorm import fold_batchnorm
+from qcompress.graph.batchnorm import fold_batchnorm, unfolded_names, with_split_norms
 from qcompress.graph.layers import weight_layers
+from qcompress.graph.nodes import row_of
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.tracing import from_exported, from_module
@@ -338,8 +339,125 @@ class ReadTwice(nn.Module):
 def test_batchnorm_that_cannot_be_folded_stays_and_is_told(net: nn.Module, left: int) -> None:
     program = traced(randomized(net), x=image())
     folded = fold_batchnorm(program)
-    assert sum("stays a BatchNormalization" in note for note in folded.notes) == left
+    assert sum(row_of(n).normalizes for n in folded.exported.graph.nodes) == left
+    stay = {
+        0: [],
+        1: ["batch_norm stays a BatchNormalization"],
+        2: ["batch_norm, batch_norm_1 stay BatchNormalizations"],
+    }
+    why = ": the layer in front of it has other users, or cannot absorb it."
+    assert [note for note in folded.notes if "BatchNorm" in note] == [start + why for start in stay[left]]
     assert_same_function(program, folded, {"x": image(4, seed=1)})
+
+
+class Mixed(nn.Module):
+    """A MixConv: parts of the channels go through convolutions of their own, and one BatchNorm follows them all."""
+
+    def __init__(self, parts: list[nn.Module], *, width: int = 12, between: nn.Module | None = None) -> None:
+        super().__init__()
+        self.parts, self.between = nn.ModuleList(parts), between
+        self.norm, self.head = nn.BatchNorm2d(width), nn.Conv2d(width, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pieces = [part(piece) for part, piece in zip(self.parts, x.chunk(len(self.parts), 1), strict=True)]
+        joined = torch.cat(pieces, 1)
+        y = self.norm(joined if self.between is None else self.between(joined)).relu()
+        return self.head(y)
+
+
+def depthwise(size: int) -> nn.Module:
+    return nn.Conv2d(4, 4, size, padding=size // 2, groups=4, bias=False)
+
+
+def chained(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer, nn.BatchNorm2d(4))
+
+
+def twice(layer: nn.Module) -> list[nn.Module]:
+    return [layer, depthwise(5), layer]
+
+
+@pytest.mark.parametrize(
+    ("parts", "options"),
+    [
+        ([depthwise(3), depthwise(5), depthwise(1)], {}),
+        ([nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Conv2d(4, 2, 1, bias=False), depthwise(3)], {}),
+        ([nn.ConvTranspose2d(4, 8, 3, padding=1, groups=2), nn.ConvTranspose2d(4, 2, 1), nn.Conv2d(4, 2, 1)], {}),
+        ([chained(depthwise(3)), depthwise(5), chained(nn.Conv2d(4, 4, 1))], {}),
+        ([depthwise(3), depthwise(5), depthwise(1)], {"between": nn.BatchNorm2d(12)}),
+    ],
+    ids=["depthwise", "groups and widths", "transposed", "norms of their own", "two norms"],
+)
+def test_layers_that_are_joined_absorb_their_channels_of_a_batchnorm(
+    parts: list[nn.Module], options: dict[str, Any]
+) -> None:
+    program = traced(randomized(Mixed(parts, **options)), x=image(shape=(12, 8, 8)))
+    folded = fold_batchnorm(program)
+    assert not [n for n in folded.exported.graph.nodes if row_of(n).normalizes]
+    assert not [name for name in folded.state() if "norm" in name]
+    assert folded.notes == program.notes
+    x = {"x": image(3, seed=1, shape=(12, 8, 8))}
+    assert_same_function(program, folded, x, tolerance=2e-6)
+    split = with_split_norms(program)
+    assert_same_function(program, split, x, tolerance=0)
+    names = unfolded_names(split, folded)
+    joined = {n.name for n in folded.exported.graph.nodes if row_of(n).joins}
+    values = {n.name for n in split.exported.graph.nodes}
+    assert joined <= names.keys()
+    assert {*names.values()} <= values
+    layers = {layer.node.name for name, layer in weight_layers(folded).items() if name.startswith("parts")}
+    assert layers <= names.keys()
+    assert len(layers) == 3
+
+
+def test_channels_are_folded_in_float64() -> None:
+    net = randomized(Mixed([nn.Conv2d(4, 6, 1, groups=2), nn.Conv2d(4, 6, 1, bias=False)]))
+    folded = fold_batchnorm(traced(net, x=image(shape=(8, 8, 8)))).state()
+    norm = net.norm
+    factor = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    for i, own in enumerate((slice(6), slice(6, 12))):
+        conv = net.parts[i]
+        bias = 0.0 if conv.bias is None else conv.bias.double()
+        weight = conv.weight.double() * factor[own].view(-1, 1, 1, 1)
+        assert torch.equal(folded[f"parts.{i}.weight"], weight.float())
+        shift = norm.bias.double() - norm.running_mean.double() * factor
+        assert torch.equal(folded[f"parts.{i}.bias"], (shift[own] + bias * factor[own]).float())
+
+
+@pytest.mark.parametrize(
+    ("net", "why"),
+    [
+        (
+            Mixed([depthwise(3), nn.AvgPool2d(3, 1, 1), depthwise(5)]),
+            "has parts that are no convolutions or linear layers",
+        ),
+        (Mixed(twice(depthwise(3))), "has parts with other users, or that cannot absorb it"),
+    ],
+)
+def test_batchnorm_behind_other_things_that_are_joined_stays_and_is_told(net: Mixed, why: str) -> None:
+    width = 4 * len(net.parts)
+    program = traced(randomized(net), x=image(shape=(width, 8, 8)))
+    folded = fold_batchnorm(program)
+    assert folded.notes == (f"batch_norm stays a BatchNormalization: the concatenation in front of it {why}.",)
+    assert_same_function(program, folded, {"x": image(3, seed=1, shape=(width, 8, 8))})
+
+
+def test_a_concatenation_that_is_read_twice_keeps_its_batchnorms_and_one_note_names_them() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            joined = torch.cat([self.a(x), self.b(x)], 1)
+            return sum(norm(joined) for norm in self.norms)  # type: ignore[return-value]
+
+    folded = fold_batchnorm(traced(randomized(Dense()), x=image()))
+    assert folded.notes == (
+        "batch_norm, batch_norm_1, batch_norm_2 and 2 others stay BatchNormalizations: the concatenation in front of "
+        "it has other users.",
+    )
 
 
 def test_a_folded_program_survives_saving() -> None:

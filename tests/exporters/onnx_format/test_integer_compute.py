@@ -77,6 +77,41 @@ def test_the_widths_of_a_scheme_run_the_same_operators():
     assert all(found == ops[0] for found in ops)
 
 
+class MixConv(nn.Module):
+    """Two mixed depthwise convolutions between plain ones: a BatchNorm follows each concatenation."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 8, 1)
+        self.parts = nn.ModuleList(nn.Conv2d(6, 6, k, padding=k // 2, groups=6, bias=False) for k in (3, 5))
+        self.more = nn.ModuleList(nn.Conv2d(4, 6, k, padding=k // 2, groups=2) for k in (3, 1))
+        self.norm, self.norm2, self.head = nn.BatchNorm2d(12), nn.BatchNorm2d(12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = self.norm(torch.cat([f(part) for f, part in zip(self.parts, x.chunk(2, 1), strict=True)], 1)).relu()
+        x = self.down(x)
+        x = self.norm2(torch.cat([f(part) for f, part in zip(self.more, x.chunk(2, 1), strict=True)], 1)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("form", ["qdq", "integer"])
+def test_joined_convolutions_leave_no_batchnorm_between_integer_layers(form, tmp_path):
+    program = traced(randomized(MixConv()), x=image())
+    data = Dataset(inputs={"x": image(32, seed=1)}, name="c.npz")
+    model = compress_program(program, Plan.from_flags(bits=8, activation_bits=8), calibration=data)
+    built = build(model_exact_here(model), format=form)
+    assert {layer.compute for layer in built.report.layers} == {"int8"}
+    assert not [note for note in built.report.notes if "BatchNormalization" in note]
+    ops = optimized_ops(built.data)
+    assert ops["QLinearConv"] == 6
+    assert ops["QLinearConcat"] == 2
+    assert not ops["BatchNormalization"] + ops["Conv"] + ops["FusedConv"]
+    built.write(tmp_path / "net.onnx")
+    report = validate(program, tmp_path / "net.onnx", Dataset(inputs={"x": image(64, seed=2)}, name="x.npz"))
+    assert report.ok, [c for c in report.checks if not c.ok]
+
+
 def test_weights_are_packed():
     eight, two = (build(compressed(bits)).report.size for bits in (8, 2))
     weights = 8 * 3 * 9 + 2 * 8 * 8 * 9 + 8 * 5
