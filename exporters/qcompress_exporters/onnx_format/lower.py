@@ -106,7 +106,7 @@ def lower_integer(
 
     Returns:
         The model. The codes of site i are called `q<i>`. Weights of integer layers go by their qualified names as
-        int8, their scales by that name and `_scale`; int32 biases by theirs.
+        int8, int32 biases by theirs. The digest of such a weight is followed by the name of its scale.
     """
     model = trace.at_opset(opset, marked=True)
     HoistMarks(trace.state_names)(model)
@@ -169,4 +169,5 @@ def _finished(model: ir.Model, tensors: Tensors, layers: Iterable[LayerReport], 
             del graph.initializers[name]
     passes = common.TopologicalSortPass(), common.RemoveUnusedOpsetsPass(), ShortenNames(keep)
     ir.passes.Sequential(*passes)(model)
+    tensors.sign_codes()
     return Lowered(ir.to_proto(model), tensors.encodings, tuple(layers))

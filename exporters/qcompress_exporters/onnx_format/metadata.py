@@ -172,10 +172,22 @@ def serialize(model: onnx.ModelProto, metadata: Mapping[str, str] | None = None)
 def sites_text(compute: str, sites: Iterable[tuple[str, int]]) -> str:
     """Return the metadata text for the sites of a file: `["int8", "x", "relu", ["fc.weight", 0]]`.
 
-    >>> sites_text("int8", [("x", -1), ("fc.weight", 0)])
-    '["int8","x",["fc.weight",0]]'
+    Many names are numbered: i in the place of a name is the name of entry i with the next number.
+
+    >>> sites_text("int8", [("x", -1), ("relu", -1), ("relu_1", -1), ("relu_2", -1), ("fc.weight", 0)])
+    '["int8","x","relu",1,1,["fc.weight",0]]'
     """
-    entries = [name if index < 0 else [name, index] for name, index in sites]
+    entries: list[str | int | list[str | int]] = []
+    numbered = _Numbered()
+    for position, (name, index) in enumerate(sites):
+        if index >= 0:
+            entries.append([name, index])
+        elif (first := numbered.followed(name)) is not None:
+            entries.append(first)
+            numbered.next(first)
+        else:
+            entries.append(name)
+            numbered.start(position, name)
     return json.dumps([compute, *entries], separators=(",", ":"))
 
 
@@ -185,15 +197,50 @@ def sites_from(text: str) -> tuple[str, list[tuple[str, int]]]:
     Raises:
         SourceError: `sites_text` did not write the text.
 
-    >>> sites_from('["int8","x",["fc.weight",0]]')
-    ('int8', [('x', -1), ('fc.weight', 0)])
+    >>> sites_from('["int8","x","relu_3",1,["fc.weight",0]]')
+    ('int8', [('x', -1), ('relu_3', -1), ('relu_4', -1), ('fc.weight', 0)])
     """
+    sites: list[tuple[str, int]] = []
+    numbered = _Numbered()
     try:
         compute, *entries = json.loads(text)
-        sites = [(e, -1) if isinstance(e, str) else (str(e[0]), int(e[1])) for e in entries]
+        for position, entry in enumerate(entries):
+            if isinstance(entry, str):
+                numbered.start(position, entry)
+                sites.append((entry, -1))
+            else:
+                sites.append((numbered.next(entry), -1) if isinstance(entry, int) else (str(entry[0]), int(entry[1])))
     except (ValueError, LookupError, TypeError, RecursionError):
         raise SourceError(f"The file's metadata {SITES} is damaged: export it again.") from None
     return str(compute), sites
+
+
+class _Numbered:
+    """The last number of each name, by the entry that began it: `relu` has number 0, `relu_1` number 1."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[str, int]] = {}
+        self._follower: dict[str, int] = {}  # the next name, and its entry
+
+    def start(self, position: int, name: str) -> None:
+        """Begin to count at an entry that is written out."""
+        stem, _, number = name.rpartition("_")
+        is_numbered = bool(stem) and number.isascii() and number.isdecimal() and number[0] != "0" and len(number) < 10
+        self._note(position, *((stem, int(number)) if is_numbered else (name, 0)))
+
+    def followed(self, name: str) -> int | None:
+        """Return the entry whose next name this is."""
+        return self._follower.get(name)
+
+    def next(self, position: int) -> str:
+        """Count on from an entry; return its next name."""
+        stem, number = self._last[position]
+        self._note(position, stem, number + 1)
+        return f"{stem}_{number + 1}"
+
+    def _note(self, position: int, stem: str, number: int) -> None:
+        self._last[position] = stem, number
+        self._follower[f"{stem}_{number + 1}"] = position
 
 
 class GridEntry(NamedTuple):

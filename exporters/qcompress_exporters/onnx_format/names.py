@@ -65,7 +65,7 @@ def code_zero_point_name(site: int) -> str:
 
 
 def scale_name(weight: str) -> str:
-    """Return the name of the scale of a weight's int8 codes.
+    """Return what the scale of a weight's int8 codes is called when it is checked; in the file its name is short.
 
     >>> scale_name("fc.weight")
     'fc.weight_scale'
@@ -95,9 +95,9 @@ def reserved_names(weights: Iterable[str], sites: int) -> set[str]:
     """Return every name that a file for integer compute may look up, so that no short name takes one.
 
     >>> sorted(reserved_names(["w"], 1))
-    ['q0', 's0', 'w_bias0', 'w_offset0', 'w_scale', 'z0']
+    ['q0', 's0', 'w_bias0', 'w_offset0', 'z0']
     """
     names = {text(site) for text in (code_name, code_scale_name, code_zero_point_name) for site in range(sites)}
     for weight in weights:
-        names |= {scale_name(weight)} | {text(weight, i) for text in (bias_name, offset_name) for i in range(sites)}
+        names |= {text(weight, i) for text in (bias_name, offset_name) for i in range(sites)}
     return names

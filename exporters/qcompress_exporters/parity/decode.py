@@ -1,7 +1,7 @@
 """Decodes the tensors of our files with onnxruntime, and compares them with the digests in the file."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy.typing as npt
 import onnx
@@ -9,34 +9,59 @@ from onnx import numpy_helper
 
 from qcompress.errors import SourceError
 from qcompress_exporters.onnx_format.digests import tensor_digest
+from qcompress_exporters.onnx_format.names import scale_name
 from qcompress_exporters.parity.sessions import run, session
 
 _DIGEST_LENGTH: Final = 11
 _CHUNK: Final = 64  # tensors decoded at a time, so that memory stays bounded
 
 
-def digests(model: onnx.ModelProto) -> dict[str, str]:
-    """Return the digests of all tensors by qualified name, which export computed before lowering."""
+class Signed(NamedTuple):
+    """A tensor that carries its digest.
+
+    Args:
+        value: its name in the file.
+        digest: which export computed before lowering.
+    """
+
+    value: str
+    digest: str
+
+
+def signed(model: onnx.ModelProto) -> dict[str, Signed]:
+    """Return the tensors with digests by qualified name; scales of int8 weights by `names.scale_name`."""
     graph = model.graph
-    nodes = {n.output[0]: n.doc_string for n in graph.node if len(n.doc_string) == _DIGEST_LENGTH}
-    return nodes | {t.name: t.doc_string for t in graph.initializer if len(t.doc_string) == _DIGEST_LENGTH}
+    texts = {node.output[0]: node.doc_string for node in graph.node} | {t.name: t.doc_string for t in graph.initializer}
+    found = {name: Signed(name, text) for name, text in texts.items() if len(text) == _DIGEST_LENGTH}
+    for name, text in texts.items():
+        digest, scale = text[:_DIGEST_LENGTH], text[_DIGEST_LENGTH:]
+        if scale in found:
+            found[name] = Signed(name, digest)
+            found[scale_name(name)] = found.pop(scale)
+    return found
+
+
+def digests(model: onnx.ModelProto) -> dict[str, str]:
+    """Return the digests of all tensors, by their names as in `signed`."""
+    return {name: tensor.digest for name, tensor in signed(model).items()}
 
 
 def decoded(model: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
-    """Return every tensor as onnxruntime decodes it, by qualified name.
+    """Return every tensor as onnxruntime decodes it, by its name as in `signed`.
 
     Raises:
         SourceError: the file carries no digests, or onnxruntime cannot decode a tensor.
     """
-    names = set(digests(model))
-    if not names:
+    found = signed(model)
+    if not found:
         raise SourceError("The file carries no digests of its tensors: export it again.")
+    names = {tensor.value for tensor in found.values()}
     values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name in names}
     computed = sorted(names - set(values))
     for start in range(0, len(computed), _CHUNK):
         part = _decoder(model, computed[start : start + _CHUNK])
         values |= run(session(part.SerializeToString(), "exact"), {})
-    return values
+    return {name: values[tensor.value] for name, tensor in found.items()}
 
 
 def mismatches(model: onnx.ModelProto, values: Mapping[str, npt.NDArray[Any]]) -> list[str]:

@@ -124,3 +124,19 @@ def test_attributes_that_say_the_default_go() -> None:
     }""")
     DropDefaultAttributes()(model)
     assert {name: a.value for name, a in model.graph[0].attributes.items()} == {"pads": (1, 1, 1, 1)}
+
+
+def test_attributes_without_effect_go() -> None:
+    model = ir.from_onnx_text("""<ir_version: 8, opset_import: ["" : 18]>
+    g (float[n, 6] x, float[6] w, int64[2] known) => (float[m, 3] y, float[n, 6] z)
+    <int64[2] shape = {-1, 3}, int64[2] zero = {0, 6}> {
+        y = Reshape <allowzero = 1> (x, shape)
+        normed = LayerNormalization <axis = -1, epsilon = 0.00001> (x, w)
+        flat = Reshape <allowzero = 1> (normed, zero)
+        z = Reshape <allowzero = 1> (flat, known)
+    }""")
+    for node in model.graph:
+        if "epsilon" in node.attributes:
+            node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-05)  # as torch.onnx writes it: a float64
+    DropDefaultAttributes()(model)
+    assert [list(node.attributes) for node in model.graph] == [[], [], ["allowzero"], ["allowzero"]]

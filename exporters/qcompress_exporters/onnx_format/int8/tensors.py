@@ -41,6 +41,7 @@ class Tensors:
     signed: bool = True
     encodings: dict[str, str] = field(default_factory=dict)
     _int8: dict[str, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    _codes_digests: dict[str, str] = field(default_factory=dict)
     _transposed: dict[str, ir.Value] = field(default_factory=dict)
     _biases: dict[str, ir.Value] = field(default_factory=dict)
 
@@ -56,7 +57,7 @@ class Tensors:
             value.replace_all_uses_with(written.value)
 
     def weight(self, weight: Int8Weight, *, kernel_order: bool) -> tuple[ir.Value, ir.Value]:
-        """Return the int8 codes of a weight, called by its qualified name, and its scale.
+        """Return the int8 codes of a weight, called by its qualified name, and its scale, which has a short name.
 
         Args:
             weight: the weight.
@@ -66,14 +67,21 @@ class Tensors:
         if name not in self._int8:
             written = write_int8(self.writer, self.artifacts[name], name, self.opset, self.weights)
             self.encodings[name] = written.encoding
-            sign(written.value, tensor_digest(name, weight.codes))
-            self._int8[name] = written.value, self._tensor(scale_name(name), weight.scale)
+            scale = self.writer.tensor(np.asarray(weight.scale))
+            sign(scale, tensor_digest(scale_name(name), weight.scale))
+            self._int8[name] = written.value, scale
+            self._codes_digests[name] = tensor_digest(name, weight.codes)
         codes, scale = self._int8[name]
         if not kernel_order or weight.axis != 0:
             return codes, scale
         if name not in self._transposed:
             self._transposed[name] = self.writer.node("Transpose", [codes], perm=[1, 0])
         return self._transposed[name], scale
+
+    def sign_codes(self) -> None:
+        """Let the int8 codes of each weight carry their digest and the name of their scale, which is final by now."""
+        for name, (codes, scale) in self._int8.items():
+            sign(codes, self._codes_digests[name] + str(scale.name))
 
     def bias(
         self,

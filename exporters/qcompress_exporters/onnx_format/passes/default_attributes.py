@@ -1,10 +1,12 @@
-"""Attributes that say what holds without them go."""
+"""Attributes that change nothing go."""
 
 from typing import Any, Final, final
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+
+from qcompress_exporters.onnx_format.passes.replace import constant_of
 
 # Attributes whose default depends on the rank, so that the schema cannot state it.
 _ONES: Final = ("strides", "dilations")
@@ -14,7 +16,7 @@ _WINDOWED: Final = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool")
 
 @final
 class DropDefaultAttributes(ir.passes.InPlacePass):
-    """Removes attributes that have their default, and sorts the others; at every depth."""
+    """Removes attributes that have their default or no effect, and sorts the others; at every depth."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Run the pass."""
@@ -38,6 +40,10 @@ def _is_default(node: ir.Node, attribute: ir.Attr, schema: onnx.defs.OpSchema) -
             return set(attribute.as_ints()) <= {0}
         if attribute.name == "kernel_shape" and node.op_type in ("Conv", "ConvTranspose"):
             return True  # it is the weight's own shape
+    if node.op_type == "Reshape" and attribute.name == "allowzero":
+        shape = constant_of(node, 1)
+        # It says what a 0 in the shape means.
+        return attribute.as_int() == 0 or (shape is not None and bool(shape.all()))
     declared = schema.attributes.get(attribute.name)
     if declared is None or not declared.default_value.name:
         return False
@@ -46,4 +52,5 @@ def _is_default(node: ir.Node, attribute: ir.Attr, schema: onnx.defs.OpSchema) -
 
 
 def _value(attribute: ir.Attr) -> Any:
-    return np.asarray(attribute.value)
+    value = np.asarray(attribute.value)
+    return value.astype(np.float32) if value.dtype.kind == "f" else value  # which is what a file holds
