@@ -16,7 +16,9 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from qcompress.errors import ConfigError, DataError, SourceError, did_you_mean
+from qcompress.graph.axes import batch_axes, dynamic_axes, resized
 from qcompress.graph.composites import without_composites
+from qcompress.graph.configurations import traceable
 from qcompress.graph.constants import compute_weights
 from qcompress.graph.conversion import to_torch
 from qcompress.graph.in_place import out_of_place, without_mutations
@@ -36,13 +38,11 @@ from qcompress.graph.program import (
     value_of,
 )
 from qcompress.graph.quiet import quiet_torch
-from qcompress.graph.value_names import input_names, key_name, output_names
+from qcompress.graph.value_names import input_names, output_names
 from qcompress.graph.views import with_contiguous_views
 
 TRACE_BATCH: Final = 2  # torch.export specializes a batch of 1
 _COUNTER: Final = "num_batches_tracked"  # of BatchNorm; a graph in eval mode does not read it
-# Settings of transformers' configurations with which a graph holds what a model computes, and ONNX can write it.
-_TRACEABLE: Final = {"use_cache": False, "_experts_implementation": "batched_mm"}
 _TRAINING: Final = ("training", "train")  # arguments that switch operators to training mode
 
 
@@ -73,30 +73,13 @@ def from_module(module: torch.nn.Module, options: ProgramOptions) -> FloatProgra
         module = copy.deepcopy(module).float()
         inputs = {n: v.astype(np.float32) if v.dtype.kind == "f" else v for n, v in inputs.items()}
     module.eval()
-    changed = [
-        (config, name, old)
-        for config in _configs(module)
-        for name, value in _TRACEABLE.items()
-        if (old := getattr(config, name, None)) not in (None, False, value)
-    ]
-    if any(name == "use_cache" for _, name, _ in changed):
-        notes += ("The model keeps no cache of what it has seen (use_cache): each call computes all of its inputs.",)
     try:
-        for config, name, _ in changed:
-            setattr(config, name, _TRACEABLE[name])
-        args, kwargs = _arguments(module, inputs)
-        return _trace(module, args, kwargs, options, notes)
+        with traceable(module) as switched:
+            args, kwargs = _arguments(module, inputs)
+            return _trace(module, args, kwargs, options, (*notes, *switched))
     finally:
-        for config, name, old in changed:
-            setattr(config, name, old)
         for m in training:
             m.training = True
-
-
-def _configs(module: torch.nn.Module) -> list[Any]:
-    """Return the configurations that the parts of a model hold, as those of transformers do."""
-    found = (vars(part).get("config") for part in module.modules())
-    return list({id(config): config for config in found if config is not None}.values())
 
 
 def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatProgram:
@@ -143,10 +126,10 @@ def _trace(
     arguments = dict(zip(names, args, strict=True)) | dict(kwargs)
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     traced: list[ExportedProgram] = []
-    for axes in _batch_axes(leaves):
-        of_two = [_resized(value, axis, TRACE_BATCH) for value, axis in zip(leaves, axes, strict=True)]
+    for axes in batch_axes(leaves):
+        of_two = [resized(value, axis, TRACE_BATCH) for value, axis in zip(leaves, axes, strict=True)]
         two_args, two_kwargs = pytree.tree_unflatten(of_two, spec)
-        dims = _dynamic_axes(arguments, axes, options)
+        dims = dynamic_axes(arguments, axes, options)
         try:
             traced.append(_export(module, two_args, two_kwargs, dims if two_kwargs else tuple(dims.values())))
         except Exception:
@@ -156,27 +139,9 @@ def _trace(
     return _canonical(traced[0] if traced else _fixed(module, leaves, spec), options, notes, one_batch=True)
 
 
-def _batch_axes(leaves: Sequence[Any]) -> list[tuple[int | None, ...]]:
-    """Return guesses at the axis of each input that is its batch, the likeliest first; None: it has none.
-
-    The batch is the first axis of the first input. Of other inputs, too, it is the first axis; but the state of a
-    recurrent net is [layers, batch, hidden].
-    """
-    first = next((i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.ndim), 0)
-    batch = len(leaves[first]) if leaves and isinstance(leaves[first], torch.Tensor) and leaves[first].ndim else 0
-    shapes = [tuple(t.shape) if batch and isinstance(t, torch.Tensor) else () for t in leaves]
-    equal = [[i for i, n in enumerate(shape) if n == batch] for shape in shapes]
-    guesses = (
-        tuple(0 if 0 in axes else None for axes in equal),
-        tuple(axes[0] if axes else None for axes in equal),
-        tuple(axes[min(1, len(axes) - 1) if i != first else 0] if axes else None for i, axes in enumerate(equal)),
-    )
-    return list(dict.fromkeys(guesses))
-
-
 def _fixed(module: torch.nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> ExportedProgram:
     """Trace with the example as it is, or else with its first sample: a model may take a batch of 1 only."""
-    axes = _batch_axes(leaves)[0]
+    axes = batch_axes(leaves)[0]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     try:
         return _export(module, args, kwargs, None)
@@ -185,7 +150,7 @@ def _fixed(module: torch.nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec
         if not any(axis is not None and len(value) > 1 for value, axis in zip(leaves, axes, strict=True)):
             raise error from e
     try:
-        ones = [_resized(value, axis, 1) for value, axis in zip(leaves, axes, strict=True)]
+        ones = [resized(value, axis, 1) for value, axis in zip(leaves, axes, strict=True)]
         args, kwargs = pytree.tree_unflatten(ones, spec)
         return _export(module, args, kwargs, None)
     except Exception as e:
@@ -195,36 +160,6 @@ def _fixed(module: torch.nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec
 def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
     with quiet_torch(), torch.no_grad():  # our own error reports a failure
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
-
-
-def _dynamic_axes(arguments: dict[str, Any], batch: Sequence[int | None], options: ProgramOptions) -> dict[str, Any]:
-    """Return the dynamic axes of each tensor of each argument: the batch, and those that the user named."""
-    leaves, spec = pytree.tree_flatten_with_path(arguments)
-    names = [key_name(path[1:]) or key_name(path[:1]) for path, _ in leaves]
-    if options.input_names and len(options.input_names) == len(names):
-        names = list(options.input_names)
-    dims = []
-    for name, (_, tensor), own in zip(names, leaves, batch, strict=True):
-        rank = tensor.ndim if isinstance(tensor, torch.Tensor) else 0
-        wanted = {axis for given, axis in options.dynamic or {} if given == name}
-        wanted |= set() if own is None else {own}
-        dims.append({axis: torch.export.Dim.AUTO for axis in sorted(wanted) if axis < rank})
-    axes: dict[str, Any] = pytree.tree_unflatten(dims, spec)
-    return axes
-
-
-def _resized(value: Any, axis: int | None, size: int) -> Any:
-    """Return a tensor with as many samples, its last one repeated; any other value as it is.
-
-    Args:
-        value: a tensor, or something else.
-        axis: that counts samples; None: none does.
-        size: how many.
-    """
-    if axis is None:
-        return value
-    places = torch.arange(size).clamp(max=value.shape[axis] - 1)
-    return value.index_select(axis, places)
 
 
 def _is_odd_float(dtype: torch.dtype) -> bool:

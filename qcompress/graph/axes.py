@@ -1,0 +1,58 @@
+"""Guesses at the axes of example inputs that count samples, and example inputs of other sizes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from qcompress.graph.options import ProgramOptions
+from qcompress.graph.value_names import key_name
+
+
+def batch_axes(leaves: Sequence[Any]) -> list[tuple[int | None, ...]]:
+    """Return guesses at the axis of each input that is its batch, the likeliest first; None: it has none.
+
+    The batch is the first axis of the first input. Of other inputs, too, it is the first axis; but the state of a
+    recurrent net is [layers, batch, hidden].
+    """
+    first = next((i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.ndim), 0)
+    batch = len(leaves[first]) if leaves and isinstance(leaves[first], torch.Tensor) and leaves[first].ndim else 0
+    shapes = [tuple(t.shape) if batch and isinstance(t, torch.Tensor) else () for t in leaves]
+    equal = [[i for i, n in enumerate(shape) if n == batch] for shape in shapes]
+    guesses = (
+        tuple(0 if 0 in axes else None for axes in equal),
+        tuple(axes[0] if axes else None for axes in equal),
+        tuple(axes[min(1, len(axes) - 1) if i != first else 0] if axes else None for i, axes in enumerate(equal)),
+    )
+    return list(dict.fromkeys(guesses))
+
+
+def dynamic_axes(arguments: Mapping[str, Any], batch: Sequence[int | None], options: ProgramOptions) -> dict[str, Any]:
+    """Return the dynamic axes of each tensor of each argument: the batch, and those that the user named."""
+    leaves, spec = pytree.tree_flatten_with_path(arguments)
+    names = [key_name(path[1:]) or key_name(path[:1]) for path, _ in leaves]
+    if options.input_names and len(options.input_names) == len(names):
+        names = list(options.input_names)
+    dims = []
+    for name, (_, tensor), own in zip(names, leaves, batch, strict=True):
+        rank = tensor.ndim if isinstance(tensor, torch.Tensor) else 0
+        wanted = {axis for given, axis in options.dynamic or {} if given == name}
+        wanted |= set() if own is None else {own}
+        dims.append({axis: torch.export.Dim.AUTO for axis in sorted(wanted) if axis < rank})
+    axes: dict[str, Any] = pytree.tree_unflatten(dims, spec)
+    return axes
+
+
+def resized(value: Any, axis: int | None, size: int) -> Any:
+    """Return a tensor with as many samples, its last one repeated; any other value as it is.
+
+    Args:
+        value: a tensor, or something else.
+        axis: that counts samples; None: none does.
+        size: how many.
+    """
+    if axis is None:
+        return value
+    places = torch.arange(size).clamp(max=value.shape[axis] - 1)
+    return value.index_select(axis, places)

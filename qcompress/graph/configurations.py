@@ -1,0 +1,37 @@
+"""Settings of a model's configuration with which it can be traced, for the time of the trace."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+
+# Settings of transformers' configurations with which a graph holds what a model computes, and ONNX can write it.
+_TRACEABLE: Final = {"use_cache": False, "_experts_implementation": "batched_mm"}
+
+
+@contextlib.contextmanager
+def traceable(module: torch.nn.Module) -> Iterator[tuple[str, ...]]:
+    """Set a model's configurations so that it can be traced, and give notes on that; the settings come back after."""
+    changed = [
+        (config, name, old)
+        for config in _configs(module)
+        for name, value in _TRACEABLE.items()
+        if (old := getattr(config, name, None)) not in (None, False, value)
+    ]
+    notes: tuple[str, ...] = ()
+    if any(name == "use_cache" for _, name, _ in changed):
+        notes += ("The model keeps no cache of what it has seen (use_cache): each call computes all of its inputs.",)
+    try:
+        for config, name, _ in changed:
+            setattr(config, name, _TRACEABLE[name])
+        yield notes
+    finally:
+        for config, name, old in changed:
+            setattr(config, name, old)
+
+
+def _configs(module: torch.nn.Module) -> list[Any]:
+    """Return the configurations that the parts of a model hold, as those of transformers do."""
+    found = (vars(part).get("config") for part in module.modules())
+    return list({id(config): config for config in found if config is not None}.values())
