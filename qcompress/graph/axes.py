@@ -9,6 +9,8 @@ from torch.utils import _pytree as pytree
 from qcompress.graph.options import ProgramOptions
 from qcompress.graph.value_names import key_name
 
+Axes = tuple[frozenset[int], ...]
+
 
 def batch_axes(leaves: Sequence[Any]) -> list[tuple[int | None, ...]]:
     """Return guesses at the axis of each input that is its batch, the likeliest first; None: it has none.
@@ -28,31 +30,40 @@ def batch_axes(leaves: Sequence[Any]) -> list[tuple[int | None, ...]]:
     return list(dict.fromkeys(guesses))
 
 
-def dynamic_axes(arguments: Mapping[str, Any], batch: Sequence[int | None], options: ProgramOptions) -> dict[str, Any]:
-    """Return the dynamic axes of each tensor of each argument: the batch, and those that the user named."""
-    leaves, spec = pytree.tree_flatten_with_path(arguments)
-    names = [key_name(path[1:]) or key_name(path[:1]) for path, _ in leaves]
-    if options.input_names and len(options.input_names) == len(names):
-        names = list(options.input_names)
+def input_labels(arguments: Mapping[str, Any], options: ProgramOptions) -> list[str]:
+    """Return what the user calls each tensor of the arguments: the names given, or the arguments' and keys' own."""
+    leaves, _ = pytree.tree_flatten_with_path(arguments)
+    if options.input_names and len(options.input_names) == len(leaves):
+        return list(options.input_names)
+    return [key_name(path[1:]) or key_name(path[:1]) for path, _ in leaves]
+
+
+def dynamic_axes(
+    arguments: Mapping[str, Any], batch: Sequence[int | None], lengths: Axes, options: ProgramOptions
+) -> dict[str, Any]:
+    """Return the dynamic axes of each tensor of each argument: the batch, lengths, and those that the user named."""
+    leaves, spec = pytree.tree_flatten(arguments)
     dims = []
-    for name, (_, tensor), own in zip(names, leaves, batch, strict=True):
+    for name, tensor, own, more in zip(input_labels(arguments, options), leaves, batch, lengths, strict=True):
         rank = tensor.ndim if isinstance(tensor, torch.Tensor) else 0
-        wanted = {axis for given, axis in options.dynamic or {} if given == name}
+        wanted = {axis for given, axis in options.dynamic or {} if given == name} | more
         wanted |= set() if own is None else {own}
         dims.append({axis: torch.export.Dim.AUTO for axis in sorted(wanted) if axis < rank})
     axes: dict[str, Any] = pytree.tree_unflatten(dims, spec)
     return axes
 
 
-def resized(value: Any, axis: int | None, size: int) -> Any:
-    """Return a tensor with as many samples, its last one repeated; any other value as it is.
+def resized(value: Any, axis: int | None, size: int, *, cyclic: bool = False) -> Any:
+    """Return a tensor of another size along an axis; any other value as it is.
 
     Args:
         value: a tensor, or something else.
-        axis: that counts samples; None: none does.
-        size: how many.
+        axis: which one; None: none.
+        size: along it.
+        cyclic: whether a longer tensor starts again from its first slice; if not, its last one is repeated.
     """
     if axis is None:
         return value
-    places = torch.arange(size).clamp(max=value.shape[axis] - 1)
+    own = value.shape[axis]
+    places = torch.arange(size) % own if cyclic else torch.arange(size).clamp(max=own - 1)
     return value.index_select(axis, places)

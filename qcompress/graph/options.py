@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy.typing as npt
 
@@ -13,7 +13,10 @@ class ProgramOptions:
 
     Args:
         inputs: example inputs by name, in order; for those without names see `unnamed`. The first axis is the batch.
-        dynamic: names of dynamic axes, {(input name, axis): axis name}; None: the first axis of every input, `batch`.
+        dynamic: names of dynamic axes beside the batch, {(input name, axis): axis name}; None: the lengths of token
+            sequences, where the model allows other ones.
+        fixed_batch: the program's only batch size, `example` for that of the inputs; nothing is dynamic then. None:
+            the batch is dynamic, where the model allows it.
         input_names: names for the graph's inputs; None: forward's argument names.
         output_names: names for the graph's outputs; None: `output`, `output_1`, or the keys of a dict.
         computes: whether weights that are computed from other tensors of the model are computed once, and stored.
@@ -22,6 +25,7 @@ class ProgramOptions:
 
     inputs: Mapping[str, npt.NDArray[Any]] | None = None
     dynamic: Mapping[tuple[str, int], str] | None = None
+    fixed_batch: int | Literal["example"] | None = None
     input_names: tuple[str, ...] | None = None
     output_names: tuple[str, ...] | None = None
     computes: bool = True

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -16,12 +16,13 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from qcompress.errors import ConfigError, DataError, SourceError, did_you_mean
-from qcompress.graph.axes import batch_axes, dynamic_axes, resized
+from qcompress.graph.axes import Axes, batch_axes, dynamic_axes, resized
 from qcompress.graph.composites import without_composites
 from qcompress.graph.configurations import traceable
 from qcompress.graph.constants import compute_weights
 from qcompress.graph.conversion import to_torch
 from qcompress.graph.in_place import out_of_place, without_mutations
+from qcompress.graph.lengths import LengthRange, length_axes, length_ranges, without_others
 from qcompress.graph.nodes import arguments, row_of
 from qcompress.graph.options import ProgramOptions, unnamed
 from qcompress.graph.program import (
@@ -38,7 +39,8 @@ from qcompress.graph.program import (
     value_of,
 )
 from qcompress.graph.quiet import quiet_torch
-from qcompress.graph.value_names import input_names, output_names
+from qcompress.graph.recurrent import RecurrentLayers, with_own_layers, with_torchs_layers
+from qcompress.graph.value_names import axis_names, input_names, is_tokens, output_names
 from qcompress.graph.views import with_contiguous_views
 
 TRACE_BATCH: Final = 2  # torch.export specializes a batch of 1
@@ -99,7 +101,8 @@ def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatPr
         return _canonical(exported, options, notes, one_batch=False)
     flat = [_example(node, options, i) for i, node in enumerate(nodes)]
     args, kwargs = pytree.tree_unflatten(flat, exported.call_spec.in_spec)
-    kept = {(name, axis): f"{name}_{axis}" for name, axis in dynamic} | dict(options.dynamic or {})
+    kept = axis_names(dict(zip(names, nodes, strict=True)), options.dynamic or {}, one_batch=False)
+    kept |= dict(options.dynamic or {})
     again = replace(options, input_names=names, dynamic=kept)
     try:
         return _trace(exported.module(check_guards=False), args, kwargs, again, notes)
@@ -125,23 +128,75 @@ def _trace(
     names += [f"argument_{i}" for i in range(len(names), len(args))]
     arguments = dict(zip(names, args, strict=True)) | dict(kwargs)
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    traced: list[ExportedProgram] = []
+    if options.fixed_batch is not None:
+        return _canonical(_fixed(module, leaves, spec, options.fixed_batch), options, notes, one_batch=True)
+    fixed: ExportedProgram | None = None
     for axes in batch_axes(leaves):
         of_two = [resized(value, axis, TRACE_BATCH) for value, axis in zip(leaves, axes, strict=True)]
-        two_args, two_kwargs = pytree.tree_unflatten(of_two, spec)
-        dims = dynamic_axes(arguments, axes, options)
         try:
-            traced.append(_export(module, two_args, two_kwargs, dims if two_kwargs else tuple(dims.values())))
+            exported, ranges = _with_lengths(module, arguments, of_two, spec, axes, options)
         except Exception:
             continue
-        if any(sizes(node)[:1] == [None] for node in user_inputs(traced[-1])):
-            return _canonical(traced[-1], options, notes, one_batch=True)
-    return _canonical(traced[0] if traced else _fixed(module, leaves, spec), options, notes, one_batch=True)
+        if any(sizes(node)[:1] == [None] for node in user_inputs(exported)):
+            return _canonical(exported, options, notes, one_batch=True, ranges=ranges)
+        fixed = fixed or exported
+    try:
+        fixed = _fixed(module, leaves, spec)
+    except SourceError:
+        if fixed is None:
+            raise
+    return _canonical(fixed, options, notes, one_batch=True, ranges={})
 
 
-def _fixed(module: torch.nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> ExportedProgram:
-    """Trace with the example as it is, or else with its first sample: a model may take a batch of 1 only."""
+def _with_lengths(
+    module: torch.nn.Module,
+    arguments: Mapping[str, Any],
+    leaves: Sequence[Any],
+    spec: pytree.TreeSpec,
+    batch: Sequence[int | None],
+    options: ProgramOptions,
+) -> tuple[ExportedProgram, dict[str, LengthRange]]:
+    """Trace with dynamic axes: the batch, those that the user named or else lengths of tokens, if the model allows it.
+
+    Returns:
+        The program, and the lengths that it takes, by symbol.
+    """
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+
+    def export(lengths: Axes) -> ExportedProgram:
+        dims = dynamic_axes(arguments, batch, lengths, options)
+        return _export(module, args, kwargs, dims if kwargs else tuple(dims.values()))
+
+    lengths = length_axes(leaves, batch) if options.dynamic is None else ()
+    while any(lengths):
+        try:
+            exported = export(lengths)
+        except Exception:
+            break
+        kept = without_others(exported, lengths)
+        if kept == lengths:
+            ranges = length_ranges(module, exported, leaves, spec, lengths)
+            if ranges is None:
+                break
+            return exported, ranges
+        lengths = kept
+    return export(tuple(frozenset[int]() for _ in leaves)), {}
+
+
+def _fixed(
+    module: torch.nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, batch: int | Literal["example"] = "example"
+) -> ExportedProgram:
+    """Trace with the example as it is, or else with its first sample: a model may take a batch of 1 only.
+
+    Args:
+        module: the model.
+        leaves: the example inputs.
+        spec: of its arguments.
+        batch: how many samples of the example; `example`: all.
+    """
     axes = batch_axes(leaves)[0]
+    if batch != "example":
+        leaves = [resized(value, axis, batch) for value, axis in zip(leaves, axes, strict=True)]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     try:
         return _export(module, args, kwargs, None)
@@ -158,8 +213,8 @@ def _fixed(module: torch.nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec
 
 
 def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    with quiet_torch(), torch.no_grad():  # our own error reports a failure
-        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+    with quiet_torch(), torch.no_grad(), RecurrentLayers():  # our own error reports a failure
+        return with_torchs_layers(torch.export.export(module, args, kwargs, dynamic_shapes=shapes))
 
 
 def _is_odd_float(dtype: torch.dtype) -> bool:
@@ -200,7 +255,12 @@ def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], 
 
 
 def _canonical(
-    exported: ExportedProgram, options: ProgramOptions, notes: tuple[str, ...], *, one_batch: bool
+    exported: ExportedProgram,
+    options: ProgramOptions,
+    notes: tuple[str, ...],
+    *,
+    one_batch: bool,
+    ranges: Mapping[str, LengthRange] | None = None,
 ) -> FloatProgram:
     """Drop what the graph does not use and all in-place operators, and name tied tensors, inputs and outputs.
 
@@ -209,6 +269,7 @@ def _canonical(
         options: the user's names.
         notes: notes so far.
         one_batch: whether every dynamic first axis is the batch; if not, those of another symbol get their own names.
+        ranges: lengths that the program takes, by symbol; None: it was not asked for others.
     """
     for node in user_inputs(exported):
         if not isinstance(node.meta.get("val"), torch.Tensor):
@@ -224,7 +285,8 @@ def _canonical(
         ),
     )
     _check_outputs(exported)
-    exported = _prune(out_of_place(_prune(without_mutations(exported))))
+    exported = out_of_place(_prune(without_mutations(with_own_layers(exported))))
+    exported = _prune(with_torchs_layers(exported))
     exported = with_contiguous_views(without_composites(exported))
     if options.computes and (computed := compute_weights(exported)) is not exported:
         exported = _prune(computed)
@@ -243,22 +305,38 @@ def _canonical(
         )
     nodes = dict(zip(inputs, user_inputs(exported), strict=True))
     _check_dynamic(options, {name: value_of(node).ndim for name, node in nodes.items()})
-    dynamic: dict[tuple[str, int], str] = {}
-    batch: str | None = None
-    for name, node in nodes.items():
-        for axis, size in enumerate(sizes(node)):
-            if size is None:
-                symbol = str(value_of(node).shape[axis])
-                batch = batch or (symbol if axis == 0 else None)
-                default = "batch" if symbol == batch or (axis == 0 and one_batch) else f"{name}_{axis}"
-                dynamic[name, axis] = (options.dynamic or {}).get((name, axis), default)
-    if not any(axis == 0 for _, axis in dynamic):
-        shapes = ", ".join(f"{n} {list(value_of(node).shape)}" for n, node in nodes.items())
-        notes = (*notes, f"The model takes one batch size only: it is exported with fixed inputs ({shapes}).")
+    dynamic = axis_names(nodes, options.dynamic or {}, one_batch=one_batch)
+    notes = (*notes, *_size_notes(nodes, dynamic, options, ranges))
     stuck = [f"{name}:{axis}" for name, axis in options.dynamic or {} if axis and (name, axis) not in dynamic]
     if stuck:
         notes = (*notes, f"The model allows no other size of {', '.join(stuck)}: it stays fixed despite --dynamic.")
     return FloatProgram(exported, inputs, outputs, dynamic, notes)
+
+
+def _size_notes(
+    nodes: Mapping[str, Node],
+    dynamic: Mapping[tuple[str, int], str],
+    options: ProgramOptions,
+    ranges: Mapping[str, LengthRange] | None,
+) -> list[str]:
+    """Return notes on what stays fixed, and on lengths that have limits."""
+    if not dynamic:
+        shapes = ", ".join(f"{n} {sizes(node)}" for n, node in nodes.items())
+        why = "--fixed-batch" if options.fixed_batch is not None else "The model takes one batch size only"
+        return [f"{why}: it is exported with fixed inputs ({shapes})."]
+    notes = []
+    if not any(axis == 0 for _, axis in dynamic):
+        batch = next((sizes(node)[0] for node in nodes.values() if sizes(node)), None)
+        notes.append(f"The model takes one batch size only: {batch}.")
+    for symbol, limits in (ranges or {}).items():
+        named = [n for n, node in nodes.items() if any(str(size) == symbol for size in value_of(node).shape)]
+        if named and limits.is_limited:
+            notes.append(f"Lengths of {', '.join(named)} may be {limits}.")
+    fixed = [f"{n} ({sizes(node)[1]})" for n, node in nodes.items() if is_tokens(value_of(node)) and sizes(node)[1]]
+    if fixed and options.dynamic is None:
+        why = "it was exported with it" if ranges is None else "no other could be traced"
+        notes.append(f"The length of {', '.join(fixed)} stays fixed: {why}.")
+    return notes
 
 
 def _check_outputs(exported: ExportedProgram) -> None:

@@ -18,6 +18,7 @@ from torch.fx import Node
 from qcompress.errors import SourceError
 from qcompress.graph.nodes import arguments
 from qcompress.graph.program import FloatProgram, value_of
+from qcompress.graph.recurrent import OWN_LAYERS
 
 op: Final[Any] = opset18  # takes Python's numbers, too, which its types do not say
 _ZEROS: Final = ("zeros", "zeros_like", "new_zeros")
@@ -69,10 +70,10 @@ def _rnn(activation: str) -> Callable[..., tuple[Any, ...]]:
 
 # For torch.onnx, which reads their signatures.
 TRANSLATIONS: Final[Mapping[Any, Callable[..., Any]]] = {
-    torch.ops.aten.lstm.input: _translate_lstm,
-    torch.ops.aten.gru.input: _translate_gru,
-    torch.ops.aten.rnn_tanh.input: _rnn("Tanh"),
-    torch.ops.aten.rnn_relu.input: _rnn("Relu"),
+    OWN_LAYERS[torch.ops.aten.lstm.input]: _translate_lstm,
+    OWN_LAYERS[torch.ops.aten.gru.input]: _translate_gru,
+    OWN_LAYERS[torch.ops.aten.rnn_tanh.input]: _rnn("Tanh"),
+    OWN_LAYERS[torch.ops.aten.rnn_relu.input]: _rnn("Relu"),
 }
 
 

@@ -18,6 +18,7 @@ from qcompress.errors import SourceError
 from qcompress.graph.marks import site_op
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.quiet import quiet_torch
+from qcompress.graph.recurrent import with_own_layers
 from qcompress.user_code import one_line
 from qcompress_exporters.onnx_format.marks import is_mark, site_of, translate_mark
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET, ir_version
@@ -100,7 +101,7 @@ def trace(program: FloatProgram) -> Trace:
     with quiet_torch():
         try:
             exported = torch.onnx.export(
-                program.exported, dynamo=True, optimize=False, verbose=False, opset_version=BASE_OPSET,
+                with_own_layers(program.exported), dynamo=True, optimize=False, verbose=False, opset_version=BASE_OPSET,
                 custom_translation_table={site_op: translate_mark, **TRANSLATIONS},
             )  # fmt: skip
         except Exception as e:

@@ -48,4 +48,6 @@ class NameEnds(ir.passes.InPlacePass):
 def _renamed(dim: Any, symbols: Mapping[str, str]) -> Any:
     if not isinstance(dim, ir.SymbolicDim) or dim.value is None:
         return dim
+    if str(dim.value).isdecimal():
+        return int(str(dim.value))  # dynamic in the trace until an operator turned out to allow one size only
     return re.sub(r"[A-Za-z_]\w*", lambda m: symbols.get(m[0], m[0]), str(dim.value))
