@@ -97,7 +97,11 @@ def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatPr
     dynamic = {
         (n, axis) for n, node in zip(names, nodes, strict=True) for axis, s in enumerate(sizes(node)) if s is None
     }
-    if any(axis == 0 for _, axis in dynamic) and set(options.dynamic or {}) <= dynamic:
+    is_as_wanted = any(axis == 0 for _, axis in dynamic) and set(options.dynamic or {}) <= dynamic
+    if options.fixed_batch is not None:
+        batch = next((sizes(node)[0] for node in nodes if sizes(node)), None)
+        is_as_wanted = not dynamic and options.fixed_batch in ("example", batch)
+    if is_as_wanted:
         return _canonical(exported, options, notes, one_batch=False)
     flat = [_example(node, options, i) for i, node in enumerate(nodes)]
     args, kwargs = pytree.tree_unflatten(flat, exported.call_spec.in_spec)
@@ -194,22 +198,20 @@ def _fixed(
         spec: of its arguments.
         batch: how many samples of the example; `example`: all.
     """
-    axes = batch_axes(leaves)[0]
+    guesses = batch_axes(leaves)
+    tries = [list(leaves)]
     if batch != "example":
-        leaves = [resized(value, axis, batch) for value, axis in zip(leaves, axes, strict=True)]
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    try:
-        return _export(module, args, kwargs, None)
-    except Exception as e:
-        error = SourceError(_export_failure(e))
-        if not any(axis is not None and len(value) > 1 for value, axis in zip(leaves, axes, strict=True)):
-            raise error from e
-    try:
-        ones = [resized(value, axis, 1) for value, axis in zip(leaves, axes, strict=True)]
-        args, kwargs = pytree.tree_unflatten(ones, spec)
-        return _export(module, args, kwargs, None)
-    except Exception as e:
-        raise error from e
+        tries = [[resized(value, axis, batch) for value, axis in zip(leaves, axes, strict=True)] for axes in guesses]
+    elif any(axis is not None and len(value) > 1 for value, axis in zip(leaves, guesses[0], strict=True)):
+        tries.append([resized(value, axis, 1) for value, axis in zip(leaves, guesses[0], strict=True)])
+    failures: list[Exception] = []
+    for values in tries:
+        args, kwargs = pytree.tree_unflatten(values, spec)
+        try:
+            return _export(module, args, kwargs, None)
+        except Exception as e:
+            failures.append(e)
+    raise SourceError(_export_failure(failures[0])) from failures[0]
 
 
 def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
@@ -322,8 +324,9 @@ def _size_notes(
     """Return notes on what stays fixed, and on lengths that have limits."""
     if not dynamic:
         shapes = ", ".join(f"{n} {sizes(node)}" for n, node in nodes.items())
-        why = "--fixed-batch" if options.fixed_batch is not None else "The model takes one batch size only"
-        return [f"{why}: it is exported with fixed inputs ({shapes})."]
+        if options.fixed_batch is not None:
+            return [f"Exported with a fixed batch: {shapes}."]
+        return [f"The model takes one batch size only: it is exported with fixed inputs ({shapes})."]
     notes = []
     if not any(axis == 0 for _, axis in dynamic):
         batch = next((sizes(node)[0] for node in nodes.values() if sizes(node)), None)

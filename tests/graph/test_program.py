@@ -673,6 +673,17 @@ def test_a_state_is_stretched_along_its_own_batch_axis(layers: int, batch: int) 
         np.testing.assert_allclose(program.run(given)[name], value.detach().numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize(("wanted", "batch"), [("example", 3), (1, 1), (4, 4)])
+def test_a_fixed_batch_is_the_examples_or_the_one_that_was_asked_for(wanted: Any, batch: int) -> None:
+    net = Stream(2).eval()
+    inputs = {"x": np.zeros((3, 4, 6), np.float32), "h": np.zeros((2, 3, 5), np.float32)}
+    program = from_module(net, ProgramOptions(inputs=inputs, fixed_batch=wanted))
+    assert (program.fixed_batch, program.dynamic) == (batch, {})
+    assert program.notes == (f"Exported with a fixed batch: x [{batch}, 4, 6], h [2, {batch}, 5].",)
+    again = from_exported(program.exported, ProgramOptions(fixed_batch="example"))
+    assert again.fixed_batch == batch
+
+
 class Cached(nn.Module):
     """It returns what no graph can hold, unless its configuration says otherwise, as generation models do."""
 

@@ -109,7 +109,7 @@ def _program(source: Source, file: "DeployedFile", given: RunOptions, ui: Ui) ->
     try:
         return open_program(source, given, ui, file.options)
     except ConfigError:
-        if given.input_names or given.output_names or given.dynamic:
+        if given.input_names or given.output_names or given.dynamic or given.fixed_batch:
             raise
         return open_program(source, given, ui)  # the file's names are wrong then, and `validate` says which
 

@@ -32,7 +32,8 @@ _COMPUTES: Final[Mapping[str, tuple[Compute, ...]]] = {
 }
 # Options that a compressed folder has no use for, beside the plan's fields: all of it was settled when it was made.
 _FOR_FLOAT_MODELS: Final = (
-    "plan", "compute", *_COMPUTES, "effort", "no_synthetic", "input_names", "output_names", "dynamic", "input_shape",
+    "plan", "compute", *_COMPUTES, "effort", "no_synthetic", "input_names", "output_names", "dynamic", "fixed_batch",
+    "input_shape",
 )  # fmt: skip
 
 

@@ -183,7 +183,13 @@ input_options: Final = together(
         metavar="NAME:0=batch",
         multiple=True,
         type=Parsed("axis", parse_dynamic),
-        help="A dynamic axis. Default: the first one of every input. Repeatable.",
+        help="A dynamic axis beside the batch. Default: the lengths of token sequences, where the model allows other "
+        "ones. Repeatable.",
+    ),
+    _switch(
+        "--fixed-batch",
+        text="Trace the model with the example's own shape, so that the file takes no other: that of --input-shape, "
+        "else two samples of the data.",
     ),
     click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), help="Where the model runs. Default: cpu."),
 )

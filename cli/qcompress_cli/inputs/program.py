@@ -38,6 +38,7 @@ def open_program(source: Source, given: RunOptions, ui: Ui, options: ProgramOpti
             shares=True,  # nothing but this command has the model
             inputs=inputs,
             dynamic={(d.name, d.axis): d.label for d in given.dynamic} or options.dynamic,
+            fixed_batch="example" if given.fixed_batch else None if given.dynamic else options.fixed_batch,
             input_names=given.input_names or options.input_names,
             output_names=given.output_names or options.output_names,
         )

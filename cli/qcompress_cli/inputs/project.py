@@ -65,6 +65,7 @@ class RunOptions:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     dynamic: tuple[Dynamic, ...] = ()
+    fixed_batch: bool = False
     device: str = "cpu"
     force: bool = False
 
@@ -81,8 +82,10 @@ def run_options(params: Mapping[str, Any], folder: Path | None = None) -> RunOpt
         folder: of the config; None for the working directory.
 
     Raises:
-        ConfigError: the config is wrong.
+        ConfigError: the config is wrong, or two options contradict each other.
     """
+    if params.get("fixed_batch") and params.get("dynamic"):
+        raise ConfigError("--fixed-batch makes no axis dynamic, but --dynamic names one; remove one of the two.")
     project, where = load_project(folder)
     merged: dict[str, Any] = {}
     for name in (f.name for f in fields(RunOptions)):

@@ -89,15 +89,14 @@ class CompressedFile:
     def options(self) -> ProgramOptions:
         """The names of its inputs, outputs and dynamic axes, with which the original is traced for comparison."""
         graph = self.model.graph
+        sizes = {(v.name, axis): size for v in graph.input for axis, size in enumerate(v.type.tensor_type.shape.dim)}
+        names = {key: size.dim_param for key, size in sizes.items() if size.dim_param}
+        batch = next((size.dim_value for size in sizes.values()), 0)
         return ProgramOptions(
             input_names=tuple(v.name for v in graph.input),
             output_names=tuple(v.name for v in graph.output),
-            dynamic={
-                (v.name, axis): size.dim_param
-                for v in graph.input
-                for axis, size in enumerate(v.type.tensor_type.shape.dim)
-                if axis and size.dim_param
-            },
+            dynamic={key: name for key, name in names.items() if key[1]},
+            fixed_batch=batch if batch and not names else None,
             computes=UNCOMPUTED not in self.metadata,
         )
 

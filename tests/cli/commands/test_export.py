@@ -642,7 +642,8 @@ def test_a_state_dict_with_its_factory_names_and_dynamic_axes(exported, words, f
     arch = ("--arch", "nets.py:words", "--arch-kwargs", "width=8")
     report = exported("state.pt", *arch, *shapes, "--bits", "4")
     graph = graph_of(report["file"])
-    assert [(v.name, axes(v)) for v in graph.input] == [("ids", ["batch", 6]), ("mask", ["batch", 6])]
+    lengths = ["batch", "sequence"]
+    assert [(v.name, axes(v)) for v in graph.input] == [("ids", lengths), ("mask", lengths)]
     assert [(v.name, axes(v)) for v in graph.output] == [("output", ["batch", 12]), ("output_1", ["batch", 12])]
     assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
 
@@ -666,6 +667,21 @@ def test_dicts_in_and_out_and_a_dynamic_axis(qcompress, exported, words, folder)
     result = qcompress("validate", *args, report["file"], "--data", "test.npz", "--no-timing", "--json")
     assert result.exit_code == 0, result.output
     assert set(json.loads(result.stdout)["outputs"]) == {"logits", "score"}
+
+
+def test_a_fixed_batch_is_that_of_the_example_and_validate_reads_it(qcompress, exported, refused, words, folder):
+    args = ("state.pt", "--arch", "nets.py:words")
+    shapes = ("--input-shape", "ids=3,6:int64", "--input-shape", "mask=3,6")
+    message = refused("export", *args, *shapes, "--bits", "4", "--fixed-batch", "--dynamic", "ids:1=words")
+    assert message == "--fixed-batch makes no axis dynamic, but --dynamic names one; remove one of the two.\n"
+    result = qcompress("export", *args, *shapes, "--bits", "4", "--fixed-batch", "-o", "fixed.onnx")
+    assert result.exit_code == 0, result.output
+    assert "Exported with a fixed batch: ids [3, 6], mask [3, 6]." in result.stderr
+    assert [axes(v) for v in graph_of("fixed.onnx").input] == [[3, 6], [3, 6]]
+    random = np.random.default_rng(0)
+    np.savez("test.npz", ids=random.integers(0, 50, (9, 6)), mask=np.ones((9, 6), np.float32))
+    result = qcompress("validate", *args, "fixed.onnx", "--data", "test.npz", "--no-timing", "--json")
+    assert result.exit_code == 0, result.output
 
 
 def test_what_a_state_dict_lacks(refused, nothing_new, words):
