@@ -8,6 +8,8 @@ import torch
 
 # Settings of transformers' configurations with which a graph holds what a model computes, and ONNX can write it.
 _TRACEABLE: Final = {"use_cache": False, "_experts_implementation": "batched_mm"}
+_ATTENTION: Final = "_attn_implementation"
+_EAGER: Final = "eager"
 
 
 @contextlib.contextmanager
@@ -29,6 +31,21 @@ def traceable(module: torch.nn.Module) -> Iterator[tuple[str, ...]]:
     finally:
         for config, name, old in changed:
             setattr(config, name, old)
+
+
+@contextlib.contextmanager
+def eager_attention(module: torch.nn.Module) -> Iterator[bool]:
+    """Set attention to plain operators where a model offers the choice, and give whether it does; as it was after."""
+    held = [(config, getattr(config, _ATTENTION, None)) for config in _configs(module)]
+    chosen = [(config, old) for config, old in held if old not in (None, _EAGER)]
+    try:
+        for config, _ in chosen:
+            setattr(config, _ATTENTION, _EAGER)
+        yield bool(chosen)
+    finally:
+        for config, old in held:  # a configuration passes its own on to those in it, which come later
+            if old is not None:
+                setattr(config, _ATTENTION, old)
 
 
 def _configs(module: torch.nn.Module) -> list[Any]:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from qcompress.errors import ConfigError, DataError, SourceError, did_you_mean
 from qcompress.graph.axes import Axes, batch_axes, dynamic_axes, resized
 from qcompress.graph.composites import without_composites
-from qcompress.graph.configurations import traceable
+from qcompress.graph.configurations import eager_attention, traceable
 from qcompress.graph.constants import compute_weights
 from qcompress.graph.conversion import to_torch
 from qcompress.graph.in_place import out_of_place, without_mutations
@@ -78,7 +78,15 @@ def from_module(module: torch.nn.Module, options: ProgramOptions) -> FloatProgra
     try:
         with traceable(module) as switched:
             args, kwargs = _arguments(module, inputs)
-            return _trace(module, args, kwargs, options, (*notes, *switched))
+            notes += switched
+            try:
+                return _trace(module, args, kwargs, options, notes)
+            except SourceError:
+                with eager_attention(module) as is_offered:
+                    if not is_offered:
+                        raise
+                    eager = "The model is exported with eager attention, because it could not be traced with its own."
+                    return _trace(module, args, kwargs, options, (*notes, eager))
     finally:
         for m in training:
             m.training = True
@@ -118,6 +126,40 @@ def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatPr
 def input_names_of(program: FloatProgram) -> tuple[str, ...]:
     """Return the model's own names for its inputs, which example inputs may use whatever the program calls them."""
     return input_names(program.exported)
+
+
+def with_fewer_dynamic_axes(program: FloatProgram) -> Iterator[tuple[FloatProgram, str]]:
+    """Yield a program with fixed lengths, then with fixed inputs of one sample, and what each is called.
+
+    A program without the inputs with which it was traced, such as a saved one, has zeros for them; nothing is yielded
+    if their lengths are unknown, too.
+    """
+    batch = {key: label for key, label in program.dynamic.items() if label == _batch_label(program)}
+    nodes = user_inputs(program.exported)
+    if program.exported.example_inputs is not None:
+        args, kwargs = program.exported.example_inputs
+    elif batch == program.dynamic and program.dynamic:
+        zeros = [_example(node, ProgramOptions(), i) for i, node in enumerate(nodes)]
+        args, kwargs = pytree.tree_unflatten(zeros, program.exported.call_spec.in_spec)
+    else:
+        return
+    options = ProgramOptions(
+        input_names=program.input_names, output_names=program.output_names, dynamic=batch, computes=False, shares=True
+    )
+    tries = [(options, "fixed lengths")] if batch != program.dynamic else []
+    if program.dynamic:
+        tries.append((replace(options, dynamic=None, fixed_batch=1), "a fixed batch of 1"))
+    for fewer, what in tries:
+        try:
+            found = _trace(program.module(), args, kwargs, fewer, ())
+        except SourceError:
+            continue
+        if list(found.state()) == list(program.state()):
+            yield found, what
+
+
+def _batch_label(program: FloatProgram) -> str | None:
+    return next((label for (_, axis), label in program.dynamic.items() if axis == 0), None)
 
 
 def _trace(

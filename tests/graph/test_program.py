@@ -703,3 +703,28 @@ def test_caches_are_switched_off_for_the_trace_alone() -> None:
     assert [*program.run({"x": np.ones((3, 6), np.float32)})] == ["output"]
     assert "keeps no cache" in " ".join(program.notes)
     assert net.config.use_cache
+
+
+class Attends(nn.Module):
+    """Its attention cannot be traced, unless its configuration asks for plain operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(_attn_implementation="sdpa")
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y if self.config._attn_implementation == "eager" or y.sum() > 0 else -y
+
+
+def test_attention_is_eager_where_nothing_else_can_be_traced() -> None:
+    net = Attends().eval()
+    program = from_module(net, ProgramOptions(inputs={"x": np.zeros((2, 6), np.float32)}))
+    assert program.notes == (
+        "The model is exported with eager attention, because it could not be traced with its own.",
+    )
+    assert net.config._attn_implementation == "sdpa"
+    net.config = SimpleNamespace(_attn_implementation=None)
+    with pytest.raises(SourceError, match=r"y\.sum\(\) > 0"):
+        from_module(net, ProgramOptions(inputs={"x": np.zeros((2, 6), np.float32)}))

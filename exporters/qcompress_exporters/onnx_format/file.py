@@ -1,7 +1,7 @@
 """Builds the ONNX file of a compressed model: chooses its opset, counts its bytes, fills in its metadata."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata as package_metadata
 from typing import Any, Final
@@ -12,12 +12,14 @@ from qcompress.artifacts import Artifact, FloatWeight
 from qcompress.artifacts.base import bits_per_weight
 from qcompress.artifacts.size import SizeReport, ideal_nbytes
 from qcompress.compressed.model import CompressedModel
+from qcompress.errors import QCompressError
 from qcompress.graph.channels_first import stored_channels_first
 from qcompress.graph.constants import uncomputed
 from qcompress.graph.conversion import to_numpy
 from qcompress.graph.marks import input_sites, mark
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.sites import layer_input_sites
+from qcompress.graph.tracing import with_fewer_dynamic_axes
 from qcompress.graph.widths import activation_widths
 from qcompress_exporters.onnx_format import metadata
 from qcompress_exporters.onnx_format.encodings.codes import choose
@@ -31,7 +33,7 @@ from qcompress_exporters.onnx_format.nbytes import nbytes_with
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET
 from qcompress_exporters.onnx_format.small_integers import shorten_integers
 from qcompress_exporters.onnx_format.targets import Target
-from qcompress_exporters.onnx_format.trace import Trace, trace
+from qcompress_exporters.onnx_format.trace import Trace, UntranslatedError, trace
 from qcompress_exporters.options import BuildOptions
 from qcompress_exporters.report import Built, ExportReport, LayerReport, TensorReport
 
@@ -49,7 +51,7 @@ def build(model: CompressedModel, target: Target, options: BuildOptions) -> Buil
     """
     model = stepped(model)
     sites = sites_of(model)
-    graph = trace(mark(model.program, sites))
+    model, graph = _traced(model, sites)
     artifacts = {name: model.artifacts[name] for name in graph.state_names}
     if options.float_leftovers == "float16":
         artifacts = {name: artifact.halved() for name, artifact in artifacts.items()}
@@ -83,13 +85,29 @@ def build(model: CompressedModel, target: Target, options: BuildOptions) -> Buil
             _tensor_report(name, artifact, lowered.encodings[name], _why(artifact, opset, target, found))
             for name, artifact in artifacts.items()
         ),
-        notes=(*model.notes, *graph.notes),
+        notes=tuple(dict.fromkeys((*model.notes, *graph.notes))),
         compute=model.compute,
         layers=_with_widths(model, lowered.layers),
         float_operators=float_operators(lowered.model, [r.weight for r in lowered.layers if r.compute == "int8"]),
         saturation={name: share for (name, _), share in model.saturation.items()},
     )
     return Built(data, report)
+
+
+def _traced(model: CompressedModel, sites: Sequence[tuple[str, int]]) -> tuple[CompressedModel, Trace]:
+    """Return the ONNX graph of a model, and the model: with fewer dynamic axes if torch.onnx can write it only so."""
+    try:
+        return model, trace(mark(model.program, sites))
+    except UntranslatedError as e:
+        failure = e
+    for program, what in with_fewer_dynamic_axes(model.program):
+        try:
+            graph = trace(mark(program, sites))
+        except QCompressError:
+            continue
+        note = f"Exported with {what}, because it cannot be written otherwise. {failure}"
+        return replace(model, program=program, notes=(*model.notes, note)), graph
+    raise failure
 
 
 def _with_widths(model: CompressedModel, layers: Iterable[LayerReport]) -> tuple[LayerReport, ...]:

@@ -85,6 +85,10 @@ class Trace:
         return {name: tuple(shape.numpy()) for name in self.state_names if (shape := shapes[name]) is not None}
 
 
+class UntranslatedError(SourceError):
+    """torch.onnx cannot write a program."""
+
+
 def trace(program: FloatProgram) -> Trace:
     """Lower a program to ONNX.
 
@@ -95,7 +99,8 @@ def trace(program: FloatProgram) -> Trace:
         The graph, each tensor of `program.state()` an input under its qualified name.
 
     Raises:
-        SourceError: torch.onnx has no translation for an operator; names it.
+        UntranslatedError: torch.onnx has no translation for an operator; names it.
+        SourceError: a layer cannot be written as ONNX.
     """
     check_recurrent(program)
     with quiet_torch():
@@ -105,7 +110,7 @@ def trace(program: FloatProgram) -> Trace:
                 custom_translation_table={site_op: translate_mark, **TRANSLATIONS},
             )  # fmt: skip
         except Exception as e:
-            raise SourceError(_failure(e, program)) from e
+            raise UntranslatedError(_failure(e, program)) from e
         assert exported is not None
         model = exported.model
         graph = model.graph

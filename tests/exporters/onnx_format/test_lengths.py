@@ -43,3 +43,28 @@ def test_a_file_takes_other_lengths(make: type[nn.Module], tmp_path: Path) -> No
 def test_a_file_of_one_length_says_so(tmp_path: Path) -> None:
     session = written(FixedLength().eval(), 16, tmp_path / "net.onnx")
     assert session.get_inputs()[0].shape == ["batch", 16]
+
+
+class Rounds(nn.Module):
+    """It computes with a rounded size, which torch.onnx cannot write; with a fixed size it is a number."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(30, 4)
+        self.axis = axis
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.tokens(ids).sum(1) * round(ids.shape[self.axis] / 3)
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape", "what"), [(0, [1, 9], "a fixed batch of 1"), (1, ["batch", 9], "fixed lengths")]
+)
+def test_axes_are_fixed_where_torch_onnx_needs_it(axis: int, shape: list[object], what: str, tmp_path: Path) -> None:
+    net = Rounds(axis).eval()
+    small = compress(net, Plan(default=Settings(bits=4)), example_inputs=(torch.zeros(2, 9, dtype=torch.int64),))
+    path = tmp_path / "net.onnx"
+    report = export(small, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == shape
+    assert [note for note in report.notes if note.startswith(f"Exported with {what}, because")]
