@@ -16,13 +16,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcompress.graph.axes import Axes, resized
-from qcompress.graph.program import user_inputs, value_of
+from qcompress.graph.program import traced_sizes, user_inputs, value_of
 from qcompress.graph.quiet import quiet_torch
 from qcompress.graph.value_names import is_tokens
 
 Symbol = Any  # of sympy, which has no types
 _TOLERANCE: Final = 1e-4  # of the largest output; other lengths may run other kernels
 _SHORTEST: Final = 2  # torch.export specializes a length of 1
+_LONGEST_RUN: Final = 4096  # what attention needs grows with the square
 _TABLES: Final = (torch.ops.aten.embedding.default, torch.ops.aten.index_select.default, torch.ops.aten.index.Tensor)
 
 
@@ -128,11 +129,7 @@ def length_ranges(
 def _token_lengths(exported: ExportedProgram) -> dict[Symbol, int]:
     """Return the symbols of the lengths of token sequences, and their sizes in the trace."""
     nodes = [node for node in user_inputs(exported) if is_tokens(node.meta.get("val"))]
-    return {
-        size: value_of(node).shape[1].node.hint  # type: ignore[attr-defined]
-        for node in nodes
-        if (size := _size(node, 1)) is not None and size.is_Symbol
-    }
+    return {size: traced_sizes(node)[1] for node in nodes if (size := _size(node, 1)) is not None and size.is_Symbol}
 
 
 def _size(node: Node, axis: int) -> Any | None:
@@ -180,6 +177,8 @@ def _most(run: Callable[[int], Any], length: int, most: int | None) -> int | Non
     limit = min(grown, default=None)
     if limit is None or (most is not None and limit >= most):
         return most
+    if limit > _LONGEST_RUN:
+        return limit
     try:
         run(limit + 1)
     except Exception:

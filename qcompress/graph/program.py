@@ -118,11 +118,19 @@ class FloatProgram:
         return bound
 
     def random_inputs(self, batch: int = 2) -> dict[str, npt.NDArray[Any]]:
-        """Return normal random floats, and zeros for integers, in the inputs' shapes; the same ones each time."""
+        """Return normal random floats, and zeros for integers, in the inputs' shapes; the same ones each time.
+
+        Args:
+            batch: how many samples; other dynamic axes have the sizes of the trace.
+        """
+        samples = next((label for (_, axis), label in self.dynamic.items() if axis == 0), None)
         random = np.random.default_rng(0)
         inputs = {}
         for name, node in zip(self.input_names, user_inputs(self.exported), strict=True):
-            shape = [batch if size is None else size for size in sizes(node)]
+            shape = [
+                batch if samples is not None and self.dynamic.get((name, axis)) == samples else size
+                for axis, size in enumerate(traced_sizes(node))
+            ]
             dtype = numpy_dtype(value_of(node).dtype)
             values = random.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
             inputs[name] = values.astype(dtype)
@@ -240,6 +248,11 @@ def identity(value: torch.Tensor) -> tuple[Any, ...]:
 def sizes(node: Node) -> list[int | None]:
     """Return the shape of a value; None for dynamic axes, not for symbolic ones that can have one size only."""
     return [s if isinstance(s, int) else s.node.maybe_as_int() for s in value_of(node).shape]
+
+
+def traced_sizes(node: Node) -> list[int]:
+    """Return the shape that a value had in the trace, dynamic axes included."""
+    return [s if isinstance(s, int) else int(s.node.hint) for s in value_of(node).shape]
 
 
 def value_of(node: Node) -> torch.Tensor:

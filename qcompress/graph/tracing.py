@@ -35,6 +35,7 @@ from qcompress.graph.program import (
     sizes,
     state_nodes,
     tensor_of,
+    traced_sizes,
     user_inputs,
     value_of,
 )
@@ -467,7 +468,7 @@ def _example(node: Node, options: ProgramOptions, index: int) -> torch.Tensor:
     if named is not None:
         return to_torch(named)
     value = value_of(node)
-    return torch.zeros([TRACE_BATCH if s is None else s for s in sizes(node)], dtype=value.dtype)
+    return torch.zeros(traced_sizes(node), dtype=value.dtype)
 
 
 def _in_eval_mode(exported: ExportedProgram) -> tuple[ExportedProgram, tuple[str, ...]]:

@@ -64,6 +64,24 @@ def test_a_length_that_must_stay_stays_and_is_named(make: type[nn.Module], lengt
     assert_follows(program, net, {"ids": tokens(5, length)})
 
 
+class Filters(nn.Module):
+    """Convolutions over tokens, which need five of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(30, 4)
+        self.filters = nn.Conv1d(4, 6, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.filters(self.tokens(ids).transpose(1, 2)).amax(2)
+
+
+def test_the_shortest_length_is_told_and_random_inputs_are_longer() -> None:
+    program = traced(Filters().eval(), ids=tokens(2, 12))
+    assert program.notes == ("Lengths of ids may be 5 or more.",)
+    assert program.random_inputs(3)["ids"].shape == (3, 12)
+
+
 class Forgets(nn.Module):
     """Its graph holds a number that the trace took from the example: it is wrong at other lengths."""
 
