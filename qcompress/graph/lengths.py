@@ -40,11 +40,13 @@ class LengthRange:
     most: int | None
 
     def __str__(self) -> str:
-        return f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
+        if self.most is None:
+            return f"{self.least} or more"
+        return f"up to {self.most}" if self.least == _SHORTEST else f"{self.least} to {self.most}"
 
     @property
     def is_limited(self) -> bool:
-        """Whether there are other limits than that of all programs, which is 2."""
+        """Whether there are limits that differ from those of every program."""
         return self.least > _SHORTEST or self.most is not None
 
 
