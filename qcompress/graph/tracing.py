@@ -1,4 +1,4 @@
-"""Tracing of a model into a float program: once, with a batch of 2; then pruning, and names of inputs and outputs."""
+"""Tracing of a model into a float program: once, with a batch of 2 and dynamic lengths, where the model allows it."""
 
 import copy
 import inspect
@@ -11,41 +11,32 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputSpec, OutputKind, TensorArgument
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from qcompress.errors import ConfigError, DataError, SourceError, did_you_mean
 from qcompress.graph.axes import Axes, batch_axes, dynamic_axes, resized
-from qcompress.graph.composites import without_composites
+from qcompress.graph.canonical import canonical, is_odd_float
 from qcompress.graph.configurations import eager_attention, traceable
-from qcompress.graph.constants import compute_weights
 from qcompress.graph.conversion import to_torch
-from qcompress.graph.in_place import out_of_place, without_mutations
 from qcompress.graph.lengths import LengthRange, length_axes, length_ranges, without_others
 from qcompress.graph.nodes import arguments, row_of
 from qcompress.graph.options import ProgramOptions, unnamed
 from qcompress.graph.program import (
-    STATE_KINDS,
     Arrays,
     FloatProgram,
     copy_graph,
-    identity,
     rebuild,
     sizes,
-    state_nodes,
-    tensor_of,
     traced_sizes,
     user_inputs,
     value_of,
 )
 from qcompress.graph.quiet import quiet_torch
-from qcompress.graph.recurrent import RecurrentLayers, with_own_layers, with_torchs_layers
-from qcompress.graph.value_names import axis_names, input_names, is_tokens, output_names
-from qcompress.graph.views import with_contiguous_views
+from qcompress.graph.recurrent import RecurrentLayers, with_torchs_layers
+from qcompress.graph.value_names import axis_names, input_names
 
 TRACE_BATCH: Final = 2  # torch.export specializes a batch of 1
-_COUNTER: Final = "num_batches_tracked"  # of BatchNorm; a graph in eval mode does not read it
 _TRAINING: Final = ("training", "train")  # arguments that switch operators to training mode
 
 
@@ -70,7 +61,7 @@ def from_module(module: torch.nn.Module, options: ProgramOptions) -> FloatProgra
     if module.training:
         notes += ("The model was in training mode; it is exported in eval mode.",)
     inputs = options.inputs
-    odd = sorted({str(t.dtype).removeprefix("torch.") for t in module.state_dict().values() if _is_odd_float(t.dtype)})
+    odd = sorted({str(t.dtype).removeprefix("torch.") for t in module.state_dict().values() if is_odd_float(t.dtype)})
     if odd:
         notes += (f"The model holds {', '.join(odd)}; it is exported in float32.",)
         module = copy.deepcopy(module).float()
@@ -111,7 +102,7 @@ def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatPr
         batch = next((sizes(node)[0] for node in nodes if sizes(node)), None)
         is_as_wanted = not dynamic and options.fixed_batch in ("example", batch)
     if is_as_wanted:
-        return _canonical(exported, options, notes, one_batch=False)
+        return canonical(exported, options, notes, one_batch=False)
     flat = [_example(node, options, i) for i, node in enumerate(nodes)]
     args, kwargs = pytree.tree_unflatten(flat, exported.call_spec.in_spec)
     kept = axis_names(dict(zip(names, nodes, strict=True)), options.dynamic or {}, one_batch=False)
@@ -121,7 +112,7 @@ def from_exported(exported: ExportedProgram, options: ProgramOptions) -> FloatPr
         return _trace(exported.module(check_guards=False), args, kwargs, again, notes)
     except SourceError:
         stays = "The program's inputs stay fixed: it cannot be traced otherwise."
-        return _canonical(exported, options, (*notes, stays), one_batch=False)
+        return canonical(exported, options, (*notes, stays), one_batch=False)
 
 
 def input_names_of(program: FloatProgram) -> tuple[str, ...]:
@@ -176,7 +167,7 @@ def _trace(
     arguments = dict(zip(names, args, strict=True)) | dict(kwargs)
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     if options.fixed_batch is not None:
-        return _canonical(_fixed(module, leaves, spec, options.fixed_batch), options, notes, one_batch=True)
+        return canonical(_fixed(module, leaves, spec, options.fixed_batch), options, notes, one_batch=True)
     fixed: ExportedProgram | None = None
     for axes in batch_axes(leaves):
         of_two = [resized(value, axis, TRACE_BATCH) for value, axis in zip(leaves, axes, strict=True)]
@@ -185,14 +176,14 @@ def _trace(
         except Exception:
             continue
         if any(sizes(node)[:1] == [None] for node in user_inputs(exported)):
-            return _canonical(exported, options, notes, one_batch=True, ranges=ranges)
+            return canonical(exported, options, notes, one_batch=True, ranges=ranges)
         fixed = fixed or exported
     try:
         fixed = _fixed(module, leaves, spec)
     except SourceError:
         if fixed is None:
             raise
-    return _canonical(fixed, options, notes, one_batch=True, ranges={})
+    return canonical(fixed, options, notes, one_batch=True, ranges={})
 
 
 def _with_lengths(
@@ -262,10 +253,6 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return with_torchs_layers(torch.export.export(module, args, kwargs, dynamic_shapes=shapes))
 
 
-def _is_odd_float(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype != torch.float32
-
-
 def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Bind arrays to forward's arguments: by name, by position, or several to one dict."""
     tensors = {name: to_torch(value) for name, value in inputs.items()}
@@ -297,168 +284,6 @@ def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], 
         positional.append(tensors[name])
     rest = {n: tensors[n] for n in names[len(positional) :] if n in tensors}
     return positional, rest
-
-
-def _canonical(
-    exported: ExportedProgram,
-    options: ProgramOptions,
-    notes: tuple[str, ...],
-    *,
-    one_batch: bool,
-    ranges: Mapping[str, LengthRange] | None = None,
-) -> FloatProgram:
-    """Drop what the graph does not use and all in-place operators, and name tied tensors, inputs and outputs.
-
-    Args:
-        exported: as torch.export returned it.
-        options: the user's names.
-        notes: notes so far.
-        one_batch: whether every dynamic first axis is the batch; if not, those of another symbol get their own names.
-        ranges: lengths that the program takes, by symbol; None: it was not asked for others.
-    """
-    for node in user_inputs(exported):
-        if not isinstance(node.meta.get("val"), torch.Tensor):
-            raise SourceError(
-                f"The model's input {node.name} must be a tensor, got {type(node.meta.get('val')).__name__}: "
-                "wrap the model in a module whose forward takes tensors only."
-            )
-    notes = (
-        *notes,
-        *(
-            f"The model changes its buffer {n} as it runs; the file keeps its present value."
-            for n in _mutated(exported)
-        ),
-    )
-    _check_outputs(exported)
-    exported = out_of_place(_prune(without_mutations(with_own_layers(exported))))
-    exported = _prune(with_torchs_layers(exported))
-    exported = with_contiguous_views(without_composites(exported))
-    if options.computes and (computed := compute_weights(exported)) is not exported:
-        exported = _prune(computed)
-    exported = exported if options.shares else _with_own_tensors(exported)
-    state = _checked_state(exported)
-    inputs = _check_names(options.input_names, input_names(exported), "--input-names", "inputs")
-    clash = sorted(state & set(inputs))
-    if clash:
-        raise SourceError(f"{clash[0]} names both an input and a tensor of the model: rename one of them in the model.")
-    taken = state | set(inputs)
-    names = tuple(f"{n}_output" if n in taken else n for n in output_names(exported))
-    outputs = _check_names(options.output_names, names, "--output-names", "outputs")
-    if doubled := sorted(set(outputs) & taken):
-        raise ConfigError(
-            f"--output-names: {doubled[0]} names an input or a tensor of the model already: name another."
-        )
-    nodes = dict(zip(inputs, user_inputs(exported), strict=True))
-    _check_dynamic(options, {name: value_of(node).ndim for name, node in nodes.items()})
-    dynamic = axis_names(nodes, options.dynamic or {}, one_batch=one_batch)
-    notes = (*notes, *_size_notes(nodes, dynamic, options, ranges))
-    stuck = [f"{name}:{axis}" for name, axis in options.dynamic or {} if axis and (name, axis) not in dynamic]
-    if stuck:
-        notes = (*notes, f"The model allows no other size of {', '.join(stuck)}: it stays fixed despite --dynamic.")
-    return FloatProgram(exported, inputs, outputs, dynamic, notes)
-
-
-def _size_notes(
-    nodes: Mapping[str, Node],
-    dynamic: Mapping[tuple[str, int], str],
-    options: ProgramOptions,
-    ranges: Mapping[str, LengthRange] | None,
-) -> list[str]:
-    """Return notes on what stays fixed, and on lengths that have limits."""
-    if not dynamic:
-        shapes = ", ".join(f"{n} {sizes(node)}" for n, node in nodes.items())
-        if options.fixed_batch is not None:
-            return [f"Exported with a fixed batch: {shapes}."]
-        return [f"The model takes one batch size only: it is exported with fixed inputs ({shapes})."]
-    notes = []
-    if not any(axis == 0 for _, axis in dynamic):
-        batch = next((sizes(node)[0] for node in nodes.values() if sizes(node)), None)
-        notes.append(f"The model takes one batch size only: {batch}.")
-    for symbol, limits in (ranges or {}).items():
-        named = [n for n, node in nodes.items() if any(str(size) == symbol for size in value_of(node).shape)]
-        if named and limits.is_limited:
-            notes.append(f"Lengths of {', '.join(named)} may be {limits}.")
-    fixed = [f"{n} ({sizes(node)[1]})" for n, node in nodes.items() if is_tokens(value_of(node)) and sizes(node)[1]]
-    if fixed and options.dynamic is None:
-        why = "it was exported with it" if ranges is None else "no other could be traced"
-        notes.append(f"The length of {', '.join(fixed)} stays fixed: {why}.")
-    return notes
-
-
-def _check_outputs(exported: ExportedProgram) -> None:
-    """Refuse outputs that a file cannot return: values that are not tensors, and the model's own tensors."""
-    own = {node.name: name for node, name in state_nodes(exported).items()}
-    specs = [s for s in exported.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
-    for name, spec in zip(output_names(exported), specs, strict=True):
-        if not isinstance(spec.arg, TensorArgument):
-            value = getattr(spec.arg, "value", None)
-            raise SourceError(
-                f"The model's output {name} must be a tensor, got {value!r}: wrap the model in a module whose forward "
-                "returns tensors only."
-            )
-        if spec.arg.name in own:
-            raise SourceError(
-                f"The model's output {name} must be computed from its inputs, but it is the model's own tensor "
-                f"{own[spec.arg.name]}: wrap the model in a module whose forward leaves it out."
-            )
-
-
-def _mutated(exported: ExportedProgram) -> list[str]:
-    """Return the buffers that the program writes to."""
-    state = state_nodes(exported)
-    written = set(exported.graph_signature.buffers_to_mutate.values())
-    for node in exported.graph.nodes:
-        if node.args and node.args[0] in state and getattr(getattr(node.target, "_schema", None), "is_mutable", False):
-            written.add(state[node.args[0]])
-    return sorted(name for name in written if not name.endswith(_COUNTER))
-
-
-def _checked_state(exported: ExportedProgram) -> set[str]:
-    """Return the names of the program's tensors; refuses dtypes that cannot be exported."""
-    state = {name: tensor_of(exported, spec) for spec in exported.graph_signature.input_specs if (name := spec.target)}
-    for name, value in state.items():
-        if _is_odd_float(value.dtype) and (value.dtype != torch.float64 or value.ndim > 1):
-            raise SourceError(
-                f"{name} must be float32, got {str(value.dtype).removeprefix('torch.')}: export the program of "
-                "model.float(), with float32 inputs."
-            )
-    return set(state)
-
-
-def _with_own_tensors(exported: ExportedProgram) -> ExportedProgram:
-    """Return the program with copies of its tensors, tied ones still tied: no one else's training reaches it."""
-    copies: dict[tuple[Any, ...], torch.Tensor] = {}
-
-    def own(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        same = identity(value)
-        if same not in copies:
-            copy_of = value.detach().clone()
-            copies[same] = torch.nn.Parameter(copy_of, False) if isinstance(value, torch.nn.Parameter) else copy_of
-        return copies[same]
-
-    state = {name: own(value) for name, value in exported.state_dict.items()}
-    constants = {name: own(value) for name, value in exported.constants.items()}
-    return rebuild(exported, state=state, constants=constants)
-
-
-def _check_dynamic(options: ProgramOptions, ranks: Mapping[str, int]) -> None:
-    for name, axis in options.dynamic or {}:
-        if name not in ranks:
-            raise ConfigError(f"--dynamic: the model has no input {name!r}; it has {', '.join(ranks)}.")
-        if axis >= ranks[name]:
-            raise ConfigError(f"--dynamic: input {name} has {ranks[name]} axes, so it has no axis {axis}.")
-
-
-def _check_names(given: tuple[str, ...] | None, default: tuple[str, ...], flag: str, what: str) -> tuple[str, ...]:
-    if given is None:
-        return default
-    if len(given) != len(default) or len(set(given)) != len(given):
-        raise ConfigError(
-            f"{flag} must be {len(default)} different names (the {what}: {', '.join(default)}), got {','.join(given)}."
-        )
-    return given
 
 
 def _example(node: Node, options: ProgramOptions, index: int) -> torch.Tensor:
@@ -497,34 +322,6 @@ def _training_argument(node: Node) -> int | None:
         if argument.name in _TRAINING and position < len(node.args) and node.args[position] is True:
             return position
     return None
-
-
-def _prune(exported: ExportedProgram) -> ExportedProgram:
-    """Drop unused nodes and state, and let tied tensors enter once, under their first name."""
-    module = copy_graph(exported)
-    # A dropout counts as impure, since it draws random numbers; outside of training it does not.
-    module.graph.eliminate_dead_code(lambda node: node.is_impure() and not row_of(node).drops)
-    by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
-    first_name: dict[tuple[Any, ...], str] = {}
-    for name, value in exported.state_dict.items():
-        first_name.setdefault(identity(value), name)
-    kept: dict[tuple[Any, ...], Node] = {}
-    specs: list[InputSpec] = []
-    for spec in exported.graph_signature.input_specs:
-        node = by_name[spec.arg.name]
-        if spec.kind not in STATE_KINDS:
-            specs.append(spec)
-            continue
-        same = identity(tensor_of(exported, spec))
-        if same in kept:
-            node.replace_all_uses_with(kept[same])
-        if not node.users:
-            module.graph.erase_node(node)
-            continue
-        kept.setdefault(same, node)
-        specs.append(replace(spec, target=first_name.get(same, spec.target)))
-    module.recompile()
-    return rebuild(exported, module=module, specs=specs)
 
 
 def _export_failure(error: Exception) -> str:
