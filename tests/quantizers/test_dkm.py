@@ -367,9 +367,15 @@ def test_a_small_tensor_is_computed_exactly():
 
 
 @pytest.mark.parametrize(
-    "options", [{"bits": 2}, {"bits": 2, "rows_per_lut": 16, "channels": 64}, {"bits": 4, "vector_dim": 2}]
+    ("options", "form"),
+    [
+        ({"bits": 2}, "table"),
+        ({"bits": 2, "rows_per_lut": 16, "channels": 64}, "table"),
+        ({"bits": 4, "vector_dim": 2}, "chunked"),
+        ({"bits": 5, "vector_dim": 2}, "near"),
+    ],
 )
-def test_training_goes_on_bit_for_bit_from_a_state_that_json_can_hold(options):
+def test_training_goes_on_bit_for_bit_from_a_state_that_json_can_hold(options, form):
     def steps(quantizer, w, numbers):
         for number in numbers:
             quantizer.advance(number / 40)
@@ -382,6 +388,7 @@ def test_training_goes_on_bit_for_bit_from_a_state_that_json_can_hold(options):
     quantizer, w = Dkm(**options), first.clone().requires_grad_()
     quantizer.initialise(first)
     steps(quantizer, w, range(13))
+    assert getattr(quantizer._form, "kind", "table") == form
     state = {name: copy.deepcopy(value) for name, value in quantizer.state_dict().items()}
     state["_extra_state"] = json.loads(json.dumps(state["_extra_state"]))
     kept = w.detach().clone().requires_grad_()
