@@ -1,5 +1,6 @@
 """What the zoo measures of one net in one mode: whether its file computes what it should, its bytes, its operators."""
 
+import re
 import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ TOLERANCE = 1e-3  # largest difference over the spread of the outputs, between t
 LEAST_SQNR = 10.0  # dB of a W8A8 file against the user's float module
 BATCHES = (1, 2, 3)
 LENGTH = "length"
+PATHS = re.compile(r"/\S*/(?=(benchmarks|site-packages)/)")  # where this machine keeps files
 
 OK = "ok"
 REASONS = {
@@ -109,7 +111,7 @@ def measured(net: Net, mode: str) -> Record:
             example = net.make()
         return figures(net, mode, example)
     except Exception as e:
-        text = " ".join(str(e).split()) or type(e).__name__
+        text = PATHS.sub("", " ".join(str(e).split())) or type(e).__name__
         known = isinstance(e, (SourceError, WrongOutputError))
         return Record(net.name, mode, reason(e), text if known else f"{type(e).__name__}: {text}", seconds=seconds())
 
