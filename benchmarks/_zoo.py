@@ -2,7 +2,7 @@
 
 import re
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,11 +131,12 @@ def figures(net: Net, mode: str, example: Example) -> Record:
     built = build(small)
     takes_lengths = any(label != "batch" for label in program.dynamic.values())
     batches = BATCHES if program.fixed_batch is None else (program.fixed_batch,)
-    difference, sqnr = compared(net, mode, example, small, built.data, batches)
+    contestants = Contestants.of(example.module, small, built.data)
+    difference, sqnr = compared(net, mode, example, contestants, batches)
     if takes_lengths:
         for length in net.lengths:
             other = {n: of_length(v, net.length_axes.get(n), length) for n, v in example.inputs.items()}
-            found, _ = compared(net, mode, Example(example.module, other), small, built.data, batches[-1:])
+            found, _ = compared(net, mode, Example(example.module, other), contestants, batches[-1:])
             difference = max(difference, found)
     int8, between = operators(optimized(built.data))
     if mode == W8A8 and not int8:
@@ -165,8 +166,30 @@ def traced(net: Net, example: Example, inputs: Arrays) -> FloatProgram:
     return from_module(example.module, ProgramOptions(inputs=inputs))
 
 
+@dataclass(frozen=True)
+class Contestants:
+    """What gives outputs: the user's module, the traced program, the module with decoded weights, and the file."""
+
+    users: Callable[[Mapping[str, Tensor]], Arrays]
+    floats: Callable[[Arrays], Arrays]
+    decoded: Callable[[Arrays], Arrays]
+    file: Callable[[Arrays], Arrays]
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, small: CompressedModel, data: bytes) -> "Contestants":
+        """Return the contestants of a compressed model."""
+        weights = {name: a.dequantize() for name, a in small.artifacts.items()}
+        active = session(data, "exact")  # as deployed, sums of 8-bit products saturate on some CPUs
+        return cls(
+            lambda feeds: dict(zip(small.program.output_names, outputs(module, feeds), strict=True)),
+            small.program.runner(),
+            small.program.with_state(weights).runner(),
+            lambda feeds: run(active, feeds),
+        )
+
+
 def compared(
-    net: Net, mode: str, example: Example, small: CompressedModel, data: bytes, batches: tuple[int, ...]
+    net: Net, mode: str, example: Example, contestants: Contestants, batches: tuple[int, ...]
 ) -> tuple[float, float | None]:
     """Run a file and what it must agree with on the first samples in batches of these sizes.
 
@@ -176,17 +199,14 @@ def compared(
     Raises:
         WrongOutputError: they differ by more than is allowed.
     """
-    active = session(data, "exact")  # as deployed, sums of 8-bit products saturate on some CPUs
-    decoded = small.program.with_state({name: a.dequantize() for name, a in small.artifacts.items()}).runner()
-    float_program = small.program.runner()
     parts: list[tuple[Arrays, Arrays, Arrays, Arrays]] = []
     start = 0
     for batch in batches:
         feeds = {n: samples(v, net.batch_axes.get(n, 0), start, batch) for n, v in example.inputs.items()}
         start += batch
         arrays = {n: v.numpy() for n, v in feeds.items()}
-        users = dict(zip(small.program.output_names, outputs(example.module, feeds), strict=True))
-        parts.append((users, float_program(arrays), decoded(arrays), run(active, arrays)))
+        wanted = contestants.decoded(arrays) if mode == W4 else {}
+        parts.append((contestants.users(feeds), contestants.floats(arrays), wanted, contestants.file(arrays)))
     users, floats, wanted, got = (joined([part[i] for part in parts]) for i in range(4))
     checks = [("the traced program from the user's module", users, floats)]
     if mode == W4:

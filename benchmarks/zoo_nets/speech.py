@@ -31,9 +31,9 @@ class KeywordGru(nn.Module):
 class KeywordDsCnn(nn.Module):
     """Keyword spotting with depthwise separable convolutions."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int, count: int) -> None:
         super().__init__()
-        blocks = [layer for _ in range(4) for layer in (conv(width, width, groups=width), conv(width, width, 1))]
+        blocks = [layer for _ in range(count) for layer in (conv(width, width, groups=width), conv(width, width, 1))]
         self.body = nn.Sequential(conv(1, width, 5, 2), *blocks)
         self.last = nn.Linear(width, 12)
 
@@ -235,7 +235,10 @@ def _timed(name: str, make: Callable[[], Example], axis: int = 2, lengths: tuple
 
 NETS = (
     _timed("GRU keyword spotting", lambda: example(KeywordGru(), x=_frames(40).transpose(1, 2)), axis=1),
-    Net("DS-CNN keyword spotting", SPEECH, lambda: example(KeywordDsCnn(), x=images(40, 1)), convolutional=True),
+    Net("DS-CNN-S keyword spotting", SPEECH, lambda: example(KeywordDsCnn(64, 4), x=images(40, 1)),
+        convolutional=True),
+    Net("DS-CNN-L keyword spotting", SPEECH, lambda: example(KeywordDsCnn(276, 5), x=images(40, 1)),
+        convolutional=True),
     Net(
         "RNNoise with states", SPEECH,
         lambda: example(

@@ -74,17 +74,17 @@ class Ncf(nn.Module):
 
 
 class FtTransformer(nn.Module):
-    """FT-Transformer: a token per column, a class token, a transformer."""
+    """FT-Transformer with its default widths: a token per column, a class token, a transformer."""
 
     offsets: Tensor
 
-    def __init__(self, numbers: int = 6, categories: int = 4, width: int = 64) -> None:
+    def __init__(self, numbers: int = 6, categories: int = 4, width: int = 192) -> None:
         super().__init__()
         self.scale, self.shift = nn.Parameter(torch.randn(numbers, width)), nn.Parameter(torch.randn(numbers, width))
         self.embedding, self.token = nn.Embedding(categories * 20, width), nn.Parameter(torch.randn(1, 1, width))
         self.register_buffer("offsets", torch.arange(categories) * 20)
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(width, 8, 256, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
         self.last = nn.Linear(width, 3)
 
     def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:
@@ -96,16 +96,16 @@ class FtTransformer(nn.Module):
 
 
 class TabNet(nn.Module):
-    """TabNet: steps that choose columns by attention (a softmax), each with gated layers."""
+    """TabNet of the size for Forest Cover: steps that choose columns by attention (a softmax), with gated layers."""
 
-    def __init__(self, columns: int = 20, width: int = 32, steps: int = 3) -> None:
+    def __init__(self, columns: int = 54, width: int = 64, steps: int = 5) -> None:
         super().__init__()
         self.norm, self.shared = nn.BatchNorm1d(columns), nn.Linear(columns, 4 * width)
         self.own = nn.ModuleList(nn.Linear(2 * width, 4 * width) for _ in range(steps + 1))
         self.choice = nn.ModuleList(
             nn.Sequential(nn.Linear(width, columns), nn.BatchNorm1d(columns)) for _ in range(steps)
         )
-        self.last, self.width = nn.Linear(width, 2), width
+        self.last, self.width = nn.Linear(width, 7), width
 
     def features(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = functional.glu(self.shared(x), 1)
@@ -239,7 +239,7 @@ NETS = (
     Net("FT-Transformer", TABLES,
         lambda: example(FtTransformer(), numbers=torch.randn(SAMPLES, 6),
                         categories=torch.randint(0, 20, (SAMPLES, 4)))),
-    Net("TabNet (softmax masks)", TABLES, lambda: example(TabNet(), x=torch.randn(SAMPLES, 20))),
+    Net("TabNet (softmax masks)", TABLES, lambda: example(TabNet(), x=torch.randn(SAMPLES, 54))),
     Net("MLP autoencoder", TABLES, lambda: example(mlp(64, 128, 32, 128, 64), input=torch.randn(SAMPLES, 64))),
     _text("LSTM language model, tied weights", lambda: example(TiedLstm(), ids=tokens(WORDS, LENGTH))),
     _text("BiLSTM tagger", lambda: example(Tagger(), ids=tokens(WORDS, LENGTH))),
