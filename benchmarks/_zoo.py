@@ -55,6 +55,11 @@ REASONS = {
 }
 
 
+def modes(net: Net) -> tuple[str, ...]:
+    """Return the modes in which a net is measured."""
+    return MODES if net.convolutional else (W4,)
+
+
 class WrongOutputError(Exception):
     """A file does not compute what it should."""
 
@@ -112,7 +117,7 @@ def measured(net: Net, mode: str) -> Record:
         return figures(net, mode, example)
     except Exception as e:
         text = PATHS.sub("", " ".join(str(e).split())) or type(e).__name__
-        known = isinstance(e, (SourceError, WrongOutputError))
+        known = isinstance(e, (SourceError, WrongOutputError, NoIntegerLayerError))
         return Record(net.name, mode, reason(e), text if known else f"{type(e).__name__}: {text}", seconds=seconds())
 
 

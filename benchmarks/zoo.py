@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import torch
 from _common import Bar, quiet
-from _zoo import MODES, OK, W4, Record, measured
+from _zoo import MODES, OK, W4, Record, measured, modes
 from _zoo_docs import page
 from zoo_nets import NETS
 from zoo_nets.net import SAMPLES, Example, Net
@@ -69,11 +69,6 @@ def main() -> int:
     bars = bars_of(listed)
     print("\n".join(map(str, bars)))
     return int(any(bar.verdict == "FAIL" for bar in bars))
-
-
-def modes(net: Net) -> tuple[str, ...]:
-    """Return the modes in which a net is measured."""
-    return MODES if net.convolutional else (W4,)
 
 
 def warm_up() -> None:

@@ -181,11 +181,11 @@ def _net(name: str, make: Callable[[], Example], *, convolutional: bool = False)
 
 NETS = (
     _net("StyleGAN2 generator (3 levels)", lambda: example(StyleGan(), z=torch.randn(SAMPLES, 64))),
-    _net("DCGAN generator", lambda: example(Dcgan(), z=torch.randn(SAMPLES, 100))),
+    _net("DCGAN generator", lambda: example(Dcgan(), z=torch.randn(SAMPLES, 100)), convolutional=True),
     _net("SN-GAN discriminator", lambda: example(SnGan(), x=images(32)), convolutional=True),
     _net("VAE", lambda: example(Vae(), x=images(28, 1)), convolutional=True),
     _net("Diffusion U-Net (2 levels)", lambda: example(DiffusionUNet(), x=images(16), t=torch.rand(SAMPLES) * 1000)),
-    _net("Style transfer (InstanceNorm)", lambda: example(_style_transfer(), input=images(64))),
+    _net("Style transfer (InstanceNorm)", lambda: example(_style_transfer(), input=images(64)), convolutional=True),
     _net("ESPCN super-resolution", lambda: example_without_norms(_espcn(), input=images(32, 1)), convolutional=True),
     _net("Convolutional autoencoder", lambda: example_without_norms(_autoencoder(), input=images(32)),
          convolutional=True),

@@ -229,8 +229,8 @@ def _frames(bands: int) -> Tensor:
     return torch.randn(SAMPLES, bands, FRAMES)
 
 
-def _timed(name: str, make: Callable[[], Example], axis: int = 2, lengths: tuple[int, ...] = OTHER_FRAMES) -> Net:
-    return Net(name, SPEECH, make, lengths=lengths, length_axes={"x": axis})
+def _timed(name: str, make: Callable[[], Example], axis: int = 2, *, convolutional: bool = False) -> Net:
+    return Net(name, SPEECH, make, convolutional, lengths=OTHER_FRAMES, length_axes={"x": axis})
 
 
 NETS = (
@@ -250,14 +250,14 @@ NETS = (
     Net("CRNN", "detection and segmentation",
         lambda: example(Crnn(), x=torch.randn(SAMPLES, 1, 32, 64)), lengths=(48, 96), length_axes={"x": 3}),
     _timed("Conformer (2 blocks)", lambda: example(Conformer(), x=_frames(80))),
-    _timed("QuartzNet (2 blocks)", lambda: example(QuartzNet(), x=_frames(64))),
+    _timed("QuartzNet (2 blocks)", lambda: example(QuartzNet(), x=_frames(64)), convolutional=True),
     Net("TCN with weight_norm", SPEECH,
         lambda: example(nn.Sequential(*(CausalBlock(i, 48, d) for i, d in ((16, 1), (48, 2), (48, 4)))),
                         input=_frames(16)),
-        lengths=OTHER_FRAMES, length_axes={"input": 2}),
-    _timed("WaveNet (8 layers)", lambda: example(WaveNet(), x=_frames(1))),
+        convolutional=True, lengths=OTHER_FRAMES, length_axes={"input": 2}),
+    _timed("WaveNet (8 layers)", lambda: example(WaveNet(), x=_frames(1)), convolutional=True),
     Net("HiFi-GAN generator with weight_norm (small)", SPEECH, lambda: example(HifiGan(), mel=_frames(80)),
-        lengths=OTHER_FRAMES, length_axes={"mel": 2}),
+        convolutional=True, lengths=OTHER_FRAMES, length_axes={"mel": 2}),
     Net("Tacotron 2 (teacher-forced)", SPEECH,
         lambda: example(Tacotron(), text=torch.randint(0, 60, (SAMPLES, 20)), mel=_frames(80).transpose(1, 2)),
         lengths=(12, 31), length_axes={"text": 1, "mel": 1}),

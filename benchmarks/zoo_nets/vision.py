@@ -55,7 +55,7 @@ NETS = (
     _timm("NF-RegNet-B0 (normalizer-free)", "nf_regnet_b0"),
     _timm("RepVGG-A0", "repvgg_a0"),
     _timm("MobileNetV4 small", "mobilenetv4_conv_small"),
-    _timm("ConvNeXt-Atto", "convnext_atto", family=MIXER),
+    _timm("ConvNeXt-Atto", "convnext_atto"),
     _timm("EfficientFormer-L1", "efficientformer_l1", 224, family=MIXER),
     _timm("PoolFormer-S12", "poolformer_s12", family=MIXER),
     _timm("MLP-Mixer-S/32", "mixer_s32_224", 224, family=MIXER),
