@@ -28,6 +28,7 @@ from qcompress_exporters.onnx_format.passes.fold_pads import FoldPads
 from qcompress_exporters.onnx_format.passes.name_ends import NameEnds
 from qcompress_exporters.onnx_format.passes.order_loops import OrderLoops
 from qcompress_exporters.onnx_format.passes.pool_means import PoolMeans
+from qcompress_exporters.onnx_format.passes.quick_rules import quick_rules
 from qcompress_exporters.onnx_format.passes.shorten_names import ShortenNames
 from qcompress_exporters.onnx_format.passes.strip import Strip
 from qcompress_exporters.onnx_format.recurrent import TRANSLATIONS, check_recurrent
@@ -118,7 +119,8 @@ def trace(program: FloatProgram) -> Trace:
             value = graph.initializers.pop(name)
             value.const_value = None
             graph.inputs.append(value)
-        optimizer.optimize(model, input_size_limit=_FOLD_INPUT_LIMIT, output_size_limit=_FOLD_OUTPUT_LIMIT)
+        with quick_rules():
+            optimizer.optimize(model, input_size_limit=_FOLD_INPUT_LIMIT, output_size_limit=_FOLD_OUTPUT_LIMIT)
         ir.passes.Sequential(PoolMeans(), FoldPads(), OrderLoops(), common.RemoveUnusedNodesPass())(model)
     for value in list(graph.inputs)[len(program.input_names) :]:
         if not value.uses() and not value.is_graph_output():

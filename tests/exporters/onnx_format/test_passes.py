@@ -1,14 +1,18 @@
 """Passes over the traced graph, at every depth of it."""
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pytest
 import torch
+from onnxscript import rewriter
 from torch import nn
 
 from qcompress.artifacts import FloatWeight
+from qcompress_exporters.onnx_format import trace as trace_module
 from qcompress_exporters.onnx_format.lower import lower
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET
 from qcompress_exporters.onnx_format.passes.default_attributes import DropDefaultAttributes
@@ -140,3 +144,16 @@ def test_attributes_without_effect_go() -> None:
             node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-05)  # as torch.onnx writes it: a float64
     DropDefaultAttributes()(model)
     assert [list(node.attributes) for node in model.graph] == [[], [], ["allowzero"], ["allowzero"]]
+
+
+def test_rules_that_are_tried_at_their_operators_alone_do_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Steps(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.clamp(torch.relu(x), max=6).reshape(2, -1).reshape(2, 4, -1)
+            return (y.transpose(1, 2).transpose(1, 2) * 1 + 0)[:, :, ::1]
+
+    program = traced(Steps(), x=np.zeros((2, 4, 6), np.float32))
+    quick = trace(program).base
+    assert not any("try_rewrite" in vars(rule) for rule in rewriter._DEFAULT_REWRITE_RULES)  # as it was
+    monkeypatch.setattr(trace_module, "quick_rules", contextlib.nullcontext)
+    assert ir.to_proto(quick).SerializeToString() == ir.to_proto(trace(program).base).SerializeToString()
