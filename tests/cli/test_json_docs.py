@@ -92,7 +92,10 @@ def test_export_and_validate(qcompress, model):
     )
     assert result.exit_code == 0
     # Of integer compute and of calibration data.
-    integer = ("layers[]", "activations[]", "plan[].settings.activation_bits", "solved[]", "plan[].settings.block_size")
+    integer = (
+        "layers[]", "activations[]", "auto.", "float_operators{}", "solved[]", "plan[].settings.activation_bits",
+        "plan[].settings.block_size",
+    )  # fmt: skip
     assert {k for k in check("export", result.stdout) if not k.startswith(integer)} == {"notes[]"}
     assert json.loads(result.stdout)["file"] == "model.w2.onnx"
     result = qcompress("validate", model, "model.w2.onnx", "--data", "test.npz", "--json")
@@ -117,7 +120,8 @@ def test_export_for_integer_compute(qcompress, model):
     flags = ("--bits", "4", "--vector-dim", "1", "--activation-bits", "4", "--calibration", "test.npz")
     result = qcompress("export", model, *flags, "--json")
     assert result.exit_code == 0
-    assert check("export", result.stdout) == {"notes[]", "plan[].settings.block_size", "plan[].settings.lut_dtype"}
+    others = {"notes[]", "plan[].settings.block_size", "plan[].settings.lut_dtype", "float_operators{}"}
+    assert {k for k in check("export", result.stdout) if not k.startswith("auto.")} == others
     document = json.loads(result.stdout)
     assert (document["compute"], document["format"]) == ("int8", "qdq")
     assert {layer["compute"] for layer in document["layers"]} == {"int8"}
@@ -135,6 +139,19 @@ def test_export_for_integer_compute(qcompress, model):
     assert re.search(r"^(\d) of \1 layers take activations at 4 bits$", said, re.M)
 
 
+def test_what_auto_measured(qcompress, model, monkeypatch):
+    from qcompress_exporters import auto_compute
+
+    monkeypatch.setattr(auto_compute, "_SECONDS", 0.2)
+    flags = ("--bits", "8", "--calibration", "test.npz", "--effort", "fast", "--dry-run", "--json")
+    result = qcompress("export", model, *flags, "--compute", "auto")
+    assert result.exit_code == 0
+    missing = {key for key in check("export", result.stdout) if key.startswith("auto.")}
+    auto = json.loads(result.stdout)["auto"]
+    assert missing == (set() if auto["float_layers"] else {"auto.float_layers[]"})
+    assert auto["picked"] in {candidate["name"] for candidate in auto["candidates"]}
+
+
 def test_what_may_be_null(qcompress, model):
     import numpy as np
 
@@ -144,7 +161,8 @@ def test_what_may_be_null(qcompress, model):
     result = qcompress("export", "small", "--dry-run", "--json")
     missing = check("export", result.stdout)
     assert {"plan[]", "plan[].name", "plan[].settings"} <= missing
-    assert all(key.startswith(("plan", "notes", "layers[]", "activations[]", "solved[]")) for key in missing)
+    absent = ("plan", "notes", "layers[]", "activations[]", "solved[]", "auto.", "float_operators{}")
+    assert all(key.startswith(absent) for key in missing)
     document = json.loads(result.stdout)
     assert (document["file"], document["plan"]) == (None, None)
 

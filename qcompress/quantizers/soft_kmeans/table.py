@@ -199,8 +199,8 @@ class Table:
 
     def _place(self, piece: Piece, position_n: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the place of each weight's bin in tables of edges, int32 [n], and its share of the upper edge."""
-        bin_n = position_n.floor().clamp_(0, self.edges.shape[1] - 2)
-        return piece.place(bin_n.to(torch.int32), self.edges.shape[1]), torch.sub(position_n, bin_n, out=bin_n)
+        bin_n = position_n.to(torch.int32).clamp_(0, self.edges.shape[1] - 2)
+        return piece.place(bin_n, self.edges.shape[1]), position_n - bin_n
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(self.edges.shape, dtype=torch.complex64, device=self.edges.device)
