@@ -181,7 +181,7 @@ def _net(name: str, make: Callable[[], Example], *, convolutional: bool = False)
 
 NETS = (
     _net("StyleGAN2 generator (3 levels)", lambda: example(StyleGan(), z=torch.randn(SAMPLES, 64))),
-    _net("DCGAN generator", lambda: example(Dcgan(), z=torch.randn(SAMPLES, 100)), convolutional=True),
+    _net("DCGAN generator", lambda: example(Dcgan(), z=torch.randn(SAMPLES, 100))),  # transposed convolutions alone
     _net("SN-GAN discriminator", lambda: example(SnGan(), x=images(32)), convolutional=True),
     _net("VAE", lambda: example(Vae(), x=images(28, 1)), convolutional=True),
     _net("Diffusion U-Net (2 levels)", lambda: example(DiffusionUNet(), x=images(16), t=torch.rand(SAMPLES) * 1000)),

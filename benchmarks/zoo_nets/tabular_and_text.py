@@ -180,7 +180,7 @@ class Translator(nn.Module):
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         n = target.shape[1]
         mask = torch.ones(n, n, dtype=torch.bool, device=target.device).triu(1)
-        hidden = self.transformer(self.embedding(source), self.embedding(target), tgt_mask=mask)
+        hidden = self.transformer(self.embedding(source), self.embedding(target), tgt_mask=mask, tgt_is_causal=True)
         out: Tensor = self.last(hidden)
         return out
 
