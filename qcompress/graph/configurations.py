@@ -22,7 +22,7 @@ def traceable(module: torch.nn.Module) -> Iterator[tuple[str, ...]]:
         if (old := getattr(config, name, None)) not in (None, False, value)
     ]
     notes: tuple[str, ...] = ()
-    if any(name == "use_cache" for _, name, _ in changed):
+    if any(name == "use_cache" for _, name, _ in changed) and _may_generate(module):
         notes += ("The model keeps no cache of what it has seen (use_cache): each call computes all of its inputs.",)
     try:
         for config, name, _ in changed:
@@ -46,6 +46,12 @@ def eager_attention(module: torch.nn.Module) -> Iterator[bool]:
         for config, old in held:  # a configuration passes its own on to those in it, which come later
             if old is not None:
                 setattr(config, _ATTENTION, old)
+
+
+def _may_generate(module: torch.nn.Module) -> bool:
+    """Return whether a model may generate sequences step by step: unless all of its parts say that they cannot."""
+    asked = [ask for part in module.modules() if callable(ask := getattr(part, "can_generate", None))]
+    return not asked or any(ask() for ask in asked)
 
 
 def _configs(module: torch.nn.Module) -> list[Any]:

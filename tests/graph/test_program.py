@@ -698,11 +698,13 @@ class Cached(nn.Module):
 
 
 def test_caches_are_switched_off_for_the_trace_alone() -> None:
-    net = Cached().eval()
-    program = from_module(net, ProgramOptions(inputs={"x": np.zeros((2, 6), np.float32)}))
+    net, options = Cached().eval(), ProgramOptions(inputs={"x": np.zeros((2, 6), np.float32)})
+    program = from_module(net, options)
     assert [*program.run({"x": np.ones((3, 6), np.float32)})] == ["output"]
     assert "keeps no cache" in " ".join(program.notes)
     assert net.config.use_cache
+    net.can_generate = lambda: False  # an encoder, whose configuration has the setting too
+    assert from_module(net, options).notes == ()
 
 
 class Attends(nn.Module):
