@@ -192,6 +192,10 @@ def _from_model(
     wanted.check_compute(compute)
     auto = None
     if wanted.measures:
+        if wanted.format == "integer":
+            raise ConfigError(
+                "--compute auto measures files of --format qdq; remove --format integer, or use --compute int8."
+            )
         combinations.check_calibration(compute, given.calibration is not None)
         check_file(resolved, compute)
         auto = _measured(program, resolved, settings, given, target, ui)

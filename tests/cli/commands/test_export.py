@@ -363,6 +363,8 @@ def test_what_is_fastest_is_measured_and_the_saved_plan_repeats_it(qcompress, ex
     ("args", "message"),
     [
         (["--compute", "auto"], "activation_bits needs calibration data to find the ranges of activations; add "),
+        (["--compute", "auto", "--format", "integer", "--calibration", "test.npz"],
+         "--compute auto measures files of --format qdq; remove --format integer, or use --compute int8.\n"),
         (["--activation-bits", "8"], "activation_bits needs calibration data to find the ranges of activations; add "),
         (["--compute", "int8"], "compute int8 needs activation_bits for at least one layer; add --activation-bits"),
         (["--format", "qdq"], "format qdq applies to compute int8 only, but this is compute float; remove format, or "),
