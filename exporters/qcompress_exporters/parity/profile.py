@@ -12,15 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from qcompress.errors import SourceError
-from qcompress_exporters.parity.sessions import ort
+from qcompress_exporters.parity.sessions import run, session
 
 _LAYERS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _DECODED: Final = 8  # most nodes between a layer and its weight
 # What onnxruntime adds to the names of nodes and values as it optimizes.
 _EVENT: Final = re.compile(r"(.*?)(?:_nchwc|_token_\d+)*_kernel_time")
 _WARM_UP: Final = 5
-_ERRORS_ONLY: Final = 3
 
 
 def layer_costs(
@@ -78,17 +76,11 @@ def _weight_of(node: onnx.NodeProto, givers: Mapping[str, onnx.NodeProto], weigh
 
 def _runs(data: bytes, feeds: Mapping[str, npt.NDArray[Any]], rounds: int) -> list[list[tuple[str, float]]]:
     """Return the nodes that each run computes, in order, and the microseconds of each."""
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads, options.enable_profiling = _ERRORS_ONLY, 1, True
     with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        try:
-            session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as e:  # onnxruntime's exceptions have no common base below Exception
-            raise SourceError(f"onnxruntime {ort.__version__} cannot load the file: {str(e).splitlines()[0]}") from None
+        active = session(data, "deployed", one_thread=True, profile=Path(folder) / "profile")
         for _ in range(_WARM_UP + rounds):
-            session.run(None, dict(feeds))
-        events = json.loads(Path(session.end_profiling()).read_text())
+            run(active, feeds)
+        events = json.loads(Path(active.end_profiling()).read_text())
     found: list[list[tuple[str, float]]] = [[]]
     for event in events:
         if event["name"] == "model_run":  # the end of a run

@@ -33,7 +33,15 @@ _ERRORS_ONLY: Final = 3
 _VNNI: Final = ("avx512_vnni", "avx_vnni")
 
 
-def session(data: bytes, mode: Mode, *, optimized_path: Path | None = None, without: Sequence[str] = ()) -> Session:
+def session(
+    data: bytes,
+    mode: Mode,
+    *,
+    optimized_path: Path | None = None,
+    without: Sequence[str] = (),
+    one_thread: bool = False,
+    profile: Path | None = None,
+) -> Session:
     """Return a session on the CPU.
 
     Args:
@@ -41,6 +49,8 @@ def session(data: bytes, mode: Mode, *, optimized_path: Path | None = None, with
         mode: `exact` or `deployed`.
         optimized_path: if given, onnxruntime writes the optimized graph to this file.
         without: names of onnxruntime's optimizers to disable.
+        one_thread: whether operators run on one thread.
+        profile: if given, how the path of the file begins in which onnxruntime notes what each node takes.
 
     Raises:
         SourceError: onnxruntime cannot load the file.
@@ -53,6 +63,10 @@ def session(data: bytes, mode: Mode, *, optimized_path: Path | None = None, with
     if mode == "exact":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         disabled += _EXACT_DISABLED
+    if one_thread:
+        options.intra_op_num_threads = 1
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
     try:

@@ -22,7 +22,7 @@ import onnx
 
 from qcompress.errors import ConfigError, SourceError
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET, ir_version
-from qcompress_exporters.parity.sessions import Session, ort, run
+from qcompress_exporters.parity.sessions import Session, run, session
 
 Floats = npt.NDArray[np.float64]
 Feeds = Mapping[str, npt.NDArray[Any]]
@@ -31,7 +31,6 @@ Verdict = Literal["faster", "slower", "no difference"]
 LEAST_ROUNDS: Final = 5
 _WARM_UP: Final = 3
 _MIDDLE_HALF: Final = (25, 75)
-_ERRORS_ONLY: Final = 3
 # On Windows, a thread's CPU time has a resolution of only 16 ms.
 _clock: Final = time.perf_counter if sys.platform == "win32" else time.thread_time
 
@@ -169,7 +168,7 @@ def cpu_seconds(files: Sequence[bytes], feeds: Feeds, *, seconds: float = 1.0, r
     """
     if rounds is not None and rounds < 1:
         raise ConfigError(f"The number of rounds must be at least 1, got {rounds}.")
-    sessions = [_one_thread(data) for data in files]
+    sessions = [session(data, "deployed", one_thread=True) for data in files]
     for active in sessions:
         for _ in range(_WARM_UP):
             run(active, feeds)
@@ -290,16 +289,6 @@ def _empty() -> bytes:
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=ir_version(BASE_OPSET))
     data: bytes = model.SerializeToString()
     return data
-
-
-def _one_thread(data: bytes) -> Session:
-    options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    options.intra_op_num_threads = 1
-    try:
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # onnxruntime's exceptions have no common base below Exception
-        raise SourceError(f"onnxruntime {ort.__version__} cannot load the file: {str(e).splitlines()[0]}") from None
 
 
 def _timed(active: Session, feeds: dict[str, npt.NDArray[Any]]) -> float:

@@ -63,7 +63,7 @@ def test_every_file_runs_forward_and_back_after_an_untimed_run(monkeypatch: pyte
         def run(self, names: object, feeds: object) -> None:
             ran.append(self.name)
 
-    monkeypatch.setattr(timing, "_one_thread", lambda data: Fake(data.decode()))
+    monkeypatch.setattr(timing, "session", lambda data, mode, one_thread: Fake(data.decode()))
     monkeypatch.setattr(timing, "run", lambda active, feeds: None)
     times = cpu_seconds([b"a", b"b", b"c"], FEEDS, rounds=2)
     assert times.shape == (2, 3)
