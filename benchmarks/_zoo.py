@@ -241,8 +241,8 @@ def check_integers(small: CompressedModel, built: Built, data: Dataset) -> None:
         path = Path(folder) / "net.onnx"
         built.write(path)
         report = validate(small, path, data.head(max(SAMPLES_REPLAYED, small.program.fixed_batch or 1)))
-    # As deployed, sums of 8-bit products saturate on some CPUs.
-    failed = [check.detail for check in report.checks if check.session == "exact" and not check.ok]
+    # As deployed, sums of 8-bit products saturate on some CPUs; what the exporter does is compared with TOLERANCE.
+    failed = [c.detail for c in report.checks if c.session == "exact" and c.name != "exporter" and not c.ok]
     if failed:
         raise WrongOutputError("; ".join(failed))
 

@@ -125,6 +125,7 @@ class SiteDifference:
     Args:
         site: name of the value, or of the layer whose input it is.
         layer: weight of the layer that computes the value; empty for other values.
+        terms: products that the layer adds up for each value; 1 for other values.
         codes: number of compared codes.
         off: number of codes that differ.
         largest: largest difference, in codes.
@@ -134,6 +135,7 @@ class SiteDifference:
 
     site: str
     layer: str
+    terms: int
     codes: int
     off: int
     largest: int
@@ -205,15 +207,24 @@ def replay(
         order = list(seen)
         wanted.append(reference(batch, visitor(_compare(values, grids, seen, tally))))
         got.append({name: values[name] for name in outputs})
-    behind = output_layers(marked)
+    behind, terms = output_layers(marked), _terms(marked)
     differences = tuple(
         SiteDifference(
-            site=sites[i][0], layer=behind.get(i, ""), codes=int(tally[i, 0]), off=int(tally[i, 1]),
-            largest=int(tally[i, 2]), signal=float(tally[i, 3]), noise=float(tally[i, 4]),
+            site=sites[i][0], layer=behind.get(i, ""), terms=terms.get(behind.get(i, ""), 1), codes=int(tally[i, 0]),
+            off=int(tally[i, 1]), largest=int(tally[i, 2]), signal=float(tally[i, 3]), noise=float(tally[i, 4]),
         )
         for i in order
     )  # fmt: skip
     return Replay(differences, _joined(wanted), _joined(got))
+
+
+def _terms(program: FloatProgram) -> dict[str, int]:
+    """Return how many products each layer adds up for a value, by its weight."""
+    state = program.state()
+    return {
+        name: state[name].numel() // max(1, state[name].shape[layer.axis])
+        for name, layer in weight_layers(program).items()
+    }
 
 
 def _keep(seen: dict[int, Floats]) -> Callable[[int, Floats, bool], Floats]:
