@@ -347,7 +347,8 @@ def _like(old: torch.Tensor, new: torch.Tensor) -> torch.nn.Parameter:
 def _add_bias(node: Node, weight: Node, specs: list[InputSpec], name: str, value: torch.Tensor) -> None:
     """Give a layer a bias: a new parameter among the graph's inputs, next to the layer's weight."""
     with node.graph.inserting_after(weight):
-        placeholder = node.graph.placeholder("p_" + name.replace(".", "_"))
+        placeholder = node.graph.placeholder("p_" + name)
+    placeholder.target = placeholder.name  # an identifier, whatever the name holds
     placeholder.meta["val"] = weight.meta["val"].new_empty(value.shape)
     position = next(i for i, s in enumerate(specs) if s.arg.name == weight.name)
     spec = InputSpec(kind=InputKind.PARAMETER, arg=TensorArgument(name=placeholder.name), target=name)

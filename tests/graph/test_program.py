@@ -286,6 +286,18 @@ def test_folding_keeps_the_function_and_leaves_no_batchnorm() -> None:
     assert "stem_bn.weight" in program.state()
 
 
+def test_names_that_are_no_identifiers_are_folded_too() -> None:
+    net = nn.Sequential()
+    net.add_module("block1-0", nn.Conv2d(3, 4, 3, bias=False))
+    net.add_module("2nd norm", nn.BatchNorm2d(4))
+    x = np.random.default_rng(0).standard_normal((2, 3, 6, 6)).astype(np.float32)
+    program = traced(randomized(net).eval(), input=x)
+    folded = fold_batchnorm(program)
+    assert [*folded.state()] == ["block1-0.weight", "block1-0.bias"]
+    wanted, got = program.run({"input": x}), folded.run({"input": x})
+    np.testing.assert_allclose(got["output"], wanted["output"], atol=1e-5)
+
+
 def test_folded_weights_are_the_textbook_ones() -> None:
     net = randomized(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)))
     folded = fold_batchnorm(traced(net, x=image(shape=(2, 4, 4)))).state()
