@@ -73,7 +73,7 @@ def static(
 
     def quantize(source: Path, target: Path) -> None:
         prepared = source.with_name("prepared.onnx")
-        quant_pre_process(source, prepared)
+        prepare(source, prepared)
         quantize_static(
             prepared,
             target,
@@ -94,10 +94,20 @@ def dynamic(original: bytes, *, per_channel: bool) -> bytes:
 
     def quantize(source: Path, target: Path) -> None:
         prepared = source.with_name("prepared.onnx")
-        quant_pre_process(source, prepared)
+        prepare(source, prepared)
         quantize_dynamic(prepared, target, per_channel=per_channel, weight_type=QuantType.QInt8)
 
     return _by_file(original, quantize)
+
+
+def prepare(source: Path, target: Path) -> None:
+    """Preprocess a file as documented; without symbolic shapes where onnxruntime's tool cannot infer them all."""
+    try:
+        quant_pre_process(source, target)
+    except Exception as e:  # the tool raises nothing more special
+        if "symbolic shape" not in str(e):
+            raise
+        quant_pre_process(source, target, skip_symbolic_shape=True)
 
 
 def with_mean(original: bytes) -> bytes:
