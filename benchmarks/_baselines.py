@@ -126,7 +126,11 @@ def with_mean(original: bytes) -> bytes:
 
 
 def _by_file(original: bytes, quantize: Callable[[Path, Path], None]) -> bytes:
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),  # where onnxruntime leaves what it could not infer shapes of
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         source, target = Path(folder) / "float.onnx", Path(folder) / "quantized.onnx"
         source.write_bytes(original)
         quantize(source, target)

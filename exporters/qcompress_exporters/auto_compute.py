@@ -6,7 +6,7 @@ depthwise layers in float, and the best stretch of consecutive layers in int8, w
 in both files.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Final
@@ -110,7 +110,7 @@ def choose(
     costs = {name: layer_costs(data, feeds, kinds) for name, data in files.items()}
     others = {
         BUT_DEPTHWISE: tuple(name for name, kind in kinds.items() if kind != "depthwise"),
-        STRETCH: stretch(list(costs[NONE]), [costs[NONE].get, costs[ALL].get]),
+        STRETCH: stretch(costs[NONE], costs[ALL]),
     }
     for name, weights in others.items():
         if weights and weights not in chosen.values():
@@ -144,19 +144,17 @@ def pick(speeds: dict[str, float], spread: tuple[float, float]) -> str:
     return best if in_int8[best] >= min(1.0, *spread) else NONE
 
 
-def stretch(layers: Sequence[str], costs: Sequence[Callable[[str, float], float]]) -> tuple[str, ...]:
+def stretch(in_float: Mapping[str, float], in_int8: Mapping[str, float]) -> tuple[str, ...]:
     """Return the consecutive layers whose costs in int8, with those of all others in float, are least.
 
     Args:
-        layers: all layers, in their order.
-        costs: of a layer in float, and in int8.
+        in_float: the cost of each layer in float, in the layers' order.
+        in_int8: the same in int8.
 
-    >>> in_float, in_int8 = {"a": 1.0, "b": 5.0, "c": 2.0}, {"a": 3.0, "b": 2.0, "c": 1.5}
-    >>> stretch(["a", "b", "c"], [in_float.get, in_int8.get])
+    >>> stretch({"a": 1.0, "b": 5.0, "c": 2.0}, {"a": 3.0, "b": 2.0, "c": 1.5})
     ('b', 'c')
     """
-    in_float, in_int8 = costs
-    gains = [in_float(layer, 0.0) - in_int8(layer, 0.0) for layer in layers]
+    layers, gains = list(in_float), [cost - in_int8.get(layer, 0.0) for layer, cost in in_float.items()]
     sums = np.array([0.0, *accumulate(gains)])
     gain = np.triu(sums[None, :] - sums[:, None])  # of the layers from the row's number up to the column's
     first, last = np.unravel_index(int(gain.argmax()), gain.shape)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,6 @@ from qcompress_exporters.options import BuildOptions
 if TYPE_CHECKING:
     from qcompress.compressed.model import CompressedModel
     from qcompress.data.dataset import Dataset
-    from qcompress.graph.program import FloatProgram
-    from qcompress.posthoc.settings import PosthocSettings
     from qcompress_exporters.auto_compute import AutoCompute
     from qcompress_exporters.report import Built, ExportReport
 
@@ -187,18 +186,20 @@ def _from_model(
     program = open_program(source, given, ui)
     resolved = resolved_plan(program, plan)
     compute = resolved_compute(resolved, wanted.compute)
+    execution = Execution(device=device(given), track=ui.track)
     check_effort(wanted.effort, compute)
     combinations.check_file(compute, wanted.format)
     wanted.check_compute(compute)
+    calibration = cache(lambda: _calibration(given, ui))  # read once, and late
     auto = None
     if wanted.measures:
-        if wanted.format == "integer":
-            raise ConfigError(
-                "--compute auto measures files of --format qdq; remove --format integer, or use --compute int8."
-            )
+        from qcompress_exporters.auto_compute import choose
+
         combinations.check_calibration(compute, given.calibration is not None)
         check_file(resolved, compute)
-        auto = _measured(program, resolved, settings, given, target, ui)
+        data = calibration()
+        assert data is not None
+        auto = choose(program, resolved, settings, data, target, execution)
         resolved, compute = auto.settle(resolved), auto.compute
         settings = replace(settings, compute=compute)
 
@@ -207,30 +208,13 @@ def _from_model(
             program,
             resolved,
             settings,
-            calibration=_calibration(given, ui),
+            calibration=calibration(),
             source_digest=source.sha256[:11],
             deployment=target,
-            execution=Execution(device=device(given), track=ui.track),
+            execution=execution,
         )
 
     return _Job(resolved, compute, work, auto)
-
-
-def _measured(
-    program: "FloatProgram",
-    resolved: ResolvedPlan,
-    settings: "PosthocSettings",
-    given: RunOptions,
-    target: Deployment,
-    ui: Ui,
-) -> "AutoCompute":
-    """Measure which layers are worth computing in int8."""
-    from qcompress.progress import Execution
-    from qcompress_exporters.auto_compute import choose
-
-    data = _calibration(given, ui)
-    assert data is not None
-    return choose(program, resolved, settings, data, target, Execution(device=device(given), track=ui.track))
 
 
 def _plan(wanted: ExportOptions, given: RunOptions) -> Plan:

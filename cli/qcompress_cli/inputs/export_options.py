@@ -114,9 +114,16 @@ class ExportOptions:
 
         Args:
             planned: whether there is a plan, which says what activations have.
+
+        Raises:
+            ConfigError: files of this format cannot be measured layer by layer.
         """
         if not self.measures:
             return self
+        if self.format == "integer":
+            raise ConfigError(
+                "--compute auto measures files of --format qdq; remove --format integer, or use --compute int8."
+            )
         known = planned or self.plan_fields.get("activation_bits") is not None
         plan_fields = dict(self.plan_fields) if known else {**self.plan_fields, "activation_bits": 8}
         return replace(self, compute="int8", plan_fields=plan_fields)

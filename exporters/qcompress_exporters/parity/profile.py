@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from qcompress_exporters.onnx_format.layer_weight import layer_weight
 from qcompress_exporters.parity.sessions import run, session
 
-_LAYERS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_DECODED: Final = 8  # most nodes between a layer and its weight
 # What onnxruntime adds to the names of nodes and values as it optimizes.
 _EVENT: Final = re.compile(r"(.*?)(?:_nchwc|_token_\d+)*_kernel_time")
 _WARM_UP: Final = 5
@@ -54,24 +53,10 @@ def _owners(model: onnx.ModelProto, weights: frozenset[str]) -> dict[str, str]:
     owners: dict[str, str] = {}
     current = ""
     for i, node in enumerate(model.graph.node):
-        current = _weight_of(node, givers, weights) or current
+        current = layer_weight(node, givers, weights) or current
         node.name = f"node {i}"  # no value has such a name
         owners |= dict.fromkeys((node.name, *node.output), current)
     return owners
-
-
-def _weight_of(node: onnx.NodeProto, givers: Mapping[str, onnx.NodeProto], weights: frozenset[str]) -> str | None:
-    """Return the weight of a layer; None for other nodes."""
-    if node.op_type not in _LAYERS:
-        return None
-    name = str(node.input[1])
-    for _ in range(_DECODED):
-        if name in weights:
-            return name
-        if name not in givers or not givers[name].input:
-            return None
-        name = str(givers[name].input[0])
-    return None
 
 
 def _runs(data: bytes, feeds: Mapping[str, npt.NDArray[Any]], rounds: int) -> list[list[tuple[str, float]]]:

@@ -143,6 +143,7 @@ class Activations:
         for user in source.floats.consumers():
             if user.op_type == "HardSigmoid" and user.graph is self.writer.graph and source.grid.zero_point is not None:
                 write_as_sum(self.writer, user)
+                continue
             if not self._moves_codes(user, source):
                 continue
             if user.op_type == "Pad":

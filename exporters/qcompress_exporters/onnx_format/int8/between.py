@@ -7,7 +7,8 @@ from typing import Final
 
 import onnx
 
-_LAYERS: Final = ("Conv", "Gemm", "MatMul")
+from qcompress_exporters.onnx_format.layer_weight import LAYERS, layer_weight
+
 _INTEGER_LAYERS: Final = ("QLinearConv", "QLinearMatMul", "MatMulInteger")
 # What onnxruntime computes on codes where dequantizers stand in front and a quantizer behind.
 _FUSED: Final = ("Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid")
@@ -27,8 +28,10 @@ def float_operators(model: onnx.ModelProto, weights: Collection[str]) -> dict[st
         weights: the qualified names of the weights of its integer layers.
 
     Returns:
-        How often each operator occurs, the most frequent first.
+        How often each operator occurs, the most frequent first; nothing without integer layers.
     """
+    if not weights:
+        return {}
     graph = _Graph([node for node in model.graph.node if not node.domain], frozenset(weights))
     found = Counter(node.op_type for node in graph.between() if not graph.is_in_integers(node))
     return dict(found.most_common())
@@ -65,7 +68,7 @@ class _Graph:
             leads = not ahead.isdisjoint(node.output)
             if leads or self._is_integer_layer(node):
                 ahead.update(node.input)
-            passed = node.op_type in _MOVES or (node.op_type in _LAYERS and node.input[1] not in self.behind)
+            passed = node.op_type in _MOVES or (node.op_type in LAYERS and node.input[1] not in self.behind)
             if leads and not passed and own.isdisjoint(node.output) and not self.behind.isdisjoint(node.input):
                 found.append(node)
         return found[::-1]
@@ -84,15 +87,7 @@ class _Graph:
         return node.op_type == "DequantizeLinear" or self._gives_codes(node.output[0])
 
     def _is_integer_layer(self, node: onnx.NodeProto) -> bool:
-        if node.op_type not in _LAYERS:
-            return node.op_type in _INTEGER_LAYERS
-        weight = self.givers.get(node.input[1])
-        if weight is None or weight.op_type != "DequantizeLinear":
-            return False
-        codes = weight.input[0]
-        if codes not in self.weights and codes in self.givers:  # the kernel's order of axes
-            codes = self.givers[codes].input[0]
-        return codes in self.weights
+        return node.op_type in _INTEGER_LAYERS or layer_weight(node, self.givers, self.weights) is not None
 
     def _gives_codes(self, name: str) -> bool:
         giver = self.givers.get(name)

@@ -1,4 +1,4 @@
-"""onnxscript's rewrite rules, tried only at the operators that they are about: a large graph takes half the time."""
+"""onnxscript's rewrite rules, tried only at the operators that they are about: large graphs take less time."""
 
 import contextlib
 from collections.abc import Callable, Iterator
