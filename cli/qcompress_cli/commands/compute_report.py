@@ -152,16 +152,16 @@ _OFFSETS = {
 
 
 def _measured(auto: "AutoCompute") -> list[str]:
-    """Return how fast each candidate of --compute auto was, the one that was picked first."""
+    """Return what --compute auto picked, and how fast each candidate was."""
     from qcompress_exporters.auto_compute import NONE
 
     low, high = auto.spread
     found = sorted(auto.candidates, key=lambda c: (c.name != auto.picked, -c.speed))
-    speeds = "; ".join(f"for {c.name} {c.speed:.2f} x" for c in found if c.name != NONE)
+    speeds = ", ".join(f"for {c.name} {c.speed:.2f} x" for c in found if c.name != NONE)
     picked = "float" if auto.picked == NONE else f"int8 for {auto.picked}"
     return [
-        f"measured here, batch 1, one thread: int8 {speeds} the float file's speed (noise: {low:.2f} to {high:.2f} x); "
-        f"written: {picked}"
+        f"--compute auto picked {picked}: over the float file's speed here, batch 1, one thread, int8 has {speeds} "
+        f"(noise: {low:.2f} to {high:.2f} x)"
     ]
 
 
