@@ -4,6 +4,7 @@ An artifact is frozen and holds numpy arrays only. It answers all questions of e
 caller asks for its class.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -98,6 +99,14 @@ class Artifact(Protocol):
     def halved(self) -> Self:
         """Return the artifact with float32 values as float16 where that loses nothing that counts and saves bytes."""
 
+    def parts(self, axis: int, elements: int) -> list[Self]:
+        """Return the weight cut along an axis into parts of at most so many elements.
+
+        Returns:
+            Artifacts whose values are those of the whole, bit for bit, if they are joined along the axis; none where
+            codes, tables or blocks allow no such cut.
+        """
+
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
         """Return the stored form: arrays by suffix (codes unpacked), and the other fields as JSON values."""
 
@@ -132,6 +141,48 @@ def along_axis(values: npt.NDArray[Any], ndim: int, axis: int) -> npt.NDArray[An
     (8, 1, 1, 1)
     """
     return values.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def cuts(shape: tuple[int, ...], axis: int, elements: int, step: int = 1) -> list[slice]:
+    """Return the fewest ranges of an axis, as equal as can be, that hold at most so many elements of a tensor each.
+
+    Args:
+        shape: of the tensor.
+        axis: is cut.
+        elements: that a range may hold.
+        step: ranges begin at multiples of it.
+
+    Returns:
+        None at all if `step` indices hold more elements.
+
+    >>> cuts((10, 3), 0, 12, step=2), cuts((10, 3), 0, 2)
+    ([slice(0, 4, None), slice(4, 8, None), slice(8, 10, None)], [])
+    """
+    size = shape[axis]
+    steps = -(-size // step)
+    most = elements // max(1, math.prod(shape) // max(1, size) * step)
+    if not most:
+        return []
+    length = -(-steps // -(-steps // most)) * step
+    return [slice(start, min(start + length, size)) for start in range(0, size, length)]
+
+
+def along(axis: int, piece: slice) -> tuple[slice, ...]:
+    """Return the index that takes a range of one axis.
+
+    >>> along(1, slice(2, 4))
+    (slice(None, None, None), slice(2, 4, None))
+    """
+    return (*[slice(None)] * axis, piece)
+
+
+def in_steps(piece: slice, step: int) -> slice:
+    """Return the range of steps that a range of indices needs.
+
+    >>> in_steps(slice(4, 9), 4)
+    slice(1, 3, None)
+    """
+    return slice(piece.start // step, -(-piece.stop // step))
 
 
 def require(condition: bool, requirement: str, got: object) -> None:

@@ -12,7 +12,9 @@ from qcompress.artifacts.base import (
     Arrays,
     Doubles,
     Floats,
+    along,
     along_axis,
+    cuts,
 )
 
 _HALF_MAX: Final = float(np.finfo(np.float16).max)
@@ -92,6 +94,10 @@ class FloatWeight:
         if float(np.abs(halved - self.values).max()) > _HALF_STEP * largest:  # too small for float16
             return self
         return replace(self, values=halved)
+
+    def parts(self, axis: int, elements: int) -> list[Self]:
+        """Return the tensor in parts; see `Artifact.parts`."""
+        return [replace(self, values=self.values[along(axis, piece)]) for piece in cuts(self.shape, axis, elements)]
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
         """Return the stored form: the values, with an empty suffix."""

@@ -16,7 +16,10 @@ from qcompress.artifacts.base import (
     Doubles,
     Floats,
     Integers,
+    along,
     along_axis,
+    cuts,
+    in_steps,
     require,
     require_axis,
 )
@@ -179,6 +182,30 @@ class IntegerWeight:
     def halved(self) -> Self:
         """Return the weight itself: only tensors left in float are halved."""
         return self
+
+    def parts(self, axis: int, elements: int) -> list[Self]:
+        """Return the weight in parts, whole blocks each; see `Artifact.parts`.
+
+        >>> w = IntegerWeight(codes=np.array([[1], [-2]], np.int8), scale=np.array([1.0, 0.5], np.float32), bits=2, axis=0)
+        >>> [part.dequantize().tolist() for part in w.parts(0, 1)]
+        [[[1.0]], [[-1.0]]]
+        """
+        step = self.block_size if self.block_size is not None and axis == self.axis else 1
+        return [
+            replace(
+                self,
+                codes=self.codes[along(axis, piece)],
+                scale=self._of_part(self.scale, axis, piece, step),
+                zero_point=None if self.zero_point is None else self._of_part(self.zero_point, axis, piece, step),
+            )
+            for piece in cuts(self.shape, axis, elements, step)
+        ]
+
+    def _of_part(self, values: npt.NDArray[Any], axis: int, piece: slice, step: int) -> npt.NDArray[Any]:
+        """Return the scales or zero points of a range of an axis, of which `step` indices have one."""
+        if self.axis is None or (self.block_size is None and axis != self.axis):
+            return values
+        return values[along(0 if self.block_size is None else axis, in_steps(piece, step))]
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
         """Return the stored form: codes (as uint8, counted from the lowest), scale and zero point by suffix."""

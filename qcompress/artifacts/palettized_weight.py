@@ -19,8 +19,11 @@ from qcompress.artifacts.base import (
     Halves,
     Int8s,
     Integers,
+    along,
     along_axis,
     broadcast_scale,
+    cuts,
+    in_steps,
     require,
     require_axis,
 )
@@ -239,6 +242,49 @@ class PalettizedWeight:
     def halved(self) -> Self:
         """Return the weight itself: only tensors left in float are halved."""
         return self
+
+    def parts(self, axis: int, elements: int) -> list[Self]:
+        """Return the weight in parts, whole tables or vectors each; see `Artifact.parts`.
+
+        >>> lut_GK = np.array([[0.0, 1.0], [2.0, 3.0]], np.float32)
+        >>> w = PalettizedWeight(codes=np.array([[0], [1], [1]], np.uint8), lut=lut_GK, bits=1, rows_per_lut=2)
+        >>> [part.dequantize().tolist() for part in w.parts(0, 2)]
+        [[[0.0], [1.0]], [[3.0]]]
+        """
+        if self.vector_dim > 1:
+            return self._parts_of_vectors(axis, elements)
+        step = self.rows_per_lut or 1 if axis == self.axis else 1
+        return [
+            replace(
+                self,
+                codes=self.codes[along(axis, piece)],
+                lut=self.lut if self.rows_per_lut is None or axis != self.axis else self.lut[in_steps(piece, step)],
+                scale=self._scale_of(axis, piece),
+            )
+            for piece in cuts(self.shape, axis, elements, step)
+        ]
+
+    def _parts_of_vectors(self, axis: int, elements: int) -> list[Self]:
+        *outer, inner = self.shape
+        if inner % self.vector_dim:  # vectors reach from row to row
+            return []
+        codes = self.codes.reshape(*outer, inner // self.vector_dim)
+        step = self.vector_dim if axis == len(outer) else 1
+        return [
+            replace(
+                self,
+                codes=codes[along(axis, in_steps(piece, step))].ravel(),
+                scale=self._scale_of(axis, piece),
+                weight_shape=(*self.shape[:axis], piece.stop - piece.start, *self.shape[axis + 1 :]),
+            )
+            for piece in cuts(self.shape, axis, elements, step)
+        ]
+
+    def _scale_of(self, axis: int, piece: slice) -> Floats | None:
+        """Return the scale of a range of an axis."""
+        if self.scale is None or not self.scale.ndim or axis != self.axis:
+            return self.scale
+        return self.scale[piece]
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
         """Return the stored form: codes, lut and scale by suffix."""

@@ -139,6 +139,30 @@ def test_dequantize_gives_the_weight_in_its_own_shape(kind, data):
     assert bits_per_weight(artifact) == 8 * artifact.nbytes / weight.size
 
 
+@pytest.mark.parametrize("kind", ARTIFACTS)
+@given(data=st.data(), elements=st.integers(1, 40))
+def test_parts_joined_are_the_whole(kind, data, elements):
+    artifact = data.draw(DRAWN[kind])
+    for axis in range(len(artifact.shape)):
+        parts = artifact.parts(axis, elements)
+        assert all(np.prod(part.shape) <= elements for part in parts)
+        if parts:
+            joined = np.concatenate([part.dequantize() for part in parts], axis)
+            assert joined.tobytes() == artifact.dequantize().tobytes()
+            assert len(parts) == 1 or np.prod(artifact.shape) > elements
+
+
+def test_what_cannot_be_cut_there_has_no_parts():
+    codes = np.zeros((6, 10), np.uint8)
+    grouped = PalettizedWeight(codes=codes, lut=np.zeros((2, 2), np.float32), bits=1, rows_per_lut=3)
+    assert [len(grouped.parts(axis, 29)) for axis in (0, 1)] == [0, 3]
+    vectors = PalettizedWeight(
+        codes=codes[:5, :4].ravel(), lut=np.zeros((1, 2, 4), np.float32), bits=1, weight_shape=(10, 8)
+    )
+    assert [len(vectors.parts(axis, 39)) for axis in (0, 1)] == [3, 0]
+    assert vectors.parts(0, 7) == []
+
+
 @given(palettized())
 def test_a_palette_equals_the_slow_loop(artifact):
     scale = None if artifact.scale is None else np.broadcast_to(artifact.scale, artifact.shape[artifact.axis])

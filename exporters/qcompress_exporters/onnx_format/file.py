@@ -56,7 +56,7 @@ def build(model: CompressedModel, target: Target, options: BuildOptions) -> Buil
     if options.float_leftovers == "float16":
         artifacts = {name: artifact.halved() for name, artifact in artifacts.items()}
     original = float_file_nbytes(graph, model.program.state())
-    lower_at = _lowering(model, graph, artifacts, options.way or next(iter(FORMATS)))
+    lower_at = _lowering(model, graph, artifacts, target, options.way or next(iter(FORMATS)))
     lowered, opset, found = _at_best_opset(lower_at, artifacts, target)
     payload = lowered.payload
     entries = [grid_entry(grid) for grid in model.activations.values()] if model.compute == "int8" else []
@@ -85,13 +85,20 @@ def build(model: CompressedModel, target: Target, options: BuildOptions) -> Buil
             _tensor_report(name, artifact, lowered.encodings[name], _why(artifact, opset, target, found))
             for name, artifact in artifacts.items()
         ),
-        notes=tuple(dict.fromkeys((*model.notes, *graph.notes))),
+        notes=tuple(dict.fromkeys((*model.notes, *graph.notes, *map(_unfolded_note, lowered.unfolded)))),
         compute=model.compute,
         layers=_with_widths(model, lowered.layers),
         float_operators=float_operators(lowered.model, [r.weight for r in lowered.layers if r.compute == "int8"]),
         saturation={name: share for (name, _), share in model.saturation.items()},
     )
     return Built(data, report)
+
+
+def _unfolded_note(weight: str) -> str:
+    return (
+        f"{weight} is decoded at each run, which is slow: it is too large for onnxruntime to decode at load, and what "
+        "takes it cannot take parts of it. Leave it in float: skip = true for it in a --plan."
+    )
 
 
 def _traced(model: CompressedModel, sites: Sequence[tuple[str, int]]) -> tuple[CompressedModel, Trace]:
@@ -154,14 +161,17 @@ def unfolded(model: CompressedModel, report: ExportReport) -> list[tuple[str, in
     return [site for site in sites if site in found]
 
 
-def _lowering(model: CompressedModel, graph: Trace, artifacts: Mapping[str, Artifact], way: str) -> Lower:
+def _lowering(
+    model: CompressedModel, graph: Trace, artifacts: Mapping[str, Artifact], target: Target, way: str
+) -> Lower:
     """Return the function that writes the graph at an opset."""
+    folded = target.folded
     if model.compute == "int8":
         grids = list(model.activations.values())
-        return lambda opset: lower_integer(graph, artifacts, opset, grids, FORMATS[way])
+        return lambda opset: lower_integer(graph, artifacts, opset, grids, FORMATS[way], folded=folded)
     if model.compute == "dynamic8":
-        return lambda opset: lower_dynamic(graph, artifacts, opset)
-    return lambda opset: lower(graph, artifacts, opset)
+        return lambda opset: lower_dynamic(graph, artifacts, opset, folded=folded)
+    return lambda opset: lower(graph, artifacts, opset, folded=folded)
 
 
 def float_file(graph: Trace, state: Mapping[str, Any]) -> bytes:

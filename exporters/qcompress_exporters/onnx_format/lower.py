@@ -21,6 +21,7 @@ from qcompress_exporters.onnx_format.int8.tensors import Tensors
 from qcompress_exporters.onnx_format.int8.write_layer import WriteLayer
 from qcompress_exporters.onnx_format.metadata import serialize
 from qcompress_exporters.onnx_format.names import reserved_names
+from qcompress_exporters.onnx_format.parts import FOLDED, largest_part
 from qcompress_exporters.onnx_format.passes.drop_marks import DropMarks
 from qcompress_exporters.onnx_format.passes.hoist_marks import HoistMarks
 from qcompress_exporters.onnx_format.passes.shorten_names import ShortenNames
@@ -39,11 +40,13 @@ class Lowered:
         model: complete but for its metadata.
         encodings: name of the encoding by qualified name.
         layers: how each is computed; empty where all is float.
+        unfolded: weights that are decoded at each run; see `parts`.
     """
 
     model: onnx.ModelProto
     encodings: Mapping[str, str]
     layers: tuple[LayerReport, ...] = ()
+    unfolded: tuple[str, ...] = ()
 
     @property
     def payload(self) -> int:
@@ -61,6 +64,7 @@ def lower(
     opset: int,
     *,
     sign: bool = True,
+    folded: int = FOLDED,
     weights: Mapping[str, WeightFormat] = WEIGHTS,
 ) -> Lowered:
     """Write a graph for float compute.
@@ -70,6 +74,7 @@ def lower(
         artifacts: one for each tensor of `trace.state_names`.
         opset: one that the target reads.
         sign: whether tensors carry their digests.
+        folded: bytes of the largest value that the runtime computes at load.
         weights: what writes each kind of artifact.
 
     Returns:
@@ -78,7 +83,7 @@ def lower(
         compares with what the runtime decodes.
     """
     model = trace.at_opset(opset)
-    tensors = _tensors(model, trace, artifacts, weights, signed=sign)
+    tensors = _tensors(model, trace, artifacts, weights, folded, signed=sign)
     # The names of the trace stay, so that two files of one trace can be compared value by value.
     return _finished(model, tensors, (), set(names_in(model.graph)))
 
@@ -90,6 +95,7 @@ def lower_integer(
     grids: Sequence[SiteGrid],
     write: WriteLayer,
     *,
+    folded: int = FOLDED,
     formats: Formats = GRIDS,
     weights: Mapping[str, WeightFormat] = WEIGHTS,
 ) -> Lowered:
@@ -101,6 +107,7 @@ def lower_integer(
         opset: one that the target reads.
         grids: one for each mark.
         write: how a layer that can be computed in integers is written: a value of FORMATS.
+        folded: bytes of the largest value that the runtime computes at load.
         formats: what writes each kind of grid.
         weights: what writes each kind of artifact.
 
@@ -110,7 +117,7 @@ def lower_integer(
     """
     model = trace.at_opset(opset, marked=True)
     HoistMarks(trace.state_names)(model)
-    tensors = _tensors(model, trace, artifacts, weights)
+    tensors = _tensors(model, trace, artifacts, weights, folded)
     activations = Activations(tensors.writer, grids, formats)
     activations.quantize()
     return _finished(model, tensors, integer.write_layers(activations, tensors, write), _looked_up(trace))
@@ -121,11 +128,12 @@ def lower_dynamic(
     artifacts: Mapping[str, Artifact],
     opset: int,
     *,
+    folded: int = FOLDED,
     weights: Mapping[str, WeightFormat] = WEIGHTS,
 ) -> Lowered:
     """Write a graph whose matrix products quantize their marked inputs at run time; see `dynamic`."""
     model = trace.at_opset(opset, marked=True)
-    tensors = _tensors(model, trace, artifacts, weights)
+    tensors = _tensors(model, trace, artifacts, weights, folded)
     reports = dynamic.write_layers(tensors)
     DropMarks()(model)
     return _finished(model, tensors, reports, _looked_up(trace))
@@ -136,13 +144,15 @@ def _tensors(
     trace: Trace,
     artifacts: Mapping[str, Artifact],
     weights: Mapping[str, WeightFormat],
+    folded: int,
     *,
     signed: bool = True,
 ) -> Tensors:
     own = len(model.graph.inputs) - len(trace.state_names)  # the program's own inputs come first
     open_values = dict(zip(trace.state_names, model.graph.inputs[own:], strict=True))
     writer = GraphWriter(model.graph, _looked_up(trace))
-    return Tensors(writer, artifacts, open_values, model.graph.opset_imports[""], weights, signed)
+    opset = model.graph.opset_imports[""]
+    return Tensors(writer, artifacts, open_values, opset, weights, signed, largest_part(folded))
 
 
 def _looked_up(trace: Trace) -> set[str]:
@@ -167,7 +177,7 @@ def _finished(model: ir.Model, tensors: Tensors, layers: Iterable[LayerReport], 
         # A tensor of the model stays even where every layer has its own in integers.
         if not value.uses() and not value.is_graph_output() and name not in tensors.open_values:
             del graph.initializers[name]
-    passes = common.TopologicalSortPass(), common.RemoveUnusedOpsetsPass(), ShortenNames(keep)
+    passes = common.TopologicalSortPass(), common.RemoveUnusedOpsetsPass(), ShortenNames({*keep, *tensors.parts})
     ir.passes.Sequential(*passes)(model)
     tensors.sign_codes()
-    return Lowered(ir.to_proto(model), tensors.encodings, tuple(layers))
+    return Lowered(ir.to_proto(model), tensors.encodings, tuple(layers), tuple(tensors.whole))

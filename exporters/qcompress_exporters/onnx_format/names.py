@@ -3,11 +3,14 @@
 A name costs its length each time it stands in the file.
 """
 
+import re
 from collections.abc import Iterable
 from string import ascii_letters, digits
 from typing import Final
 
 ONE_CHARACTER: Final = digits + ascii_letters  # the shortest names
+
+_PART: Final = re.compile(r"(.+)\[((?::,)*)(\d{1,9})\]")
 
 
 class ShortNames:
@@ -89,6 +92,25 @@ def offset_name(weight: str, site: int) -> str:
     'fc.weight_offset3'
     """
     return f"{weight}_offset{site}"
+
+
+def part_name(weight: str, axis: int, part: int) -> str:
+    """Return the name of a part of a weight that is written in parts.
+
+    >>> part_name("fc.weight", 0, 2), part_name("fc.weight", 1, 2)
+    ('fc.weight[2]', 'fc.weight[:,2]')
+    """
+    return f"{weight}[{':,' * axis}{part}]"
+
+
+def part_of(name: str) -> tuple[str, int, int] | None:
+    """Return what a name was made of by `part_name`; None for other names.
+
+    >>> part_of("fc.weight[:,2]"), part_of("fc.weight")
+    (('fc.weight', 1, 2), None)
+    """
+    found = _PART.fullmatch(name)
+    return (found[1], found[2].count(":"), int(found[3])) if found else None
 
 
 def reserved_names(weights: Iterable[str], sites: int) -> set[str]:

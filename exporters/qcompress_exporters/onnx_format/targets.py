@@ -9,6 +9,7 @@ from qcompress import deployment
 from qcompress.deployment import Choice, Compute, Cost
 from qcompress.errors import ConfigError
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET, UINT2_OPSET, UINT4_OPSET
+from qcompress_exporters.onnx_format.parts import FOLDED
 
 # The onnxruntime 1.x that first runs files of an opset, whose types its Cast must know.
 _FIRST_MINOR: Final = {BASE_OPSET: 16, UINT4_OPSET: 23, UINT2_OPSET: 24}
@@ -24,11 +25,13 @@ class Target:
         name: what `--target` calls it.
         runs_on: the runtimes that run its files, in words.
         opsets: the opsets that it reads and we write, lowest first.
+        folded: bytes of the largest value that it computes at load; what is larger is computed at each run.
     """
 
     name: str
     runs_on: str
     opsets: tuple[int, ...] = (BASE_OPSET,)
+    folded: int = FOLDED
 
     @property
     def fused(self) -> frozenset[str]:

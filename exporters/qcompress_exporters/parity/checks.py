@@ -15,7 +15,7 @@ from qcompress_exporters.onnx_format.int8.grids import read_grids, wrong_grids
 from qcompress_exporters.onnx_format.lower import lower
 from qcompress_exporters.onnx_format.names import bias_name, offset_name, scale_name
 from qcompress_exporters.onnx_format.trace import Trace
-from qcompress_exporters.parity.decode import decoded, digests, mismatches
+from qcompress_exporters.parity.decode import decoded, digests, joined, mismatches
 from qcompress_exporters.parity.differences import (
     EXPORTER_TOLERANCE,
     Arrays,
@@ -47,23 +47,23 @@ def check_weights(graph: Trace, model: onnx.ModelProto) -> tuple[Check, Arrays |
     Returns:
         The check, and the decoded tensors for check 2; None if check 2 cannot use them.
     """
-    expected, values = digests(model), decoded(model)
+    expected, pieces = digests(model), decoded(model)
     shapes = graph.state_shapes()
+    wrong, values = mismatches(model, pieces), joined(pieces, shapes)
     integer = [n for n in shapes if n in values and values[n].dtype == np.int8]
     compute, sites = metadata.sites_from(metadata.entry_of(model, metadata.SITES) or '["float"]')
     extra = {scale_name(n) for n in integer}
     extra |= set(expected) & {
         text(n, i) for text in (bias_name, offset_name) for n in integer for i in range(len(sites))
     }
-    strange = sorted(set(expected) ^ (set(shapes) | extra))
+    strange = sorted(set(values) ^ (set(shapes) | extra))
     read = read_grids(model, sites) if compute == "int8" else []
     grids = wrong_grids(model, sites, read) if compute == "int8" else []
     misshapen = [n for n in shapes if n in values and values[n].shape != shapes[n]]
-    wrong = mismatches(model, values)
     counted = f" and {len(sites)} grids" if compute == "int8" else ""
-    detail = f"{len(expected)} tensors{counted} bit for bit"
+    detail = f"{len(values)} tensors{counted} bit for bit"
     if strange:
-        which = "file" if strange[0] in expected else "model"
+        which = "file" if strange[0] in values else "model"
         detail = f"{strange[0]} is in the {which} only: the file was not made from this model"
     elif misshapen:
         name = misshapen[0]
@@ -88,7 +88,7 @@ def check_folding(graph: onnx.GraphProto) -> Check:
     if left:
         detail = (
             f"{len(left)} operators decode weights at each run ({', '.join(dict.fromkeys(left))}): onnxruntime folds "
-            "nothing that is larger than 1 GiB once decoded; skip such a weight, or divide its layer"
+            "nothing that is larger than 1 GiB once decoded; export again, or leave such a weight in float (skip = true)"
         )
     return Check(name="weights", session="deployed", ok=not left, error=None, limit=0.0, detail=detail)
 

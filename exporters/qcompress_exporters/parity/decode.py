@@ -1,15 +1,16 @@
 """Decodes the tensors of our files with onnxruntime, and compares them with the digests in the file."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
 from qcompress.errors import SourceError
 from qcompress_exporters.onnx_format.digests import tensor_digest
-from qcompress_exporters.onnx_format.names import scale_name
+from qcompress_exporters.onnx_format.names import part_of, scale_name
 from qcompress_exporters.parity.sessions import run, session
 
 _DIGEST_LENGTH: Final = 11
@@ -62,6 +63,29 @@ def decoded(model: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
         part = _decoder(model, computed[start : start + _CHUNK])
         values |= run(session(part.SerializeToString(), "exact"), {})
     return {name: values[tensor.value] for name, tensor in found.items()}
+
+
+def joined(values: Mapping[str, npt.NDArray[Any]], whole: Container[str]) -> dict[str, npt.NDArray[Any]]:
+    """Return tensors by name, with those that are written in parts in one piece.
+
+    Args:
+        values: tensors and parts, from `decoded`.
+        whole: names that are no parts, whatever they look like.
+
+    Raises:
+        SourceError: parts of a tensor do not fit together.
+    """
+    found = {name: part for name in values if name not in whole and (part := part_of(name)) is not None}
+    tensors = {name: tensor for name, tensor in values.items() if name not in found}
+    parts: dict[tuple[str, int], list[npt.NDArray[Any]]] = {}
+    for name, (weight, axis, _) in sorted(found.items(), key=lambda item: item[1]):
+        parts.setdefault((weight, axis), []).append(values[name])
+    for (weight, axis), pieces in parts.items():
+        try:
+            tensors[weight] = np.concatenate(pieces, axis)
+        except ValueError:
+            raise SourceError(f"The parts of {weight} in the file do not fit together: export it again.") from None
+    return tensors
 
 
 def mismatches(model: onnx.ModelProto, values: Mapping[str, npt.NDArray[Any]]) -> list[str]:

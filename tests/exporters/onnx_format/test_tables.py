@@ -67,6 +67,9 @@ class SignWeight:
     def with_zeros(self, where: Any) -> Self:
         return self
 
+    def parts(self, axis: int, elements: int) -> list[Self]:
+        return []
+
     def to_arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"negative": self.negative}, {"scale": float(self.scale)}
 

@@ -22,7 +22,7 @@ def write_layers(tensors: Tensors) -> list[LayerReport]:
     """Write every product of a marked activation with a weight in integers; other marks stay."""
     reports = []
     for name, uses in layers_of(tensors.open_values, tensors.writer.graph).items():
-        weights = [int8_weight(use, tensors.artifacts[name]) for use in uses]
+        weights = [int8_weight(use, tensors.artifacts[name], tensors.largest) for use in uses]
         found = [weight for weight in weights if isinstance(weight, Int8Weight)]
         why = next((weight for weight in weights if isinstance(weight, str)), "")
         if any(use.node.op_type not in MATRIX_PRODUCTS for use in uses):

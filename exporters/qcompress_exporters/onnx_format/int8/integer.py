@@ -31,7 +31,7 @@ def write_layers(activations: Activations, tensors: Tensors, write: WriteLayer) 
     Returns:
         One report for each weight that only layers use.
     """
-    decisions = Decisions(activations, tensors.artifacts, tensors.open_values)
+    decisions = Decisions(activations, tensors.artifacts, tensors.open_values, tensors.largest)
     layers = layers_of(tensors.open_values, activations.writer.graph)
     uses_of_node = {use.node: use for uses in layers.values() for use in uses}
     alone = {node: decisions.integer_layer(use) for node, use in uses_of_node.items()}

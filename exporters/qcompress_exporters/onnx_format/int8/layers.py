@@ -1,5 +1,6 @@
 """Layers: which nodes use a weight, and which of them can compute with int8 weights."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -95,8 +96,16 @@ def _uses(node: ir.Node, value: ir.Value, graph: ir.Graph) -> list[tuple[ir.Node
     return [(u, node) for u in users]
 
 
-def int8_weight(layer: Layer, artifact: Artifact) -> Int8Weight | str:
-    """Return a layer's weight for integer kernels, or why kernels cannot take it."""
+def int8_weight(layer: Layer, artifact: Artifact, largest: int) -> Int8Weight | str:
+    """Return a layer's weight for integer kernels, or why kernels cannot take it.
+
+    Args:
+        layer: the layer.
+        artifact: its weight.
+        largest: elements of the largest weight that onnxruntime decodes at load.
+    """
+    if math.prod(artifact.shape) > largest:
+        return "it is too large to be decoded at load in one part"
     values, axis = artifact.integers(), layer.output_axis
     if values is None:
         return artifact.no_integers
@@ -121,11 +130,13 @@ class Decisions:
         activations: the graph's quantized values.
         artifacts: one for each open tensor.
         open_values: the open tensors' values, by qualified name.
+        largest: elements of the largest weight that onnxruntime decodes at load.
     """
 
     activations: Activations
     artifacts: Mapping[str, Artifact]
     open_values: Mapping[str, ir.Value]
+    largest: int
 
     def integer_layer(self, layer: Layer) -> IntegerLayer | str:
         """Return a layer for integer kernels, or why it stays in float."""
@@ -134,7 +145,7 @@ class Decisions:
             return "onnxruntime has no integer kernel for transposed convolutions"
         if source is None:
             return "its input is not quantized"
-        weight = int8_weight(layer, self.artifacts[layer.weight])
+        weight = int8_weight(layer, self.artifacts[layer.weight], self.largest)
         if isinstance(weight, str):
             return weight
         shift = self.shift_behind(layer)

@@ -1,5 +1,6 @@
 """Weights and biases of integer layers, each written once, by the names that parity looks up."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ from qcompress_exporters.onnx_format.graph_writer import GraphWriter, sign
 from qcompress_exporters.onnx_format.int8.activations import Quantized
 from qcompress_exporters.onnx_format.int8.biases import Int8Weight
 from qcompress_exporters.onnx_format.int8.layers import IntegerLayer, Layer
-from qcompress_exporters.onnx_format.names import bias_name, offset_name, scale_name
+from qcompress_exporters.onnx_format.names import bias_name, offset_name, part_name, scale_name
+from qcompress_exporters.onnx_format.parts import FOLDED, Part, axes_of, largest_part, take_parts
 
 
 @dataclass(slots=True)
@@ -30,7 +32,10 @@ class Tensors:
         opset: of the file.
         weights: what writes each kind of artifact.
         signed: whether tensors carry digests.
+        largest: elements of the largest weight that the runtime decodes at load in one part.
         encodings: how each tensor is written, by qualified name.
+        parts: names of the parts of larger weights.
+        whole: larger weights that are no parts, because something takes them that takes no parts.
     """
 
     writer: GraphWriter
@@ -39,7 +44,10 @@ class Tensors:
     opset: int
     weights: Mapping[str, WeightFormat]
     signed: bool = True
+    largest: int = largest_part(FOLDED)
     encodings: dict[str, str] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
     _int8: dict[str, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     _codes_digests: dict[str, str] = field(default_factory=dict)
     _transposed: dict[str, ir.Value] = field(default_factory=dict)
@@ -48,13 +56,37 @@ class Tensors:
     def write_rest(self) -> None:
         """Write every tensor that no integer layer took, in the type that the graph computes with."""
         for name, value in self.open_values.items():
-            if name in self.encodings:
+            if name not in self.encodings and not self._write_parts(name, value):
+                value.replace_all_uses_with(self._decoded(name, name, self.artifacts[name]))
+
+    def _write_parts(self, name: str, value: ir.Value) -> bool:
+        """Write a weight that is too large to be decoded at load in one part; return False for all others."""
+        artifact = self.artifacts[name]
+        decoded = math.prod(artifact.shape) * artifact.decoded_dtype.itemsize
+        if math.prod(artifact.shape) <= self.largest or artifact.nbytes >= decoded:
+            return False
+        for axis in axes_of(value, self.writer.graph):
+            cut = artifact.parts(axis, self.largest)
+            if not cut:
                 continue
-            written = write_weight(self.writer, self.artifacts[name], name, self.opset, self.weights)
-            self.encodings[name] = written.encoding
-            if self.signed:
-                sign(written.value, tensor_digest(name, self.artifacts[name].dequantize()))
-            value.replace_all_uses_with(written.value)
+            parts, start = [], 0
+            for number, piece in enumerate(cut):
+                self.parts.append(part_name(name, axis, number))
+                stop = start + piece.shape[axis]
+                parts.append(Part(self._decoded(name, self.parts[-1], piece), start, stop))
+                start = stop
+            take_parts(self.writer, value, axis, parts)
+            return True
+        self.whole.append(name)
+        return False
+
+    def _decoded(self, weight: str, name: str, artifact: Artifact) -> ir.Value:
+        """Write what decodes a weight or a part of it to the value `name`."""
+        written = write_weight(self.writer, artifact, name, self.opset, self.weights)
+        self.encodings[weight] = written.encoding
+        if self.signed:
+            sign(written.value, tensor_digest(name, artifact.dequantize()))
+        return written.value
 
     def weight(self, weight: Int8Weight, *, kernel_order: bool) -> tuple[ir.Value, ir.Value]:
         """Return the int8 codes of a weight, called by its qualified name, and its scale, which has a short name.
