@@ -186,7 +186,8 @@ class IntegerWeight:
     def parts(self, axis: int, elements: int) -> list[Self]:
         """Return the weight in parts, whole blocks each; see `Artifact.parts`.
 
-        >>> w = IntegerWeight(codes=np.array([[1], [-2]], np.int8), scale=np.array([1.0, 0.5], np.float32), bits=2, axis=0)
+        >>> scale_O = np.array([1.0, 0.5], np.float32)
+        >>> w = IntegerWeight(codes=np.array([[1], [-2]], np.int8), scale=scale_O, bits=2, axis=0)
         >>> [part.dequantize().tolist() for part in w.parts(0, 1)]
         [[[1.0]], [[-1.0]]]
         """

@@ -6,7 +6,7 @@ R = output channels of a group.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.fx import Node
@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from qcompress.graph.layers import Layer
 from qcompress.graph.nodes import arguments
+
+PRODUCTS: Final = ("linear", "recurrent")  # kinds of layers whose last axis counts inputs and outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,7 @@ class Moments:
 
 def has_moments(layer: Layer) -> bool:
     """Return whether `places` can arrange a layer's inputs."""
-    return layer.kind in ("conv", "depthwise", "linear")
+    return layer.kind in ("conv", "depthwise", *PRODUCTS)
 
 
 def places(layer: Layer, weight_shape: Sequence[int], x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +96,7 @@ def places(layer: Layer, weight_shape: Sequence[int], x: torch.Tensor) -> torch.
         weight_shape: shape of its weight.
         x: the layer's input.
     """
-    if layer.kind == "linear":
+    if layer.kind in PRODUCTS:
         return x.reshape(1, -1, weight_shape[1 - layer.axis])
     kernel = weight_shape[2:]
     stride, padding, dilation, groups = _geometry(layer.node, len(kernel), kernel)

@@ -27,7 +27,7 @@ from qcompress.palettes.even_grid import REDUCED_BITS
 from qcompress.palettes.int8_palette import LARGEST, LARGEST_REDUCED
 from qcompress.palettes.vector import palettize_vectors
 from qcompress.plan.resolve import TensorPlan
-from qcompress.posthoc.input_moments import Moments, has_moments
+from qcompress.posthoc.input_moments import PRODUCTS, Moments, has_moments
 from qcompress.posthoc.schemes import CodeKind, better, codes_for, keeping_zeros
 from qcompress.posthoc.walk import Reached, walk
 from qcompress.progress import ON_CPU, Execution
@@ -202,7 +202,7 @@ def _tensor(artifact: Artifact, like: torch.Tensor) -> torch.Tensor:
 
 def _mean_shift(reached: Reached, outputs: list[torch.Tensor]) -> npt.NDArray[np.float64]:
     """Return the mean of float minus compressed outputs for each output channel."""
-    axis = 1 if reached.layer.kind != "linear" else -1
+    axis = -1 if reached.layer.kind in PRODUCTS else 1
     total, count = np.zeros(outputs[0].shape[axis]), 0
     for wanted, got in zip(reached.outputs, outputs, strict=True):
         rest = [i for i in range(got.ndim) if i != axis % got.ndim]
@@ -213,7 +213,7 @@ def _mean_shift(reached: Reached, outputs: list[torch.Tensor]) -> npt.NDArray[np
 
 def _along(reached: Reached, shift_O: npt.NDArray[np.float64], output: torch.Tensor) -> torch.Tensor:
     shift = to_torch(shift_O).to(output)
-    return shift if reached.layer.kind == "linear" else shift.reshape(-1, *[1] * (output.ndim - 2))
+    return shift if reached.layer.kind in PRODUCTS else shift.reshape(-1, *[1] * (output.ndim - 2))
 
 
 def _noise_db(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> float | None:

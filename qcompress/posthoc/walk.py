@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_arg
+from torch.nn import functional
 
 from qcompress.graph.conversion import to_numpy, to_torch
 from qcompress.graph.layers import LAYER_KINDS, Layer, bias_of, data_input, layers
 from qcompress.graph.marks import Visit, site_op
+from qcompress.graph.nodes import arguments
 from qcompress.graph.program import Arrays, FloatProgram, state_nodes, tensor_of
+from qcompress.posthoc.recurrent import OPERATORS, Product, reach_products
 from qcompress.progress import Track, untracked
 
 Batches = list[Any]  # one value for each batch
@@ -25,7 +28,7 @@ Batches = list[Any]  # one value for each batch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reached:
-    """A layer at its first use.
+    """A layer at its first use; of a recurrent layer, one of its products.
 
     Args:
         layer: the layer.
@@ -135,7 +138,9 @@ class _Walk:
             self._small[node] = self._quantized(node)
             return
         float_values = self._computed(node, 0)
-        if node in self._first:
+        if node.target in OPERATORS:
+            self._reach_products(node)
+        elif node in self._first:
             self._reach(node, float_values)
         differs = any(self._differs(n) for n in node.all_input_nodes)
         self._small[node] = self._computed(node, 1) if differs else float_values
@@ -163,7 +168,35 @@ class _Walk:
             outputs=outputs,
             run=run,
         )
-        settled = self._settle(reached)
+        self._take(self._settle(reached))
+
+    def _reach_products(self, node: Node) -> None:
+        """Settle the weights of a recurrent layer."""
+
+        def given(net: int) -> list[dict[str, Any]]:
+            values = [partial(self._value, net=net, batch=i) for i in range(self._count)]
+            return [map_arg(arguments(node), value) for value in values]
+
+        def settle(product: Product) -> None:
+            weight, bias = product.weight, product.bias
+            if weight not in self._names or weight in self._settled:
+                return
+            added = None if bias is None else self._value(bias, 1, 0)
+            reached = Reached(
+                layer=Layer(self._names[weight], "recurrent", 0, node),
+                weight=self._states[0][weight],
+                bias=None if bias is None or len(bias.users) > 1 else self._names.get(bias),
+                inputs=product.inputs[1],
+                float_inputs=product.inputs[0],
+                outputs=[functional.linear(x, self._states[0][weight], added) for x in product.inputs[0]],
+                run=lambda values: [functional.linear(x, values, added) for x in product.inputs[1]],
+            )
+            self._take(self._settle(reached))
+
+        reach_products(node, given, settle)
+
+    def _take(self, settled: Mapping[str, torch.Tensor]) -> None:
+        """Compute with settled tensors from now on."""
         for n, name in self._names.items():
             if name in settled:
                 self._states[1][n] = settled[name].to(self._device)

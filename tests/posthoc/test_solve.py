@@ -92,8 +92,11 @@ def test_the_walk_computes_what_both_nets_compute(name):
         return fresh
 
     walk(program, batches, settle)
-    assert [r[0] for r in reached] == [n for n, layer in weight_layers(program).items() if layer.kind != "recurrent"]
+    kinds = {name: layer.kind for name, layer in weight_layers(program).items()}
+    assert [r[0] for r in reached] == list(kinds)
     for weight, state, *values in reached:
+        if kinds[weight] == "recurrent":  # no node gives what it takes; see test_recurrent
+            continue
         for net, inputs_of in zip((program.with_state(state), program), values, strict=True):
             seen = []
             runner = MarkedRunner(mark(net, [(weight, 0)]))
@@ -145,7 +148,7 @@ def test_what_is_exact_stays_so():
 
 
 class Odds(nn.Module):
-    """Layers that are not solved, but in the way: a bag of embeddings, a transposed convolution, a recurrent layer."""
+    """A bag of embeddings and a transposed convolution, which are not solved, and a recurrent layer, which is."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +166,8 @@ def test_other_layers_are_in_nobodys_way(samples):
     ids = np.random.default_rng(0).integers(0, 40, (samples, 6))
     program = traced(Odds().eval(), ids=np.zeros((2, 6), np.int64))
     small = compress_program(program, Plan.from_flags(bits=3), calibration=Dataset(inputs={"ids": ids}, name="c.npz"))
-    assert [g.weight for g in small.gains] == ["up.weight", "head.weight"]
+    solved = ["up.weight", "recur.weight_ih_l0", "recur.weight_hh_l0", "head.weight"]
+    assert [g.weight for g in small.gains] == solved
 
 
 @pytest.mark.parametrize("value", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])

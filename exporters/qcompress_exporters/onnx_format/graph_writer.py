@@ -87,6 +87,12 @@ class GraphWriter:
         self.graph.append(node)
         return node.outputs
 
+    def add_like(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Value:
+        """Write a node with the operator and the attributes of another anywhere in the graph; return its output."""
+        output = ir.Value(name=self._names.new())
+        self.graph.append(ir.node(node.op_type, inputs, node.attributes, outputs=[output], name=""))
+        return output
+
     def insert_behind(self, value: ir.Value, op_type: str, others: Sequence[ir.Value]) -> ir.Value:
         """Write a node that takes a value and others; let all users of the value take its output instead."""
         uses = value.uses()

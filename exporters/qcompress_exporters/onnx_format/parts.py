@@ -1,7 +1,7 @@
 """Weights that are too large to be decoded once, at load, are written in parts, and what takes them takes the parts.
 
-onnxruntime 1.27 and later folds no value above 1 GiB: it would decode such a weight at each run. Each part is decoded by
-itself; an operator with a weight becomes one with each part, whose results are joined.
+onnxruntime 1.27 and later folds no value above 1 GiB: it would decode such a weight at each run. Each part is decoded
+by itself; an operator with a weight becomes one with each part, whose results are joined.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -119,7 +119,7 @@ def _take_product(writer: GraphWriter, use: Use, axis: int, parts: Sequence[Part
         inputs = [source, part.value]
         if bias is not None:
             inputs.append(writer.add("Slice", [bias, writer.shape([part.start]), writer.shape([part.stop])]))
-        results.append(writer.add(node.op_type, inputs, **node.attributes))
+        results.append(writer.add_like(node, inputs))
     _supersede(writer, node, writer.add("Concat", results, axis=-1 if node.op_type == "MatMul" else 1))
 
 

@@ -88,7 +88,7 @@ def check_folding(graph: onnx.GraphProto) -> Check:
     if left:
         detail = (
             f"{len(left)} operators decode weights at each run ({', '.join(dict.fromkeys(left))}): onnxruntime folds "
-            "nothing that is larger than 1 GiB once decoded; export again, or leave such a weight in float (skip = true)"
+            "nothing larger than 1 GiB; export again, or leave such a weight in float (skip = true in a plan)"
         )
     return Check(name="weights", session="deployed", ok=not left, error=None, limit=0.0, detail=detail)
 
