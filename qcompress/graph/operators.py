@@ -114,7 +114,7 @@ _TABLE: Final[tuple[tuple[str, Operator], ...]] = (
     ("dropout.default feature_dropout.default", Operator(moves=True, drops=True)),
     ("pad.default constant_pad_nd.default", Operator(pads=True)),
     ("relu.default relu6.default hardtanh.default clamp.default clamp_min.default", Operator(clamps=True)),
-    ("sigmoid.default hardsigmoid.default leaky_relu.default", Operator(bends=True)),
+    ("sigmoid.default hardsigmoid.default leaky_relu.default mish.default", Operator(bends=True)),
     ("add.Tensor mul.Tensor", Operator(sums=True)),
     ("avg_pool1d.default avg_pool2d.default", Operator(pools=True)),
     ("adaptive_avg_pool1d.default adaptive_avg_pool2d.default", Operator(pools=True)),

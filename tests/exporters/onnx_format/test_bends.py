@@ -36,6 +36,7 @@ FUNCTIONS = {
     "hardsigmoid": (nn.Hardsigmoid(), {"QLinearAdd": 2}),
     "steps": (Steps(), {"QLinearAdd": 2, "QLinearMul": 4}),
     "shifted": (Shifted(), {"QLinearAdd": 2, "QLinearMul": 2}),
+    "mish": (nn.Mish(), {"Gather": 2}),
     "leaky relu": (nn.LeakyReLU(0.2), {"QLinearLeakyRelu": 2}),
 }
 
@@ -59,7 +60,7 @@ def test_they_run_on_codes(name: str) -> None:
     built = build(small)
     ops = optimized_ops(built.data)
     assert {op: ops[op] for op in wanted} == wanted
-    assert not {"Sigmoid", "HardSigmoid", "Add", "Mul", "LeakyRelu"} & {op for op, count in ops.items() if count}
+    assert not {"Sigmoid", "HardSigmoid", "Add", "Mul", "LeakyRelu", "Mish"} & {op for op, count in ops.items() if count}
     got, floats = run(session(built.data, "deployed"), {"input": x})["output"], program.run({"input": x})["output"]
     assert np.square(got - floats).sum() < 1e-2 * np.square(floats).sum()
 

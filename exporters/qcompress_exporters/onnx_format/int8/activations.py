@@ -17,6 +17,7 @@ from qcompress.artifacts import SiteGrid
 from qcompress_exporters.onnx_format.graph_writer import GraphWriter
 from qcompress_exporters.onnx_format.int8.grid_format import Formats, Quantizer, format_of
 from qcompress_exporters.onnx_format.int8.hard_sigmoid import write_as_sum
+from qcompress_exporters.onnx_format.int8.lookup import FUNCTIONS, write_as_lookup
 from qcompress_exporters.onnx_format.marks import is_mark, site_of
 from qcompress_exporters.onnx_format.names import code_name
 from qcompress_exporters.onnx_format.passes.hoist_marks import RESHAPES
@@ -141,8 +142,9 @@ class Activations:
     def _push_down(self, source: Quantized) -> None:
         """Let what moves a dequantized value move its codes."""
         for user in source.floats.consumers():
-            if user.op_type == "HardSigmoid" and user.graph is self.writer.graph and source.grid.zero_point is not None:
-                write_as_sum(self.writer, user)
+            write = self._function(user, source)
+            if write is not None:
+                write(self.writer, user)
                 continue
             if not self._moves_codes(user, source):
                 continue
@@ -156,6 +158,14 @@ class Activations:
                 moved = self.writer.insert_behind(output, "DequantizeLinear", [scale, zero_point])
                 self._push_down(self._remember(moved, source.site))
         drop_unused(self.writer.graph, source.floats)
+
+    def _function(self, node: ir.Node, source: Quantized) -> Callable[[GraphWriter, ir.Node], None] | None:
+        """Return what writes a function of a dequantized value in another way; None for other nodes."""
+        if node.domain or node.graph is not self.writer.graph or source.grid.zero_point is None:
+            return None
+        if node.op_type == "HardSigmoid":
+            return write_as_sum
+        return write_as_lookup if node.op_type in FUNCTIONS else None
 
     def _moves_codes(self, node: ir.Node, source: Quantized) -> bool:
         takes_once = list(node.inputs).count(source.floats) == 1 and node.inputs[0] is source.floats
