@@ -82,6 +82,14 @@ def one_line(e: BaseException) -> str:
     return f"{type(e).__name__}: {text[:300]}" if text else type(e).__name__
 
 
+def causes(e: BaseException) -> list[BaseException]:
+    """Return an exception and what caused it, the first cause last."""
+    chain = [e]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    return chain
+
+
 def _import_module(name: str, spec: str, flag: str) -> ModuleType:
     try:
         return importlib.import_module(name)

@@ -23,6 +23,7 @@ from qcompress.artifacts.tables import grid_from_dict
 from qcompress.deployment import Compute
 from qcompress.errors import ConfigError, OutputError, SourceError
 from qcompress.files import sync
+from qcompress.user_code import causes, one_line
 
 if TYPE_CHECKING:
     from qcompress.graph.program import FloatProgram
@@ -56,9 +57,8 @@ def write_folder(
 
     Raises:
         OutputError: the folder exists, or cannot be written.
+        SourceError: the program cannot be saved.
     """
-    import torch
-
     if folder.exists():
         raise OutputError(f"{folder} exists: name another folder, or remove it first.")
     try:
@@ -69,7 +69,7 @@ def write_folder(
         (part / WEIGHTS).write_bytes(weights)
         (part / PLAN).write_text(plan, encoding="utf-8")
         (part / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        torch.export.save(program.exported, part / PROGRAM)
+        save_program(program, part / PROGRAM)
         part.chmod(0o755)
         for written in (*part.iterdir(), part):
             sync(written)
@@ -79,6 +79,26 @@ def write_folder(
         raise OutputError(f"{folder} cannot be written: {e.strerror}.") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def save_program(program: "FloatProgram", path: Path) -> None:
+    """Write a program to a `.pt2` file.
+
+    Raises:
+        OSError: it cannot be written.
+        SourceError: torch cannot save such a program.
+    """
+    import torch
+
+    try:
+        torch.export.save(program.exported, path)
+    except OSError:
+        raise
+    except Exception as e:
+        raise SourceError(
+            f"torch.export.save cannot save the model's program: {one_line(causes(e)[-1])}. Export it to a file, which "
+            "needs no saved program, or write that part of the model with tensors alone."
+        ) from e
 
 
 def pack_artifacts(artifacts: Mapping[str, Artifact], header: Mapping[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from qcompress.compressed.folder import PLAN, PROGRAM, REPORT, WEIGHTS
+from qcompress.compressed.folder import PLAN, PROGRAM, REPORT, WEIGHTS, save_program
 from qcompress.errors import ConfigError, OutputError
 from qcompress.files import sync, write_whole
 from qcompress.finetune.prepared import Prepared
@@ -87,7 +87,7 @@ def write_float(prepared: Prepared, folder: Path) -> None:
     trained = small.program.with_state({name: a.dequantize() for name, a in small.artifacts.items()})
     with _part_of(folder) as part:
         torch.save(prepared.model.state_dict(), part / STATE)
-        torch.export.save(trained.exported, part / FLOAT)
+        save_program(trained, part / FLOAT)
         for name in (STATE, FLOAT):
             sync(part / name)
             os.replace(part / name, folder / name)

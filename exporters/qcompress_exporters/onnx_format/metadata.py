@@ -86,12 +86,19 @@ class CompressedFile:
         return ("float", []) if text is None else sites_from(text)
 
     @property
+    def dynamic(self) -> dict[tuple[str, int], str]:
+        """The names of the dynamic axes of its inputs."""
+        return {key: size.dim_param for key, size in self._sizes().items() if size.dim_param}
+
+    def _sizes(self) -> dict[tuple[str, int], Any]:
+        inputs = self.model.graph.input
+        return {(v.name, axis): size for v in inputs for axis, size in enumerate(v.type.tensor_type.shape.dim)}
+
+    @property
     def options(self) -> ProgramOptions:
         """The names of its inputs, outputs and dynamic axes, with which the original is traced for comparison."""
-        graph = self.model.graph
-        sizes = {(v.name, axis): size for v in graph.input for axis, size in enumerate(v.type.tensor_type.shape.dim)}
-        names = {key: size.dim_param for key, size in sizes.items() if size.dim_param}
-        batch = next((size.dim_value for size in sizes.values()), 0)
+        graph, names = self.model.graph, self.dynamic
+        batch = next((size.dim_value for size in self._sizes().values()), 0)
         return ProgramOptions(
             input_names=tuple(v.name for v in graph.input),
             output_names=tuple(v.name for v in graph.output),

@@ -19,7 +19,7 @@ from qcompress.graph.marks import site_op
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.quiet import quiet_torch
 from qcompress.graph.recurrent import with_own_layers
-from qcompress.user_code import one_line
+from qcompress.user_code import causes, one_line
 from qcompress_exporters.onnx_format.marks import is_mark, site_of, translate_mark
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET, ir_version
 from qcompress_exporters.onnx_format.passes.default_attributes import DropDefaultAttributes
@@ -144,9 +144,7 @@ def _tidied(model: ir.Model, state_names: tuple[str, ...]) -> ir.Model:
 
 def _failure(error: BaseException, program: FloatProgram) -> str:
     """Return one message for a failure of torch.onnx: the operator, the user's line, or the first cause."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
+    chain = causes(error)
     reason = one_line(chain[-1])
     missing = {f"{name}.{overload}" for name, overload in _UNTRANSLATED.findall(" ".join(str(e) for e in chain))}
     if not missing:

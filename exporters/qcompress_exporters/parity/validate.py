@@ -20,6 +20,7 @@ from qcompress.graph.channels_first import channels_first
 from qcompress.graph.conversion import to_numpy
 from qcompress.graph.marks import mark
 from qcompress.graph.program import FloatProgram, Runner
+from qcompress.graph.tracing import with_fewer_dynamic_axes
 from qcompress.graph.widths import activation_widths
 from qcompress.metrics.metric import compare
 from qcompress.metrics.similarity import agreement, is_constant, sqnr_db
@@ -61,6 +62,7 @@ def validate(program: FloatProgram, file: metadata.CompressedFile, data: Dataset
     if not file.is_ours:
         raise SourceError(f"{path} was not written by qcompress: validate needs the metadata that export writes.")
     _check_names(program, file)
+    program = _with_axes_of(program, file)
     data, metric = _usable(program, data), how.metric
     if metric is not None and data.labels is None:
         raise DataError(f"The metric {metric.name} needs labels (an array y), but {data.name} has none.")
@@ -119,6 +121,15 @@ def validate(program: FloatProgram, file: metadata.CompressedFile, data: Dataset
         activation_bits=widths,
         notes=tuple(_notes(file, made_from, how.source_digest, outputs)),
     )
+
+
+def _with_axes_of(program: FloatProgram, file: metadata.CompressedFile) -> FloatProgram:
+    """Return the program with the dynamic axes of a file: export fixes some where torch.onnx cannot write them."""
+    if set(program.dynamic) > set(file.dynamic):
+        return next(
+            (fewer for fewer, _ in with_fewer_dynamic_axes(program) if {*fewer.dynamic} == {*file.dynamic}), program
+        )
+    return program
 
 
 def _marked(program: FloatProgram, sites: list[tuple[str, int]], file: metadata.CompressedFile) -> FloatProgram:

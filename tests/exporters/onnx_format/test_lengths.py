@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from qcompress import compress
+from qcompress.data.dataset import Dataset
+from qcompress.errors import SourceError
 from qcompress.plan.plan import Plan
 from qcompress.plan.settings import Settings
-from qcompress_exporters import export
+from qcompress_exporters import export, validate
 from tests.helpers.token_nets import POSITIONS, Causal, Encoder, FixedLength, Tagger, Translator, example
 
 
@@ -54,7 +56,7 @@ class Rounds(nn.Module):
         self.axis = axis
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.tokens(ids).sum(1) * round(ids.shape[self.axis] / 3)
+        return self.tokens(ids).sum(1) * round(ids.shape[self.axis] / 3 + 1)
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,8 @@ def test_axes_are_fixed_where_torch_onnx_needs_it(axis: int, shape: list[object]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == shape
     assert [note for note in report.notes if note.startswith(f"Exported with {what}, because")]
+    ids = np.random.default_rng(0).integers(0, 30, (6, 9))
+    assert validate(small, path, Dataset(inputs={"ids": ids}, labels=None, name="ids")).ok
+    with pytest.raises(SourceError, match=r"^torch\.export\.save cannot save the model's program: .*round"):
+        small.save(tmp_path / "saved")
+    assert [found.name for found in tmp_path.iterdir()] == ["net.onnx"]
