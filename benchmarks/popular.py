@@ -7,7 +7,7 @@ batch 1, medians over rounds in which all files take turns, with the float file 
 baselines are `quantize_static` (QDQ, uint8 activations, int8 weights per channel), and for MobileBERT the faster of
 `quantize_dynamic` per tensor and per channel, both after onnxruntime's own preprocessing. A speed below its limit, but
 within the control's spread, counts as `noise`. Export: CPU time of `compress` with effort fast and `export`, over that
-of `torch.onnx.export` with a dynamic batch; both run in turns in one process, the first turn does not count.
+of `torch.onnx.export` with the same dynamic axes; both run in turns in one process, the first turn does not count.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from qcompress.graph.options import ProgramOptions
 from qcompress.graph.tracing import from_module
 from qcompress_exporters import build, export
 from qcompress_exporters.onnx_format.file import float_file
+from qcompress_exporters.onnx_format.metadata import read
 from qcompress_exporters.onnx_format.trace import trace
 from qcompress_exporters.parity.sessions import optimized_ops
 from qcompress_exporters.parity.timing import cpu_seconds, paired
@@ -185,8 +186,9 @@ def ours(module: nn.Module, inputs: dict[str, torch.Tensor], path: Path) -> None
 
 
 def theirs(module: nn.Module, inputs: dict[str, torch.Tensor], path: Path) -> None:
-    """Export in float."""
-    axes = {name: {0: torch.export.Dim.AUTO} for name in inputs}
+    """Export in float, with the dynamic axes of the file that ours wrote there."""
+    dynamic = read(path).dynamic
+    axes = {name: {axis: torch.export.Dim.AUTO for key, axis in dynamic if key == name} for name in inputs}
     torch.onnx.export(module, (), path, kwargs=inputs, dynamo=True, dynamic_shapes=axes, verbose=False)
 
 
