@@ -13,6 +13,7 @@ from qcompress.errors import ConfigError, DivergenceError
 from qcompress.finetune.config import LoopConfig
 from qcompress.finetune.losses import Objective
 from qcompress.finetune.prepared import Prepared
+from qcompress.quantizers.base import AbstractQuantizer
 
 _KEPT_EVERY: Final = 50  # steps between copies of the state, to return to after divergence
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -183,10 +184,11 @@ class Trainer:
     def state(self) -> TrainingState:
         """Returns the state as copies on the CPU."""
         tensors, extras = {}, {}
+        quantizers = {name for name, part in self.prepared.named_modules() if isinstance(part, AbstractQuantizer)}
         for key, value in self.prepared.state_dict().items():
             if isinstance(value, Tensor):
                 tensors[f"model.{key}"] = value
-            else:
+            elif key.rpartition(".")[0] in quantizers:  # the extra state of the model's own modules stays as it is
                 extras[key] = value
         for i, slots in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value for name, value in slots.items() if isinstance(value, Tensor)}
@@ -210,7 +212,7 @@ class Trainer:
         wanted = {key: value for key, value in own.items() if isinstance(value, Tensor)}
         if {k: v.shape for k, v in loaded.items()} != {k: v.shape for k, v in wanted.items()}:
             raise ConfigError("The checkpoint belongs to another model or plan; resume with the command that made it.")
-        self.prepared.load_state_dict({**loaded, **values["extras"]})
+        self.prepared.load_state_dict({**own, **loaded, **values["extras"]})
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in _under("optimizer.", state.tensors).items():
             i, _, name = key.partition(".")

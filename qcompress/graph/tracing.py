@@ -32,6 +32,7 @@ from qcompress.graph.program import (
     user_inputs,
     value_of,
 )
+from qcompress.graph.quantized_modules import check_not_quantized
 from qcompress.graph.quiet import quiet_torch
 from qcompress.graph.recurrent import RecurrentLayers, with_torchs_layers
 from qcompress.graph.value_names import axis_names, input_names
@@ -49,7 +50,8 @@ def from_module(module: torch.nn.Module, options: ProgramOptions) -> FloatProgra
 
     Raises:
         ConfigError: there are no example inputs.
-        SourceError: torch.export cannot trace the model; the message names the line of the user's code.
+        SourceError: torch.export cannot trace the model; the message names the line of the user's code. Or the model
+            is quantized already.
     """
     if not options.inputs:
         raise ConfigError(
@@ -61,7 +63,9 @@ def from_module(module: torch.nn.Module, options: ProgramOptions) -> FloatProgra
     if module.training:
         notes += ("The model was in training mode; it is exported in eval mode.",)
     inputs = options.inputs
-    odd = sorted({str(t.dtype).removeprefix("torch.") for t in module.state_dict().values() if is_odd_float(t.dtype)})
+    check_not_quantized(module)
+    tensors = (*module.parameters(), *module.buffers())
+    odd = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if is_odd_float(t.dtype)})
     if odd:
         notes += (f"The model holds {', '.join(odd)}; it is exported in float32.",)
         module = copy.deepcopy(module).float()
