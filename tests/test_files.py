@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and a path is refused before any work is done for it."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qcompress.errors import OutputError
-from qcompress.files import check_writable, write_whole
+from qcompress.files import check_writable, half_written, read_plain, sweep, write_whole
 
 
 def test_a_file_is_written_whole_and_nothing_stays_beside_it(tmp_path):
@@ -64,6 +65,37 @@ def test_kill_9_while_writing_leaves_the_old_file_or_none(tmp_path, old):
         child.kill()
         assert child.wait() == -signal.SIGKILL
     assert (path.read_bytes() if path.exists() else None) == old
+    assert len(os.listdir(tmp_path)) == (old is not None) + 1
+    write_whole(path, b"newer")
+    assert os.listdir(tmp_path) == ["out.onnx"]
+
+
+def test_what_is_being_written_is_not_swept(tmp_path):
+    path, folder = tmp_path / "out.onnx", tmp_path / "out"
+    (tmp_path / ".out.onnx.a1b2c3d4").write_bytes(b"of a killed run")
+    (tmp_path / ".out.onnx.notes").write_bytes(b"the user's")
+    with half_written(folder) as part:
+        held = os.open(tmp_path / ".out.onnx.e5f6g7h8", os.O_CREAT | os.O_WRONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        write_whole(path, b"new")
+        sweep(folder)
+        assert set(os.listdir(tmp_path)) == {".out.onnx.e5f6g7h8", ".out.onnx.notes", part.name, "out.onnx"}
+        os.close(held)
+    write_whole(path, b"newer")
+    assert sorted(os.listdir(tmp_path)) == [".out.onnx.notes", "out.onnx"]
+
+
+def test_only_plain_files_are_read(tmp_path):
+    plain, link, pipe = tmp_path / "plain", tmp_path / "link", tmp_path / "pipe"
+    plain.write_bytes(b"bytes")
+    link.symlink_to(plain)
+    os.mkfifo(pipe)
+    assert read_plain(link) == b"bytes"
+    for path, reason in ((pipe, "it is a pipe"), (Path("/dev/zero"), "it is a pipe, a device"), (tmp_path, "Is a dir")):
+        with pytest.raises(OSError, match=reason):
+            read_plain(path)
+    with pytest.raises(FileNotFoundError):
+        read_plain(tmp_path / "none")
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -140,7 +172,7 @@ def test_a_folder_that_refuses_new_files_is_named_before_any_work(tmp_path, monk
     def refuse(*_, **__):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(
         OutputError, match=r"out\.onnx cannot be written: Read-only file system\. Name another place with -o\.$"
     ):

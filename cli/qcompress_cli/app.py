@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TextIO
 
 import click
 
@@ -122,7 +122,11 @@ def _explain(error: Exception, args: Sequence[str]) -> int:
 
 
 def _say(message: str) -> None:
-    click.echo(f"error: {printable(message)}", err=True)
+    """Write an error to stderr; where that cannot be written either, the exit code alone tells."""
+    try:
+        click.echo(f"error: {printable(message)}", err=True)
+    except OSError:
+        _discard(sys.stderr)
 
 
 def _where_help_is(error: click.ClickException) -> str:
@@ -132,9 +136,14 @@ def _where_help_is(error: click.ClickException) -> str:
 
 def _reader_gone() -> int:
     """End silently when nobody reads stdout any more, also at the last flush of the interpreter."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard(sys.stdout)
     return BROKEN_PIPE
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what a stream still holds go nowhere: the interpreter writes it when it ends, and that would fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _installed() -> str:

@@ -1,4 +1,4 @@
-"""Entry point of the command `qcompress`: prepares for Ctrl-C and closed streams before anything else is imported.
+"""Entry point of the command `qcompress`: prepares for signals and closed streams before anything else is imported.
 
 It imports only modules that Python has loaded already, or loads within a millisecond.
 """
@@ -13,8 +13,9 @@ _BAD_INPUT, _INTERRUPTED = 2, 130  # as in `exits`
 
 def main() -> None:
     """Entry point of the console script; exits."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the caller wants it ignored
-        signal.signal(signal.SIGINT, _interrupted)
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is default:  # else the caller wants it ignored
+            signal.signal(number, _interrupted)
     _fill_closed_streams()
     if sys.stdout is None:
         sys.stderr.write("error: stdout is closed, but results go there; redirect it to a file or to /dev/null.\n")
@@ -37,7 +38,10 @@ def run(args: list[str]) -> int:
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
-    """Handle Ctrl-C. During an import it exits at once: a broken import can raise or print something else."""
+    """Handle Ctrl-C and SIGTERM, so that what is half written is removed.
+
+    During an import it exits at once: a broken import can raise or print something else.
+    """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os.write(2, b"interrupted\n")

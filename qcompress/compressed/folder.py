@@ -5,8 +5,6 @@
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
@@ -22,7 +20,7 @@ from qcompress.artifacts.packing import pack, unpack
 from qcompress.artifacts.tables import grid_from_dict
 from qcompress.deployment import Compute
 from qcompress.errors import ConfigError, OutputError, SourceError
-from qcompress.files import sync
+from qcompress.files import half_written, read_plain, sync
 from qcompress.user_code import causes, one_line
 
 if TYPE_CHECKING:
@@ -62,23 +60,18 @@ def write_folder(
     if folder.exists():
         raise OutputError(f"{folder} exists: name another folder, or remove it first.")
     try:
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        with half_written(folder) as part:
+            (part / WEIGHTS).write_bytes(weights)
+            (part / PLAN).write_text(plan, encoding="utf-8")
+            (part / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            save_program(program, part / PROGRAM)
+            part.chmod(0o755)
+            for written in (*part.iterdir(), part):
+                sync(written)
+            os.replace(part, folder)
+            sync(folder.parent)
     except OSError as e:
         raise OutputError(f"{folder} cannot be written: {e.strerror}.") from None
-    try:
-        (part / WEIGHTS).write_bytes(weights)
-        (part / PLAN).write_text(plan, encoding="utf-8")
-        (part / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        save_program(program, part / PROGRAM)
-        part.chmod(0o755)
-        for written in (*part.iterdir(), part):
-            sync(written)
-        os.replace(part, folder)
-        sync(folder.parent)
-    except OSError as e:
-        raise OutputError(f"{folder} cannot be written: {e.strerror}.") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def save_program(program: "FloatProgram", path: Path) -> None:
@@ -133,12 +126,12 @@ def read_artifacts(folder: Path) -> tuple[dict[str, Any], dict[str, Artifact]]:
     """
     path = folder / WEIGHTS
     try:
-        data = path.read_bytes()
+        data = read_plain(path)
         length = int.from_bytes(data[:8], "little")
         file_header = json.loads(data[8 : 8 + length])
         header = json.loads(file_header["__metadata__"][_KEY])
         version = int(header["format_version"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise SourceError(f"{path} is not the weights file of a compressed model: save it again.") from None
     if version not in _READABLE:
         raise SourceError(

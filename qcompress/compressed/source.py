@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
+from qcompress.files import read_plain
 from qcompress.graph.options import ProgramOptions
 from qcompress.kinds import UNKNOWN
 from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
@@ -46,7 +47,7 @@ class CompressedSource:
         """SHA-256 of the weights file."""
         from qcompress.compressed.folder import WEIGHTS
 
-        return hashlib.sha256((self.path / WEIGHTS).read_bytes()).hexdigest()
+        return hashlib.sha256(read_plain(self.path / WEIGHTS)).hexdigest()
 
     def tensors(self) -> Iterator[SourceTensor]:
         """Yield every tensor, dequantized."""

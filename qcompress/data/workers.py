@@ -90,3 +90,4 @@ def _as_it_is(batch: T) -> T:
 def _ignore_interrupts(worker: int) -> None:
     """Leave Ctrl-C to the training process, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -14,7 +14,7 @@ import torch
 
 from qcompress.compressed.folder import PLAN, PROGRAM, REPORT, WEIGHTS, save_program
 from qcompress.errors import ConfigError, OutputError
-from qcompress.files import sync, write_whole
+from qcompress.files import read_plain, sync, write_whole
 from qcompress.finetune.prepared import Prepared
 
 TRAINING: Final = "training"  # folder of the checkpoints
@@ -43,7 +43,7 @@ def start_folder(folder: Path, run: Mapping[str, Any]) -> None:
     path = folder / RUN
     if path.exists():
         try:
-            old = json.loads(path.read_text(encoding="utf-8"))
+            old = json.loads(read_plain(path))
         except (OSError, ValueError):
             raise OutputError(f"{path} cannot be read; name another folder by -o.") from None
         kept = old if isinstance(old, dict) else {}

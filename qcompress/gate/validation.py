@@ -140,7 +140,7 @@ class Validation:
                 cpu=dict(document.get("cpu", {})),
                 notes=tuple(document.get("notes", ())),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise SourceError(
                 f"{file}: its validation cannot be read ({type(e).__name__}: {e}); run `qcompress validate MODEL "
                 f"{file}` again."

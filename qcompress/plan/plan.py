@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Self, TypeVar, final
 
 from qcompress.errors import ConfigError, did_you_mean
+from qcompress.files import read_plain
 from qcompress.kinds import KINDS, UNKNOWN, WEIGHT_KINDS
 from qcompress.plan import toml
 from qcompress.plan.settings import Settings
@@ -150,7 +151,7 @@ def load_plan(path: Path, settings: type[Settings] = Settings) -> Plan:
         ConfigError: the file cannot be read, or is not a valid plan; the message names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path).decode("utf-8")
     except OSError as e:
         raise ConfigError(f"{path}: the plan cannot be read: {e.strerror}.") from None
     except UnicodeDecodeError as e:

@@ -9,6 +9,7 @@ import types
 import click
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from qcompress.errors import ConfigError
@@ -166,6 +167,30 @@ def test_closed_streams_are_bad_usage_and_no_bug(shell, weights):
     without_notes = shell("inspect", weights, stderr=None, **close(0, 2))
     assert without_notes.returncode == 0
     assert without_notes.stdout.endswith("add --arch.\n")
+
+
+_TERMINATED_AT = """
+import os, signal, sys
+event = sys.argv.pop()
+
+def hook(name, args):
+    if name == event and any("o.onnx" in str(arg) or "weights" in str(arg) for arg in args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+sys.addaudithook(hook)
+from qcompress_cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("event", ["tempfile.mkstemp", "os.rename", pytest.param("os.remove", marks=pytest.mark.slow)])
+def test_sigterm_leaves_nothing_half_written(event, shell, folder):
+    torch.save(torch.nn.Linear(8, 8), folder / "m.pt")
+    args = ("m.pt", "--input-shape", "1,8", "--bits", "4", "--effort", "fast", "-o", "o.onnx")
+    done = shell("export", *args, event, code=_TERMINATED_AT)
+    assert done.returncode == (0 if event == "os.remove" else 130), done.stderr
+    assert "Traceback" not in done.stderr
+    assert {p.name for p in folder.iterdir()} - {"o.onnx"} == {"m.pt"}
 
 
 @pytest.mark.parametrize("package", ["click", "numpy"])

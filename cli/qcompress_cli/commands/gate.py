@@ -70,7 +70,7 @@ def command(
     """
     project, where = load_project() if config is None else load_config_file(config)
     table = dict(project.gate or {})
-    patterns = files or _patterns(table.pop("files", ()), where)
+    own = _patterns(table.pop("files", ()), where)
     limits = read_table(GateLimits, table, f"gate in {where}", also=("files",))
     limits = replace(limits, **{name: params[name] for name in _COMPARED if params[name] is not None})
     require_a_limit(limits)
@@ -79,7 +79,7 @@ def command(
     original_bytes = None if original is None else _nbytes_of(original)
     accuracy = limits.max_drop is not None or limits.min_agreement is not None
     measured = []
-    for path in _expand(patterns):
+    for path in _expand(files or own):
         _, file = formats.read(path)
         measured.append(
             Measurements(

@@ -13,6 +13,7 @@ import pydantic
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from qcompress.errors import ConfigError
+from qcompress.files import read_plain
 from qcompress.plan import toml
 from qcompress.plan.fields import BITS
 from qcompress_cli.inputs.shapes import Dynamic, InputShape, parse_input_shape
@@ -172,7 +173,7 @@ def _from_config(value: Any, name: str, where: str) -> Any:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path).decode("utf-8")
     except OSError as e:
         raise ConfigError(f"{path} cannot be read: {e.strerror}.") from None
     except UnicodeDecodeError as e:

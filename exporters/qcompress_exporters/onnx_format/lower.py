@@ -10,6 +10,7 @@ from onnx import numpy_helper
 from onnx_ir.passes import common
 
 from qcompress.artifacts import Artifact, SiteGrid
+from qcompress.errors import SourceError
 from qcompress_exporters.onnx_format.encodings.formats import WeightFormat
 from qcompress_exporters.onnx_format.encodings.table import WEIGHTS
 from qcompress_exporters.onnx_format.graph_writer import GraphWriter, names_in
@@ -115,7 +116,7 @@ def lower_integer(
         The model. The codes of site i are called `q<i>`. Weights of integer layers go by their qualified names as
         int8, int32 biases by theirs. The digest of such a weight is followed by the name of its scale.
     """
-    model = trace.at_opset(opset, marked=True)
+    model = _marked(trace, opset)
     HoistMarks(trace.state_names)(model)
     tensors = _tensors(model, trace, artifacts, weights, folded)
     activations = Activations(tensors.writer, grids, formats)
@@ -132,11 +133,23 @@ def lower_dynamic(
     weights: Mapping[str, WeightFormat] = WEIGHTS,
 ) -> Lowered:
     """Write a graph whose matrix products quantize their marked inputs at run time; see `dynamic`."""
-    model = trace.at_opset(opset, marked=True)
+    model = _marked(trace, opset)
     tensors = _tensors(model, trace, artifacts, weights, folded)
     reports = dynamic.write_layers(tensors)
     DropMarks()(model)
     return _finished(model, tensors, reports, _looked_up(trace))
+
+
+def _marked(trace: Trace, opset: int) -> ir.Model:
+    """Return a marked graph in which no value has a name that codes of activations will have."""
+    model, reserved = trace.at_opset(opset, marked=True), reserved_names(trace.state_names, trace.marks)
+    taken = [str(v.name) for v in (*model.graph.inputs, *model.graph.outputs) if v.name in reserved]
+    if taken:
+        raise SourceError(
+            f"Files for integer compute give the name {taken[0]} to codes of an activation, so that no input, output "
+            "or parameter can have it: choose another with --input-names or --output-names, or rename the parameter."
+        )
+    return model
 
 
 def _tensors(

@@ -10,6 +10,7 @@ import onnx
 
 from qcompress.artifacts.digest import short_digest
 from qcompress.errors import SourceError
+from qcompress.files import read_plain
 from qcompress.gate.validation import FORMAT, Validation
 from qcompress.graph.options import ProgramOptions
 
@@ -23,6 +24,7 @@ GRIDS: Final = "qcompress.grids"
 CHANNELS_FIRST: Final = "qcompress.channels_first"
 UNCOMPUTED: Final = "qcompress.uncomputed"
 VALIDATION: Final = "qcompress.validation"
+_MOST_DIGITS: Final = 18  # of a number of bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +70,10 @@ class CompressedFile:
         text = self.metadata.get(ORIGINAL_BYTES)
         if text is None:
             return None
-        if not text.isdecimal() or int(text) == 0:
+        if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) == 0:
             raise SourceError(
-                f"{self.path}: its metadata {ORIGINAL_BYTES} must be a number of bytes, got {text!r}: export it again."
+                f"{self.path}: its metadata {ORIGINAL_BYTES} must be a number of bytes, got {text[:30]!r}: export it "
+                "again."
             )
         return int(text)
 
@@ -131,7 +134,7 @@ class CompressedFile:
         """
         beside = validation_path(self.path)
         if beside.exists():
-            where, text = str(beside), beside.read_text(encoding="utf-8", errors="replace")
+            where, text = str(beside), _text_of(beside)
         elif VALIDATION in self.metadata:
             where, text = f"{self.path} (metadata)", self.metadata[VALIDATION]
         else:
@@ -216,7 +219,7 @@ def sites_from(text: str) -> tuple[str, list[tuple[str, int]]]:
                 sites.append((entry, -1))
             else:
                 sites.append((numbered.next(entry), -1) if isinstance(entry, int) else (str(entry[0]), int(entry[1])))
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         raise SourceError(f"The file's metadata {SITES} is damaged: export it again.") from None
     return str(compute), sites
 
@@ -293,6 +296,13 @@ def entry_of(model: onnx.ModelProto, key: str) -> str | None:
     return next((entry.value for entry in model.metadata_props if entry.key == key), None)
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return read_plain(path).decode("utf-8", errors="replace")
+    except OSError as e:
+        raise SourceError(f"{path} cannot be read: {e.strerror}.") from None
+
+
 def parsed(path: Path) -> CompressedFile | None:
     """Read an ONNX file, written by qcompress or not; return None if the file has another format.
 
@@ -300,7 +310,7 @@ def parsed(path: Path) -> CompressedFile | None:
         SourceError: the file cannot be read.
     """
     try:
-        data = path.read_bytes()
+        data = read_plain(path)
     except OSError as e:
         raise SourceError(f"{path} cannot be read: {e.strerror}.") from None
     model = onnx.ModelProto()

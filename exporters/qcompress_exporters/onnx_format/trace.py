@@ -21,6 +21,7 @@ from qcompress.graph.quiet import quiet_torch
 from qcompress.graph.recurrent import with_own_layers
 from qcompress.user_code import causes, one_line
 from qcompress_exporters.onnx_format.marks import is_mark, site_of, translate_mark
+from qcompress_exporters.onnx_format.names import reserved_names
 from qcompress_exporters.onnx_format.opsets import BASE_OPSET, ir_version
 from qcompress_exporters.onnx_format.passes.default_attributes import DropDefaultAttributes
 from qcompress_exporters.onnx_format.passes.drop_marks import DropMarks
@@ -72,7 +73,7 @@ class Trace:
                 if model.opset_imports.get("") != opset:
                     raise SourceError(f"The graph cannot be written at opset {opset}: name an older --target.")
                 model.ir_version = ir_version(opset)
-                self._converted[opset, marked] = _tidied(model, self.state_names)
+                self._converted[opset, marked] = _tidied(model, self.state_names, self.marks if marked else 0)
         return self._converted[opset, marked].clone()
 
     @property
@@ -130,15 +131,18 @@ def trace(program: FloatProgram) -> Trace:
     return Trace(model, state_names, program.notes)
 
 
-def _tidied(model: ir.Model, state_names: tuple[str, ...]) -> ir.Model:
-    """Drop what runtimes do not need; of the inner values, only those of `state_names` keep their names."""
+def _tidied(model: ir.Model, state_names: tuple[str, ...], marks: int) -> ir.Model:
+    """Drop what runtimes do not need; of the inner values, only those of `state_names` keep their names.
+
+    None gets a name that a file for integer compute gives to a value of its own.
+    """
     return ir.passes.Sequential(
         common.ClearMetadataAndDocStringPass(),
         common.DeduplicateInitializersPass(_CONSTANT_LIMIT),
         common.RemoveUnusedOpsetsPass(),
         DropDefaultAttributes(),
         Strip(),
-        ShortenNames(state_names),
+        ShortenNames(state_names, reserved_names(state_names, marks)),
     )(model).model
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -31,6 +32,33 @@ def test_limits_and_files_from_the_config_and_flags_win(qcompress, onnx_file, fo
     assert qcompress("gate").exit_code == 1
     (folder / "ci.toml").write_text('[gate]\nmax_size = "1MB"\n')
     assert qcompress("gate", "dist/*.onnx", "dist/a.onnx", "--config", "ci.toml").exit_code == 0
+
+
+def test_a_file_on_the_command_line_is_judged_alone_by_the_limits_of_the_config(qcompress, onnx_file, folder, refused):
+    onnx_file("small.onnx")
+    onnx_file("large.onnx", count=1000)
+    (folder / "qcompress.toml").write_text('[gate]\nmax_size = "1 kB"\nfiles = ["small.onnx"]\n')
+    assert qcompress("gate").exit_code == 0
+    result = qcompress("gate", "large.onnx", "--json")
+    assert result.exit_code == 1
+    assert [v["file"] for v in json.loads(result.stdout)["verdicts"]] == ["large.onnx"]
+    (folder / "qcompress.toml").write_text('[gate]\nmax_size = "1 kB"\nfiles = [3]\n')
+    assert "files must be a list of files" in refused("gate", "large.onnx")
+
+
+def test_pipes_are_refused_at_once(refused, onnx_file, folder):
+    path = onnx_file(original_bytes=100)
+    os.mkfifo(folder / "pipe")
+    os.mkfifo(metadata.validation_path(path))
+    for args in (("pipe",), ("/dev/zero",), (path, "--config", "pipe"), (path, "--min-agreement", "1%")):
+        assert "a pipe, a device or a socket" in refused("gate", *args, "--max-size", "1 kB")
+
+
+def test_a_number_of_thousands_of_digits(refused, onnx_file):
+    path = onnx_file(original_bytes="9" * 5000)
+    message = refused("gate", path, "--min-ratio", "2")
+    assert "qcompress.original_bytes must be a number of bytes, got '999" in message
+    assert len(message) < 300
 
 
 def test_globs(qcompress, onnx_file, refused):

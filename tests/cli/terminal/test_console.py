@@ -54,6 +54,13 @@ def test_a_full_device_is_told_once(shell, weights):
     assert (done.returncode, done.stderr) == (2, "error: stdout cannot be written: No space left on device.\n")
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_an_error_that_cannot_be_told_keeps_its_exit_code(shell, both):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = shell("analyze", "none.pt", stderr=full, **({"stdout": full} if both else {}))
+    assert done.returncode == 2
+
+
 def test_with_json_what_users_print_goes_to_stderr(capsys):
     with click.Context(click.Command("any")):
         ui = Ui(json=True)

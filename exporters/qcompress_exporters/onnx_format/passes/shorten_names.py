@@ -16,11 +16,12 @@ class ShortenNames(ir.passes.InPlacePass):
 
     Args:
         keep: names of other values that stay as they are.
+        avoid: names that no value gets, because something else will have them.
     """
 
-    def __init__(self, keep: Iterable[str] = ()) -> None:
+    def __init__(self, keep: Iterable[str] = (), avoid: Iterable[str] = ()) -> None:
         super().__init__()
-        self._keep = frozenset(keep)
+        self._keep, self._avoid = frozenset(keep), frozenset(avoid)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Run the pass."""
@@ -31,7 +32,7 @@ class ShortenNames(ir.passes.InPlacePass):
         for value, owner in initializers.items():  # a name may go to another one while its old owner still has it
             assert owner is not None
             del owner.initializers[str(value.name)]
-        names = ShortNames({*self._keep, *(str(v.name) for v in kept)})
+        names = ShortNames({*self._keep, *self._avoid, *(str(v.name) for v in kept)})
         for value in sorted(inner, key=lambda v: -len(v.uses())):
             value.name = names.new()
         for value, owner in initializers.items():
