@@ -43,6 +43,7 @@ _FLOOR: Final = 1e-6  # τ is at least that of weights which spread over this sh
 _TINY: Final = 1e-30
 _ROUNDS, _ITERATIONS = 8, 8  # towards the soft fixed point
 _FALLEN: Final = 0.9  # τ over that of the last choice of the form, at which it is chosen again
+_HOLD: Final = 0.3  # ResNet-20, 3 epochs: 78.9 % before hardening and 78.3 after; with it 78.3 and 78.3
 _SETTLED: Final = 1e-4  # ε of the paper, in standard deviations
 
 
@@ -50,7 +51,7 @@ _SETTLED: Final = 1e-4  # ε of the paper, in standard deviations
 class Dkm(AbstractQuantizer):
     """Quantizes a weight with DKM: in training softly, in evaluation with the palette that is stored.
 
-    τ falls geometrically from `tau[0]` to `tau[1]` as training goes on; `advance` tells how far it is.
+    τ falls geometrically from `tau[0]` to `tau[1]` as training goes on, and then stays; `advance` tells how far it is.
 
     Args:
         bits: width of a code, 1 to 8: each palette has K = 2**bits entries.
@@ -62,6 +63,8 @@ class Dkm(AbstractQuantizer):
         tau: first and last τ, in units of the weight's variance · D · K^(-2 / D), which is about the squared distance
             between neighbouring centroids (its root, with metric="euclidean").
         absolute: whether `tau` is τ itself, as in publications.
+        hold: share of training, at its end, in which τ stays. None: 0.3 for palettes of two entries, else 0: with two,
+            weights halfway between them serve as a third, and training must be able to make up for its loss.
         iterations: differentiated iterations in each step.
         metric: "squared" or "euclidean".
         every: steps after which τ and the form are chosen again; they are, too, when τ has fallen by a tenth.
@@ -89,6 +92,7 @@ class Dkm(AbstractQuantizer):
         lut_dtype: LutDtype = "float32",
         tau: tuple[float, float] = (1.0, 0.05),
         absolute: bool = False,
+        hold: float | None = None,
         iterations: int = 3,
         metric: Metric = "squared",
         every: int = 16,
@@ -105,11 +109,14 @@ class Dkm(AbstractQuantizer):
             raise ConfigError(f"Dkm.metric must be one of {', '.join(get_args(Metric))}, got {metric!r}.")
         if not isinstance(tau, Sequence) or len(tau) != 2 or not all(0 < value < math.inf for value in tau):
             raise ConfigError(f"Dkm.tau must be two positive numbers, the first and the last value, got {tau!r}.")
+        if hold is not None and not 0 <= hold < 1:
+            raise ConfigError(f"Dkm.hold must be a share of training below 1, got {hold!r}.")
         if iterations < 1 or every < 1:
             raise ConfigError(f"Dkm.iterations and Dkm.every must be at least 1, got {iterations!r} and {every!r}.")
         self.bits, self.axis, self.rows_per_lut, self.vector_dim = bits, axis, rows_per_lut, vector_dim
         self.lut_dtype, self.schedule, self.absolute, self.metric = lut_dtype, tau, absolute, metric
         self.iterations, self.every = iterations, every
+        self.hold = (_HOLD if bits == 1 else 0.0) if hold is None else hold
         groups = granularity.lut_groups(channels, rows_per_lut)
         self.register_buffer("centroids", torch.zeros(groups, 1 << bits, vector_dim))
         self.register_buffer("tau", torch.ones(groups, dtype=torch.float64))
@@ -284,7 +291,7 @@ class Dkm(AbstractQuantizer):
 
     def _scheduled(self, done: float) -> float:
         first, last = self.schedule
-        return float(first * (last / first) ** done)
+        return float(first * (last / first) ** min(1.0, done / (1 - self.hold)))
 
     def _set_tau(self, x_VD: Tensor) -> None:
         value: float | Tensor = self._scheduled(self._done)

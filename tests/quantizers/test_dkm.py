@@ -215,6 +215,7 @@ def test_invalid_arguments_are_rejected(given, message):
         ({"metric": "cosine"}, "Dkm.metric must be one of squared, euclidean, got 'cosine'."),
         ({"tau": (1.0, 0.0)}, "Dkm.tau must be two positive numbers, the first and the last value, got (1.0, 0.0)."),
         ({"tau": 0.1}, "Dkm.tau must be two positive numbers, the first and the last value, got 0.1."),
+        ({"hold": 1.0}, "Dkm.hold must be a share of training below 1, got 1.0."),
         ({"iterations": 0}, "Dkm.iterations and Dkm.every must be at least 1, got 0 and 16."),
     ],
 )
@@ -243,6 +244,18 @@ def test_an_absolute_tau_is_taken_as_it_is():
     quantizer.advance(0.5)
     quantizer(w)
     assert float(quantizer.tau) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "last"), [({"bits": 1}, 0.7), ({"bits": 2}, 1.0), ({"bits": 1, "vector_dim": 2, "hold": 0.5}, 0.5)]
+)
+def test_tau_stays_at_the_end_of_training(settings, last):
+    quantizer, w = Dkm(tau=(1e-2, 1e-4), absolute=True, every=1, **settings), weights("gaussian", 1000)
+    quantizer.initialise(w)
+    for done, tau in ((0.0, 1e-2), (last / 2, 1e-3), (last, 1e-4), (1.0, 1e-4)):
+        quantizer.advance(done)
+        quantizer(w)
+        assert float(quantizer.tau) == pytest.approx(tau)
 
 
 def test_soft_weights_become_hard_as_training_goes_on():
