@@ -28,6 +28,7 @@ from qcompress.graph.program import (
     user_inputs,
     value_of,
 )
+from qcompress.graph.random_operators import check_repeatable
 from qcompress.graph.recurrent import with_own_layers, with_torchs_layers
 from qcompress.graph.value_names import axis_names, input_names, is_tokens, output_names
 from qcompress.graph.views import with_contiguous_views
@@ -68,6 +69,7 @@ def canonical(
     _check_outputs(exported)
     exported = out_of_place(_prune(without_mutations(with_own_layers(exported))))
     exported = _prune(with_torchs_layers(exported))
+    check_repeatable(exported.graph)
     exported = with_contiguous_views(without_composites(exported))
     if options.computes and (computed := compute_weights(exported)) is not exported:
         exported = _prune(computed)

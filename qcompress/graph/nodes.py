@@ -1,8 +1,9 @@
 """Nodes of a live graph: the operator that each calls, its row in the table, and its arguments by name."""
 
 import operator as python
+import re
 from collections.abc import Container, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch._ops import OpOverload
@@ -10,6 +11,8 @@ from torch.fx import Graph, Node
 
 from qcompress.graph.operators import UNLISTED, Operator, operator
 from qcompress.graph.weights import Call, Value
+
+_LINE: Final = re.compile(r'File "(.+)", line (\d+), in .*\n(.*)')
 
 
 def operator_name(node: Node) -> str:
@@ -46,6 +49,12 @@ def arguments(node: Node) -> dict[str, Any]:
     else:
         names = ["self", "item"] if node.target is python.getitem else [str(i) for i in range(len(node.args))]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def line_of(node: Node) -> str | None:
+    """Return the user's line that a node comes from, as `path:line: code`; None if the graph does not say."""
+    lines = _LINE.findall(node.meta.get("stack_trace") or "")
+    return f"{lines[-1][0]}:{lines[-1][1]}: {lines[-1][2].strip()}" if lines else None
 
 
 def calls(graph: Graph) -> Iterator[Call]:

@@ -249,12 +249,16 @@ def _fixed(
             return _export(module, args, kwargs, None)
         except Exception as e:
             failures.append(e)
-    raise SourceError(_export_failure(failures[0])) from failures[0]
+    first = failures[0]
+    raise first if isinstance(first, SourceError) else SourceError(_export_failure(first)) from first
 
 
 def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
     with quiet_torch(), torch.no_grad(), RecurrentLayers():  # our own error reports a failure
-        return with_torchs_layers(torch.export.export(module, args, kwargs, dynamic_shapes=shapes))
+        try:
+            return with_torchs_layers(torch.export.export(module, args, kwargs, dynamic_shapes=shapes))
+        except SystemExit as e:
+            raise SourceError(f"The model's forward ends the process (sys.exit({e.code!r})): it must return.") from e
 
 
 def _arguments(module: torch.nn.Module, inputs: Arrays) -> tuple[Sequence[Any], Mapping[str, Any]]:

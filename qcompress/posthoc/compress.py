@@ -30,7 +30,7 @@ from qcompress.posthoc.biases import fit_biases
 from qcompress.posthoc.effort import inputs_for, solve
 from qcompress.posthoc.settings import DEFAULTS, Effort, PosthocSettings, check_effort
 from qcompress.posthoc.solve import SolveSettings
-from qcompress.posthoc.without_data import How, compress_weight
+from qcompress.posthoc.without_data import How, compress_weight, wider_entries
 from qcompress.progress import ON_CPU, Execution
 from qcompress.solvers import check_solver
 
@@ -151,7 +151,8 @@ def compress_program(
     if all(artifact.reason for artifact in model.artifacts.values()):
         settings = replace(settings, effort="fast")
     inputs = inputs_for(program, calibration, settings, execution)
-    model = replace(model, notes=(*model.notes, *inputs.notes))
+    wider = wider_entries(resolved.tensors, model.artifacts)
+    model = replace(model, notes=(*model.notes, *wider, *inputs.notes))
     if compute == "int8" and calibration is not None:
         is_solved = inputs.data is not None
         model = _with_grids(

@@ -1,6 +1,6 @@
 """Compress a weight by itself, without data: each value goes to the nearest of the levels that its plan allows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ from qcompress.palettes.even_grid import round_to_nearest
 from qcompress.palettes.int8_palette import palettize_int8
 from qcompress.palettes.scalar import palettize
 from qcompress.palettes.vector import palettize_vectors
+from qcompress.plan.fields import LutDtype
 from qcompress.plan.resolve import TensorPlan
 from qcompress.posthoc.schemes import CodeKind, better, codes_for, keeping_zeros
 
@@ -90,7 +91,34 @@ def left_in_float(values: npt.NDArray[Any], tensor: TensorPlan | None) -> FloatW
 
 
 def _palette(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
-    return palettize(values, tensor.bits, tensor.rows_per_lut, how.axis, lut_dtype=tensor.lut_dtype or "float32")
+    def made(lut_dtype: LutDtype) -> PalettizedWeight:
+        return palettize(values, tensor.bits, tensor.rows_per_lut, how.axis, lut_dtype=lut_dtype)
+
+    return _with_entries_of(tensor, values, made)
+
+
+def _with_entries_of(
+    tensor: TensorPlan, values: npt.NDArray[Any], made: Callable[[LutDtype], PalettizedWeight]
+) -> PalettizedWeight:
+    """Return a palette with entries of the plan's type; of float32, where float16 cannot tell most values apart.
+
+    One value of 1e8 among others of 1 is such a case.
+    """
+    found = made(tensor.lut_dtype or "float32")
+    if tensor.lut_dtype != "float16" or found.scale is None:  # they are in the range of float16
+        return found
+    floats = made("float32")
+    return found if _error(found, values) <= _AS_GOOD * _error(floats, values) else floats
+
+
+def wider_entries(plans: Iterable[TensorPlan], artifacts: Mapping[str, Artifact]) -> list[str]:
+    """Return a note that names the weights whose palettes have float32 entries although the plan has float16 ones."""
+    asked = [plan.name for plan in plans if plan.settings is not None and plan.lut_dtype == "float16"]
+    found = [(name, artifacts[name]) for name in asked if name in artifacts]
+    wider = [n for n, a in found if isinstance(a, PalettizedWeight) and a.lut.dtype == np.float32]
+    if not wider:
+        return []
+    return [f"Palettes have float32 entries, because float16 cannot tell most values apart: {', '.join(wider)}."]
 
 
 def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
@@ -110,7 +138,10 @@ def _palette_int8(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Art
 
 
 def _vectors(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:
-    return palettize_vectors(values, tensor.bits, tensor.vector_dim, how.axis, lut_dtype=tensor.lut_dtype or "float32")
+    def made(lut_dtype: LutDtype) -> PalettizedWeight:
+        return palettize_vectors(values, tensor.bits, tensor.vector_dim, how.axis, lut_dtype=lut_dtype)
+
+    return _with_entries_of(tensor, values, made)
 
 
 def _uniform(values: npt.NDArray[Any], tensor: TensorPlan, how: How) -> Artifact:

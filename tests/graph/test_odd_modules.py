@@ -1,6 +1,8 @@
 """Modules that hold more than float tensors: quantized ones are refused, extra state is left as it is."""
 
 import json
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,3 +71,56 @@ def test_quantized_models_are_refused() -> None:
         traced(Codes(), x=x)
     with pytest.raises(SourceError, match=r"^The model is quantized already"):
         prepare(linear, Plan.from_flags(bits=4), example_inputs=(torch.zeros(2, 6),))
+
+
+class Random(nn.Module):
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.draw = nn.Linear(6, 3), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.draw(x))
+
+
+def dropped(x: Tensor) -> Tensor:
+    return nn.functional.dropout(x, 0.5, training=True)
+
+
+def attended(x: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1)
+
+
+def initialised(x: Tensor) -> Tensor:
+    return x + torch.zeros_like(x).normal_()
+
+
+DRAWS = (dropped, attended, initialised, lambda x: x + torch.rand(6), lambda x: x * torch.bernoulli(x.sigmoid()))
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_models_with_random_outputs_are_refused(draw: Callable[[Tensor], Tensor]) -> None:
+    message = r"^The model's outputs are random, in eval mode too: [\w.]+ draws random numbers at .*test_odd_modules"
+    with pytest.raises(SourceError, match=message):
+        traced(Random(draw).eval(), x=np.ones((2, 6), np.float32))
+
+
+QUIET = (
+    lambda x: nn.functional.dropout(x, 0.5, training=False),
+    lambda x: nn.functional.dropout(x, 0.0, training=True),
+    lambda x: nn.functional.scaled_dot_product_attention(x, x, x),
+    lambda x: (torch.rand(6), x)[1],
+)
+
+
+@pytest.mark.parametrize("quiet", QUIET)
+def test_what_draws_nothing_is_taken(quiet: Callable[[Tensor], Tensor]) -> None:
+    assert traced(Random(quiet).eval(), x=np.ones((2, 6), np.float32)).output_names
+
+
+def ends(x: Tensor) -> Tensor:
+    sys.exit(0)
+
+
+def test_a_forward_that_ends_the_process_is_an_error() -> None:
+    with pytest.raises(SourceError, match=r"^The model's forward ends the process \(sys\.exit\(0\)\): it must return"):
+        traced(Random(ends).eval(), x=np.ones((2, 6), np.float32))

@@ -284,3 +284,18 @@ def test_at_8_bits_a_weight_too_small_for_a_table_takes_an_even_grid():
         compress(net, Plan.from_flags(bits=6), example_inputs=(torch.randn(2, 20),)).artifacts["0.weight"].kind
         == "palette"
     )
+
+
+@pytest.mark.parametrize("vector_dim", [1, 2])
+@pytest.mark.parametrize(("largest", "dtype"), [(1e4, np.float16), (1e8, np.float32)])
+def test_palettes_that_float16_cannot_hold_have_wider_entries(largest, dtype, vector_dim):
+    net = nn.Linear(64, 32)
+    with torch.no_grad():
+        net.weight[3, 5] = largest
+    plan = Plan.from_flags(bits=4, lut_dtype="float16", vector_dim=vector_dim)
+    small = compress(net.eval(), plan, example_inputs=(torch.zeros(2, 64),), effort="fast")
+    assert small.artifacts["weight"].lut.dtype == dtype
+    assert any("float32 entries" in note and "weight" in note for note in small.notes) == (dtype == np.float32)
+    wanted, got = net.weight.detach().numpy(), small.artifacts["weight"].dequantize()
+    rest = np.arange(64 * 32).reshape(32, 64) // 2 != (3 * 64 + 5) // 2
+    assert np.square(got - wanted)[rest].mean() < 0.3 * np.square(wanted)[rest].mean()

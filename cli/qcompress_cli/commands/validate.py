@@ -7,13 +7,15 @@ import click
 
 from qcompress.errors import ConfigError, SourceError
 from qcompress.files import check_writable, write_whole
+from qcompress.gate.verdicts import GateLimits
 from qcompress.sources.base import Source
 from qcompress_cli.commands import validate_report
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.data import load_inputs
 from qcompress_cli.inputs.open_model import open_model
 from qcompress_cli.inputs.program import device, open_program
-from qcompress_cli.inputs.project import RunOptions, run_options
+from qcompress_cli.inputs.project import RunOptions, load_project, run_options
+from qcompress_cli.inputs.tables import read_table
 from qcompress_cli.terminal.console import Ui, json_text
 from qcompress_cli.terminal.exits import CHECK_FAILED
 
@@ -55,7 +57,7 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
     _, compressed = formats.read(file)
     data = load_inputs(given.data, given, ui, "--data")
     metric = _metric(given, data)
-    result_path = validation_path(file)
+    result_path, largest = validation_path(file), _largest() if write else None
     check_writable(result_path, force=True, flag=None)
     source = open_model(given, ui)
     if source.path is not None and source.path.exists() and source.path.samefile(file):
@@ -78,7 +80,9 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
         data_with, document = compressed.with_validation(document)
         write_whole(file, data_with)
         ui.wrote(file)
-        where += f" and into {file}: {len(data_with) - compressed.nbytes:+,} B, it now takes {len(data_with):,} B"
+        where += f" and into {file}"
+        added = f"{len(data_with) - compressed.nbytes:+,} B of measurements"
+        ui.warn(f"{file}: {added}, it now takes {len(data_with):,} B{_against(largest, len(data_with))}")
     write_whole(result_path, (json_text(document) + "\n").encode())
     ui.wrote(result_path)
     ui.emit(document)
@@ -91,6 +95,21 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
         failed = ", ".join(f"{c.name} ({c.session})" for c in report.checks if not c.ok)
         ui.note(f"FAILED: {failed}")
         click.get_current_context().exit(CHECK_FAILED)
+
+
+def _largest() -> tuple[int, str] | None:
+    """Return max_size of the project's gate, and where it stands; None without a limit."""
+    project, where = load_project()
+    limits = read_table(GateLimits, dict(project.gate or {}), f"gate in {where}", also=("files",))
+    return None if limits.max_size is None else (limits.max_size, where)
+
+
+def _against(largest: tuple[int, str] | None, nbytes: int) -> str:
+    """Return what the size of a file breaks, for a message; empty if it breaks nothing."""
+    if largest is None or nbytes <= largest[0]:
+        return ""
+    limit, where = largest
+    return f": more than max_size of the gate in {where} allows ({limit:,} B), so that the gate will fail"
 
 
 def _metric(given: RunOptions, data: "Dataset") -> "Metric | None":

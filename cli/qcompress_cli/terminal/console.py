@@ -82,6 +82,10 @@ class Ui:
         if not self.quiet:
             self.err.print(printable(text))
 
+    def warn(self, text: str) -> None:
+        """Write to stderr, with --quiet too."""
+        self.err.print(printable(text))
+
     def track(self, items: Iterable[T], what: str) -> Iterator[T]:
         """Pass items on, with a progress bar on stderr where that is a terminal."""
         if self.quiet or not self.err.is_terminal:

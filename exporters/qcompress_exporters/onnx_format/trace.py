@@ -16,6 +16,7 @@ from onnxscript import optimizer, version_converter
 
 from qcompress.errors import SourceError
 from qcompress.graph.marks import site_op
+from qcompress.graph.nodes import line_of
 from qcompress.graph.program import FloatProgram
 from qcompress.graph.quiet import quiet_torch
 from qcompress.graph.recurrent import with_own_layers
@@ -37,7 +38,6 @@ from qcompress_exporters.onnx_format.recurrent import TRANSLATIONS, check_recurr
 _FOLD_INPUT_LIMIT: Final = 1024
 _FOLD_OUTPUT_LIMIT: Final = 4096
 _UNTRANSLATED: Final = re.compile(r"OpOverload\(op='([\w.]+)', overload='(\w+)'\)")
-_LINE: Final = re.compile(r'File "(.+)", line (\d+), in .*\n(.*)')
 _CONSTANT_LIMIT: Final = 1 << 20  # elements of a constant that is compared with others
 
 
@@ -153,8 +153,7 @@ def _failure(error: BaseException, program: FloatProgram) -> str:
     missing = {f"{name}.{overload}" for name, overload in _UNTRANSLATED.findall(" ".join(str(e) for e in chain))}
     if not missing:
         return f"torch.onnx cannot write the model: {reason}. Write that part with other operators."
-    nodes = [n for n in program.exported.graph.nodes if str(n.target) in missing]
-    found = [_LINE.findall(n.meta.get("stack_trace") or "") for n in nodes]
-    where = next((f" (at {lines[-1][0]}:{lines[-1][1]}: {lines[-1][2].strip()})" for lines in found if lines), "")
+    lines = (line_of(node) for node in program.exported.graph.nodes if str(node.target) in missing)
+    where = next((f" (at {line})" for line in lines if line is not None), "")
     named = ", ".join(sorted(missing))
     return f"torch.onnx has no translation for {named}{where}: write that part with other operators."

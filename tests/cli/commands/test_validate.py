@@ -140,11 +140,12 @@ def test_measurements_within_the_file(qcompress, files):
     assert json.loads(after.metadata[metadata.VALIDATION]) == document
     assert json.loads((files / f"{FILE}.validation.json").read_text()) == document
     assert document["file"]["nbytes"] == after.nbytes == (files / FILE).stat().st_size  # what ships, and gate measures
-    assert result.stderr == (
-        f"measurements written to {FILE}.validation.json and into {FILE}: +{after.nbytes - before.nbytes:,} B, it now "
-        f"takes {after.nbytes:,} B\n"
-    )
-    assert qcompress(*args, "--quiet").stderr == ""
+    added = f"{FILE}: +{after.nbytes - before.nbytes:,} B of measurements, it now takes {after.nbytes:,} B"
+    assert result.stderr == f"{added}\nmeasurements written to {FILE}.validation.json and into {FILE}\n"
+    (files / "qcompress.toml").write_text(f"[gate]\nmax_size = {after.nbytes - 1}\n")
+    over = f": more than max_size of the gate in qcompress.toml allows ({after.nbytes - 1:,} B), so that the gate will"
+    assert over in qcompress(*args, "--quiet").stderr
+    (files / "qcompress.toml").unlink()
     assert metadata.read(files / FILE).nbytes == after.nbytes
     (files / f"{FILE}.validation.json").unlink()
     assert qcompress("gate", FILE, "--min-agreement", "0").exit_code == 0
