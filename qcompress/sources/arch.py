@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from qcompress.errors import SourceError, did_you_mean
 from qcompress.graph.conversion import to_torch
 from qcompress.graph.options import ProgramOptions
 from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
+from qcompress.sources.prefixes import Fit, fit
 from qcompress.sources.state_names import kind_by_name, shapes_by_name
 from qcompress.user_code import build_module
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from qcompress.graph.program import FloatProgram
+
+_COUNTER: Final = "num_batches_tracked"
 
 __all__ = ["load_state", "module_of_state_dict", "program_of_state_dict", "with_kinds_of"]
 
@@ -34,11 +37,12 @@ def program_of_state_dict(
             f"{label}: a state dict holds no program: pass its architecture with --arch package.module:factory or "
             "--arch path/file.py:factory."
         )
-    module = module_of_state_dict(tensors, source, label)
+    module, found = _built(tensors, source, label)
 
     from qcompress.graph.tracing import from_module
 
-    return from_module(module.eval(), options)
+    program = from_module(module.eval(), options)
+    return replace(program, notes=(f"{label}: {found.note}", *program.notes)) if found.note else program
 
 
 def module_of_state_dict(tensors: Iterable[SourceTensor], source: SourceOptions, label: str) -> "torch.nn.Module":
@@ -47,11 +51,29 @@ def module_of_state_dict(tensors: Iterable[SourceTensor], source: SourceOptions,
     Raises:
         SourceError: it cannot be built, or the tensors do not fit it.
     """
+    return _built(tensors, source, label)[0]
+
+
+def _built(tensors: Iterable[SourceTensor], source: SourceOptions, label: str) -> tuple["torch.nn.Module", Fit]:
+    """Return the module with its tensors, and how their names fit it."""
     assert source.arch is not None
     module = build_module(source.arch, source.arch_kwargs)
     arrays = {name: t.array for t in tensors for name in (t.name, *t.aliases)}
-    load_state(module, arrays, label, f"--arch {source.arch}")
-    return module
+    found = fit(arrays, _needed(module))
+    own = {found.names[name]: array for name, array in arrays.items() if name in found.names}
+    load_state(module, own, label, f"--arch {source.arch}")
+    return module, found
+
+
+def _needed(module: "torch.nn.Module") -> list[list[str]]:
+    """Return the names of each tensor that a file must have."""
+    import torch
+
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor) and not name.endswith(_COUNTER):
+            names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
 
 
 def with_kinds_of(tensors: Iterable[SourceTensor], source: SourceOptions, label: str) -> Iterator[SourceTensor]:
@@ -66,9 +88,13 @@ def with_kinds_of(tensors: Iterable[SourceTensor], source: SourceOptions, label:
         return
     from qcompress.graph.symbolic import kinds_of
 
-    kinds = kinds_of(module_of_state_dict(kept, source, label))
+    module, found = _built(kept, source, label)
+    kinds, own = kinds_of(module), found.names
     order = {name: i for i, name in enumerate(kinds)}
-    for tensor in sorted(kept, key=lambda t: order.get(t.name, len(order))):
+    named = [
+        replace(t, name=own[t.name], aliases=tuple(own.get(a, a) for a in t.aliases)) for t in kept if t.name in own
+    ]
+    for tensor in sorted(named, key=lambda t: order.get(t.name, len(order))):
         yield replace(tensor, kind=kinds.get(tensor.name, "other"))
 
 
@@ -93,7 +119,7 @@ def load_state(module: "torch.nn.Module", arrays: Mapping[str, LazyArray], label
     missing = [
         name
         for name, t in expected.items()
-        if name not in arrays and id(t) not in given_ids and not name.endswith("num_batches_tracked")
+        if name not in arrays and id(t) not in given_ids and not name.endswith(_COUNTER)
     ]
     unexpected = [name for name in arrays if name not in expected]
     if missing or unexpected:

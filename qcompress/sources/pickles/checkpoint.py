@@ -81,8 +81,8 @@ class CheckpointSource(AbstractFile):
         """Note on which of several models in the file was used; None if there is only one."""
         if not self._chosen.others:
             return None
-        where = repr(self._chosen.where) if self._chosen.where else "the top level"
-        return f"{self.label}: tensors taken from {where}; not read: {', '.join(map(repr, self._chosen.others))}."
+        where, *others = [repr(key) if key else "the top level" for key in (self._chosen.where, *self._chosen.others)]
+        return f"{self.label}: tensors taken from {where}; not read: {', '.join(others)}."
 
     @property
     def holds_module(self) -> bool:

@@ -1,6 +1,7 @@
 """Chooses the tensors of a checkpoint that are the model's, and gives them their names."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,6 +13,8 @@ from qcompress.sources.pickles.standins import StandIn, TensorRef, shown
 
 # The keys under which checkpoints keep their model, the most likely first.
 _USUAL: Final = ("", "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
+# A candidate that holds less than this share of the largest one's values is no model: a loss or a mean beside it.
+_MODEL_SHARE: Final = 0.1
 _PREFIXES: Final = ("module.", "_orig_mod.")
 MAX_DEPTH: Final = 200
 MAX_MODULES: Final = 200_000
@@ -69,13 +72,22 @@ def choose(value: Any, label: str) -> Chosen:
     if not candidates:
         raise SourceError(f"no tensor found in {label}: it holds {_describe(value)}. Save model.state_dict().")
 
+    held = {where: sum(_floats(t) for t in found) for where, found in candidates.items()}
+    large = [where for where in candidates if held[where] >= _MODEL_SHARE * max(held.values())]
+
     def rank(where: str) -> tuple[int, int]:
         return (_USUAL.index(where) if where in _USUAL else len(_USUAL), -len(candidates[where]))
 
-    best = min(candidates, key=rank)
+    best = min(large, key=rank)
     is_module = isinstance(places[best], StandIn)
     tensors = candidates[best] if is_module else _without_prefix(candidates[best])
     return Chosen(best, tensors, is_module, tuple(where for where in candidates if where != best))
+
+
+def _floats(tensor: Named) -> int:
+    """Return how many floats a tensor holds: the state of a random generator is large, too."""
+    view = tensor.ref.view
+    return math.prod(view.shape) if "float" in view.dtype.name else 0
 
 
 def _places(value: Any) -> Iterator[tuple[str, Any]]:
