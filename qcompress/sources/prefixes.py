@@ -35,12 +35,11 @@ def fit(given: Collection[str], needed: Collection[Collection[str]]) -> Fit:
     >>> fit(["stem._orig_mod.weight"], [["stem.weight"]]).names
     {'stem._orig_mod.weight': 'stem.weight'}
     """
-    known = {name for names in needed for name in names}
     as_given = {name: name for name in given}
     if not needed or _has_all(as_given, needed):
         return Fit(as_given)
     for bare in (as_given, {name: _WRAPPERS.sub("", name) for name in given}):
-        for prefix in _prefixes(bare.values(), known):
+        for prefix in _prefixes(bare.values(), needed):
             names = {old: new.removeprefix(prefix) for old, new in bare.items() if new.startswith(prefix)}
             if len({*names.values()}) == len(names) and _has_all(names, needed):
                 others = [name for name in given if name not in names]
@@ -53,11 +52,14 @@ def _has_all(names: dict[str, str], needed: Iterable[Collection[str]]) -> bool:
     return all(any(name in found for name in tied) for tied in needed)
 
 
-def _prefixes(names: Iterable[str], known: Collection[str]) -> Iterator[str]:
-    """Yield what stands in front of a known name, each once, in the order of the file; nothing at all first."""
-    shortest = min(known, key=len)
-    ends = (name.removesuffix(shortest) for name in names if name.endswith(shortest))
-    yield from dict.fromkeys(["", *(end for end in ends if not end or end.endswith("."))])
+def _prefixes(names: Iterable[str], needed: Iterable[Collection[str]]) -> Iterator[str]:
+    """Yield what stands in front of a needed name, each once, in the order of the file; nothing at all first.
+
+    The longest name is taken, which few others end with.
+    """
+    longest = max(needed, key=lambda tied: min(map(len, tied)))
+    ends = (name.removesuffix(own) for name in names for own in longest if name.endswith(own))
+    yield from dict.fromkeys(["", *(end for end in ends if end.endswith("."))])
 
 
 def _note(prefix: str, *, is_bare: bool, others: list[str]) -> str:
