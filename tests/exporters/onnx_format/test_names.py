@@ -74,5 +74,5 @@ def test_short_names_leave_those_of_codes_alone(compute: Compute, tmp_path: Path
 
 @pytest.mark.parametrize("compute", ["int8", "dynamic8"])
 def test_an_input_with_the_name_of_codes_is_refused(compute: Compute, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"give the name q0 to codes .* choose another one with --input-names"):
+    with pytest.raises(SourceError, match=r"give the name q0 to codes .* choose another with --input-names"):
         exported(Named(), "q0", compute, tmp_path / "net.onnx")
