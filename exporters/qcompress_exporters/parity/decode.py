@@ -9,6 +9,7 @@ import onnx
 from onnx import numpy_helper
 
 from qcompress.errors import SourceError
+from qcompress.user_code import one_line
 from qcompress_exporters.onnx_format.digests import tensor_digest
 from qcompress_exporters.onnx_format.names import part_of, scale_name
 from qcompress_exporters.parity.sessions import run, session
@@ -57,12 +58,22 @@ def decoded(model: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
     if not found:
         raise SourceError("The file carries no digests of its tensors: export it again.")
     names = {tensor.value for tensor in found.values()}
-    values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name in names}
+    values = {t.name: _stored(t) for t in model.graph.initializer if t.name in names}
     computed = sorted(names - set(values))
     for start in range(0, len(computed), _CHUNK):
         part = _decoder(model, computed[start : start + _CHUNK])
         values |= run(session(part.SerializeToString(), "exact"), {})
     return {name: values[tensor.value] for name, tensor in found.items()}
+
+
+def _stored(tensor: onnx.TensorProto) -> npt.NDArray[Any]:
+    """Return the values of an initializer."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        raise SourceError(f"{tensor.name} is kept in another file, where export never puts a tensor: export it again.")
+    try:
+        return numpy_helper.to_array(tensor)
+    except Exception as e:  # onnx fails in many ways over damaged fields
+        raise SourceError(f"{tensor.name} is damaged in the file ({one_line(e)}): export it again.") from None
 
 
 def joined(values: Mapping[str, npt.NDArray[Any]], whole: Container[str]) -> dict[str, npt.NDArray[Any]]:

@@ -443,6 +443,32 @@ def test_data_of_another_shape(tmp_path: Path) -> None:
         validate(small_models.program(), write(tmp_path), wrong)
 
 
+def of_no_type(tensor: onnx.TensorProto) -> None:
+    tensor.data_type = 0
+
+
+def of_other_shape(tensor: onnx.TensorProto) -> None:
+    tensor.dims[:] = [0, 1 << 62]
+
+
+def elsewhere(tensor: onnx.TensorProto) -> None:
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.ClearField("raw_data")
+    tensor.external_data.add(key="location", value="beside.bin")
+
+
+@pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(of_no_type, "is damaged in the file"), (of_other_shape, "is damaged"), (elsewhere, "is kept in another file")],
+)
+def test_damaged_tensors_are_named(damage: Callable[[onnx.TensorProto], None], message: str, tmp_path: Path) -> None:
+    (tmp_path / "beside.bin").write_bytes(bytes(1000))
+    path = write(tmp_path, lambda model: damage(next(t for t in model.graph.initializer if t.name.endswith("bias"))))
+    with pytest.raises(SourceError, match=message):
+        validate(small_models.compressed(), path, data())
+
+
 def test_weights_that_are_too_large_to_fold_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     x = np.random.default_rng(0).standard_normal((8, 600)).astype(np.float32)
