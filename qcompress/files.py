@@ -17,7 +17,7 @@ from qcompress.errors import OutputError
 
 try:
     import fcntl
-except ImportError:  # Windows has none: nothing is swept there
+except ImportError:  # on Windows, where nothing is swept
     fcntl = None  # type: ignore[assignment]
 
 

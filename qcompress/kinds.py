@@ -3,6 +3,7 @@
 from typing import Final
 
 KINDS: Final = ("conv", "depthwise", "conv_transpose", "linear", "embedding", "recurrent", "parameter", "other")
+COUNTER: Final = "num_batches_tracked"  # of a BatchNorm: a buffer that no model in eval mode reads
 # The kind of every tensor of a bare state dict, which does not name the layers.
 UNKNOWN: Final = "unknown"
 # The kinds whose weights a plan compresses.

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from qcompress.compressed.folder import PLAN, PROGRAM, REPORT, WEIGHTS, save_program
 from qcompress.errors import ConfigError, OutputError
-from qcompress.files import read_plain, sync, write_whole
+from qcompress.files import half_written, read_plain, sync, write_whole
 from qcompress.finetune.prepared import Prepared
 
 TRAINING: Final = "training"  # folder of the checkpoints
@@ -106,15 +105,11 @@ def _sweep(folder: Path) -> None:
 @contextlib.contextmanager
 def _part_of(folder: Path) -> Iterator[Path]:
     """Yields a new folder inside one, for files on their way there; it is removed afterwards."""
-    part: Path | None = None
     try:
-        part = Path(tempfile.mkdtemp(prefix=".model.", dir=folder))
-        yield part
+        with half_written(folder / "model") as part:
+            yield part
     except OSError as e:
         raise OutputError(f"{folder} cannot be written: {e.strerror}.") from None
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
 
 
 def _changed(old: object, new: object) -> tuple[str, str]:

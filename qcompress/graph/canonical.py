@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -32,8 +32,7 @@ from qcompress.graph.random_operators import check_repeatable
 from qcompress.graph.recurrent import with_own_layers, with_torchs_layers
 from qcompress.graph.value_names import axis_names, input_names, is_tokens, output_names
 from qcompress.graph.views import with_contiguous_views
-
-_COUNTER: Final = "num_batches_tracked"  # of BatchNorm; a graph in eval mode does not read it
+from qcompress.kinds import COUNTER
 
 
 def canonical(
@@ -148,7 +147,7 @@ def _mutated(exported: ExportedProgram) -> list[str]:
     for node in exported.graph.nodes:
         if node.args and node.args[0] in state and getattr(getattr(node.target, "_schema", None), "is_mutable", False):
             written.add(state[node.args[0]])
-    return sorted(name for name in written if not name.endswith(_COUNTER))
+    return sorted(name for name in written if not name.endswith(COUNTER))
 
 
 def _checked_state(exported: ExportedProgram) -> set[str]:

@@ -32,9 +32,11 @@ def _quantized(module: nn.Module) -> Iterator[tuple[str, str]]:
         if _is_of(kind, _MODULES):
             yield name, f"{kind.__module__}.{kind.__qualname__}"
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        kinds = type(tensor), type(tensor.data)
-        if tensor.is_quantized or any(_is_of(kind, _TENSORS) for kind in kinds):
-            yield name, f"tensor of {next((k.__module__ for k in kinds if _is_of(k, _TENSORS)), str(tensor.dtype))}"
+        if tensor.is_quantized:
+            yield name, f"tensor of {tensor.dtype}"
+        for kind in (type(tensor), type(tensor.data)):
+            if _is_of(kind, _TENSORS):
+                yield name, f"tensor of {kind.__module__}"
 
 
 def _is_of(kind: type, packages: tuple[str, ...]) -> bool:

@@ -151,8 +151,7 @@ def compress_program(
     if all(artifact.reason for artifact in model.artifacts.values()):
         settings = replace(settings, effort="fast")
     inputs = inputs_for(program, calibration, settings, execution)
-    wider = wider_entries(resolved.tensors, model.artifacts)
-    model = replace(model, notes=(*model.notes, *wider, *inputs.notes))
+    model = replace(model, notes=(*model.notes, *inputs.notes))
     if compute == "int8" and calibration is not None:
         is_solved = inputs.data is not None
         model = _with_grids(
@@ -160,7 +159,8 @@ def compress_program(
         )
         model = _with_fitting_biases(model, deployment)
     solved = solve(model, {t.name: t for t in resolved.compressed}, inputs, solving, execution)
-    return _with_fitting_biases(solved, deployment)
+    wider = wider_entries(resolved.tensors, solved.artifacts)
+    return _with_fitting_biases(replace(solved, notes=(*solved.notes, *wider)), deployment)
 
 
 def _without_data(

@@ -8,14 +8,12 @@ Shape suffixes: T = steps, B = batch, H = units of a state.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from qcompress.graph.nodes import arguments
-
-OPERATORS: Final = tuple(getattr(torch.ops.aten, name).input for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 
 # Values of an operator's arguments by name, one dict for each batch, in the float (0) or the compressed program (1).
 Given = Callable[[int], list[dict[str, Any]]]
@@ -28,7 +26,7 @@ class Product:
 
     Args:
         weight: its weight.
-        bias: its bias; None if it has none.
+        bias: its bias; None: no bias.
         inputs: what it takes in both programs; the same list while they do not differ.
     """
 
@@ -41,7 +39,7 @@ def reach_products(node: Node, given: Given, settle: Callable[[Product], None]) 
     """Reach the products of an operator in the order in which they are computed.
 
     Args:
-        node: calls one of OPERATORS.
+        node: calls one of torch's recurrent operators.
         given: returns the values of its arguments; those of the compressed program change with every weight settled.
         settle: called for each product.
     """
@@ -58,13 +56,10 @@ def reach_products(node: Node, given: Given, settle: Callable[[Product], None]) 
             weights, biases = nodes[own][:2], nodes[own][2:4] if options["has_biases"] else (None, None)
             run = _Direction(node.target, number, own, reverse=number % directions == 1)
             settle(Product(weights[0], biases[0], sequences))
-            before = [
-                [run.before(x, values) for x, values in zip(sequences[net], given(net), strict=True)] for net in (0, 1)
-            ]
+            after = [run.over(sequences[net], given(net)) for net in (0, 1)]
+            before = [list(map(run.before, after[net], given(net))) for net in (0, 1)]
             settle(Product(weights[1], biases[1], before))
-            found.append(
-                [[run.after(x, values) for x, values in zip(sequences[net], given(net), strict=True)] for net in (0, 1)]
-            )
+            found.append([after[0], run.over(sequences[1], given(1))])
         sequences = [[torch.cat(parts, -1) for parts in zip(*(f[net] for f in found), strict=True)] for net in (0, 1)]
 
 
@@ -93,6 +88,10 @@ class _Direction:
     params: slice
     reverse: bool
 
+    def over(self, sequences: Sequence[torch.Tensor], given: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
+        """Return the states after each step, for all batches."""
+        return list(map(self.after, sequences, given))
+
     def after(self, x_TBK: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
         """Return the states after each step of a sequence, in its order."""
         own = slice(self.number, self.number + 1)
@@ -103,9 +102,8 @@ class _Direction:
         found_TBH: torch.Tensor = self.operator(x_TBK, state, list(values["params"][self.params]), *options)[0]
         return found_TBH.flip(0) if self.reverse else found_TBH
 
-    def before(self, x_TBK: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
-        """Return the states before each step."""
+    def before(self, after_TBH: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+        """Return the states before each step, from those after it."""
         first = values["hx"]
         start = (first[0] if isinstance(first, list | tuple) else first)[self.number : self.number + 1]
-        after_TBH = self.after(x_TBK, values)
         return torch.cat([after_TBH[1:], start] if self.reverse else [start, after_TBH[:-1]])

@@ -20,7 +20,8 @@ from qcompress.graph.layers import LAYER_KINDS, Layer, bias_of, data_input, laye
 from qcompress.graph.marks import Visit, site_op
 from qcompress.graph.nodes import arguments
 from qcompress.graph.program import Arrays, FloatProgram, state_nodes, tensor_of
-from qcompress.posthoc.recurrent import OPERATORS, Product, reach_products
+from qcompress.graph.recurrent import OWN_LAYERS
+from qcompress.posthoc.recurrent import Product, reach_products
 from qcompress.progress import Track, untracked
 
 Batches = list[Any]  # one value for each batch
@@ -138,7 +139,7 @@ class _Walk:
             self._small[node] = self._quantized(node)
             return
         float_values = self._computed(node, 0)
-        if node.target in OPERATORS:
+        if node.target in OWN_LAYERS:
             self._reach_products(node)
         elif node in self._first:
             self._reach(node, float_values)

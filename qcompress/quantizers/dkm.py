@@ -50,7 +50,7 @@ _SETTLED: Final = 1e-4  # ε of the paper, in standard deviations
 class Dkm(AbstractQuantizer):
     """Quantizes a weight with DKM: in training softly, in evaluation with the palette that is stored.
 
-    τ falls geometrically from `tau[0]` to `tau[1]` as training goes on, and then stays; `advance` tells how far it is.
+    τ falls geometrically from `tau[0]` to `tau[1]` as training goes on; `advance` tells how far it is.
 
     Args:
         bits: width of a code, 1 to 8: each palette has K = 2**bits entries.

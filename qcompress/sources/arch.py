@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qcompress.errors import SourceError, did_you_mean
 from qcompress.graph.conversion import to_torch
 from qcompress.graph.options import ProgramOptions
+from qcompress.kinds import COUNTER
 from qcompress.sources.base import LazyArray, SourceOptions, SourceTensor
 from qcompress.sources.prefixes import Fit, fit
 from qcompress.sources.state_names import kind_by_name, shapes_by_name
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from qcompress.graph.program import FloatProgram
-
-_COUNTER: Final = "num_batches_tracked"
 
 __all__ = ["load_state", "module_of_state_dict", "program_of_state_dict", "with_kinds_of"]
 
@@ -71,7 +70,7 @@ def _needed(module: "torch.nn.Module") -> list[list[str]]:
 
     names: dict[int, list[str]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor) and not name.endswith(_COUNTER):
+        if isinstance(tensor, torch.Tensor) and not name.endswith(COUNTER):
             names.setdefault(id(tensor), []).append(name)
     return list(names.values())
 
@@ -119,7 +118,7 @@ def load_state(module: "torch.nn.Module", arrays: Mapping[str, LazyArray], label
     missing = [
         name
         for name, t in expected.items()
-        if name not in arrays and id(t) not in given_ids and not name.endswith(_COUNTER)
+        if name not in arrays and id(t) not in given_ids and not name.endswith(COUNTER)
     ]
     unexpected = [name for name in arrays if name not in expected]
     if missing or unexpected:

@@ -4,7 +4,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Final, NamedTuple
 
-_WRAPPERS: Final = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")  # of DataParallel, AveragedModel and torch.compile
+WRAPPERS: Final = ("module.", "_orig_mod.")  # of DataParallel, AveragedModel and torch.compile
+_WITHIN: Final = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, WRAPPERS))})")
 _SHOWN: Final = 3
 
 
@@ -38,7 +39,7 @@ def fit(given: Collection[str], needed: Collection[Collection[str]]) -> Fit:
     as_given = {name: name for name in given}
     if not needed or _has_all(as_given, needed):
         return Fit(as_given)
-    for bare in (as_given, {name: _WRAPPERS.sub("", name) for name in given}):
+    for bare in (as_given, {name: _WITHIN.sub("", name) for name in given}):
         for prefix in _prefixes(bare.values(), needed):
             names = {old: new.removeprefix(prefix) for old, new in bare.items() if new.startswith(prefix)}
             if len({*names.values()}) == len(names) and _has_all(names, needed):
@@ -64,7 +65,7 @@ def _prefixes(names: Iterable[str], needed: Iterable[Collection[str]]) -> Iterat
 
 def _note(prefix: str, *, is_bare: bool, others: list[str]) -> str:
     left = [repr(prefix)] if prefix else []
-    left += ["'module.' and '_orig_mod.' within names"] if is_bare else []
+    left += [f"{' and '.join(map(repr, WRAPPERS))} within names"] if is_bare else []
     what = f"The prefix {' and '.join(left)} is left out" if prefix else f"{left[0]} are left out"
     if not others:
         return f"{what}."

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from qcompress.errors import ConfigError, SourceError
 from qcompress.gate.verdicts import (
-    GateLimits,
     Measurements,
     Verdict,
     judge,
@@ -24,8 +23,7 @@ from qcompress.gate.verdicts import (
     require_a_limit,
 )
 from qcompress_cli.inputs import options
-from qcompress_cli.inputs.project import load_config_file, load_project
-from qcompress_cli.inputs.tables import read_table
+from qcompress_cli.inputs.project import load_config_file, load_project, read_gate
 from qcompress_cli.terminal.console import Ui, new_table
 from qcompress_cli.terminal.exits import CHECK_FAILED
 from qcompress_cli.terminal.text import printable
@@ -69,9 +67,7 @@ def command(
     `qcompress validate`.
     """
     project, where = load_project() if config is None else load_config_file(config)
-    table = dict(project.gate or {})
-    own = _patterns(table.pop("files", ()), where)
-    limits = read_table(GateLimits, table, f"gate in {where}", also=("files",))
+    limits, own = read_gate(project, where)
     limits = replace(limits, **{name: params[name] for name in _COMPARED if params[name] is not None})
     require_a_limit(limits)
     from qcompress_exporters import formats  # imports onnx, so it comes after what can fail without it
@@ -97,13 +93,6 @@ def command(
     _show(ui, verdicts)
     if not ok:
         click.get_current_context().exit(CHECK_FAILED)
-
-
-def _patterns(files: object, where: str) -> tuple[str, ...]:
-    texts = [files] if isinstance(files, str) else files
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"gate in {where}: files must be a list of files or globs, got {files!r}.")
-    return tuple(texts)
 
 
 def _expand(patterns: Sequence[str]) -> list[Path]:

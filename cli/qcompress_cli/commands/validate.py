@@ -7,15 +7,13 @@ import click
 
 from qcompress.errors import ConfigError, SourceError
 from qcompress.files import check_writable, write_whole
-from qcompress.gate.verdicts import GateLimits
 from qcompress.sources.base import Source
 from qcompress_cli.commands import validate_report
 from qcompress_cli.inputs import options
 from qcompress_cli.inputs.data import load_inputs
 from qcompress_cli.inputs.open_model import open_model
 from qcompress_cli.inputs.program import device, open_program
-from qcompress_cli.inputs.project import RunOptions, load_project, run_options
-from qcompress_cli.inputs.tables import read_table
+from qcompress_cli.inputs.project import RunOptions, load_project, read_gate, run_options
 from qcompress_cli.terminal.console import Ui, json_text
 from qcompress_cli.terminal.exits import CHECK_FAILED
 
@@ -100,7 +98,7 @@ def command(json: bool, quiet: bool, seed: int, file: Path | None, write: bool, 
 def _largest() -> tuple[int, str] | None:
     """Return max_size of the project's gate, and where it stands; None without a limit."""
     project, where = load_project()
-    limits = read_table(GateLimits, dict(project.gate or {}), f"gate in {where}", also=("files",))
+    limits, _ = read_gate(project, where)
     return None if limits.max_size is None else (limits.max_size, where)
 
 

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from qcompress.errors import ConfigError
 from qcompress.files import read_plain
+from qcompress.gate.verdicts import GateLimits
 from qcompress.plan import toml
 from qcompress.plan.fields import BITS
 from qcompress_cli.inputs.shapes import Dynamic, InputShape, parse_input_shape
@@ -135,6 +136,24 @@ def load_config_file(path: Path) -> tuple[Project, str]:
     if table is None:
         raise ConfigError(f"{path} has no table [tool.qcompress].")
     return read_table(Project, table, f"[tool.qcompress] of {path}"), f"[tool.qcompress] of {path}"
+
+
+def read_gate(project: Project, where: str) -> tuple[GateLimits, tuple[str, ...]]:
+    """Return the limits of a project's gate, and its files or globs.
+
+    Args:
+        project: the config.
+        where: what messages call it.
+
+    Raises:
+        ConfigError: a key or a value is wrong.
+    """
+    table = dict(project.gate or {})
+    files = table.pop("files", ())
+    texts = [files] if isinstance(files, str) else files
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"gate in {where}: files must be a list of files or globs, got {files!r}.")
+    return read_table(GateLimits, table, f"gate in {where}", also=("files",)), tuple(texts)
 
 
 def require_model(given: RunOptions, args: tuple[str, ...], folder: Path | None = None) -> Path:

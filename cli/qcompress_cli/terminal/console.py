@@ -80,7 +80,7 @@ class Ui:
     def note(self, text: str) -> None:
         """Write a note to stderr, unless --quiet."""
         if not self.quiet:
-            self.err.print(printable(text))
+            self.warn(text)
 
     def warn(self, text: str) -> None:
         """Write to stderr, with --quiet too."""

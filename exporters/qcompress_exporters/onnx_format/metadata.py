@@ -134,7 +134,7 @@ class CompressedFile:
         """
         beside = validation_path(self.path)
         if beside.exists():
-            where, text = str(beside), _text_of(beside)
+            where, text = str(beside), _bytes_of(beside).decode("utf-8", errors="replace")
         elif VALIDATION in self.metadata:
             where, text = f"{self.path} (metadata)", self.metadata[VALIDATION]
         else:
@@ -296,9 +296,9 @@ def entry_of(model: onnx.ModelProto, key: str) -> str | None:
     return next((entry.value for entry in model.metadata_props if entry.key == key), None)
 
 
-def _text_of(path: Path) -> str:
+def _bytes_of(path: Path) -> bytes:
     try:
-        return read_plain(path).decode("utf-8", errors="replace")
+        return read_plain(path)
     except OSError as e:
         raise SourceError(f"{path} cannot be read: {e.strerror}.") from None
 
@@ -309,10 +309,7 @@ def parsed(path: Path) -> CompressedFile | None:
     Raises:
         SourceError: the file cannot be read.
     """
-    try:
-        data = read_plain(path)
-    except OSError as e:
-        raise SourceError(f"{path} cannot be read: {e.strerror}.") from None
+    data = _bytes_of(path)
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)

@@ -97,13 +97,12 @@ def _product_axes(use: Use, graph: ir.Graph) -> set[int]:
     """Return the axis of the weight of a Gemm or a product of matrices that counts outputs."""
     if use.position != 1:
         return set()
-    bias = optional_input(use.node, 2)
-    if bias is not None and (bias.shape is None or len(bias.shape) != 1):
-        return set()
-    weight = input_of(use.node, 1)
+    weight, bias = input_of(use.node, 1), optional_input(use.node, 2)
     if weight.shape is None or len(weight.shape) != 2:
         return set()
-    return {0 if use.node.attributes.get_int("transB", 0) else 1}
+    axis = 0 if use.node.attributes.get_int("transB", 0) else 1
+    is_cut = bias is None or (bias.shape is not None and list(bias.shape) == [weight.shape[axis]])
+    return {axis} if is_cut else set()
 
 
 def _conv_axes(use: Use, graph: ir.Graph) -> set[int]:
@@ -128,17 +127,21 @@ def _transpose_axes(use: Use, graph: ir.Graph) -> set[int]:
     weight = input_of(use.node, 0)
     if weight.shape is None:
         return set()
-    order = use.node.attributes.get_ints("perm", tuple(reversed(range(len(weight.shape)))))
-    transposed = use.node.outputs[0]
+    order, transposed = _order(use.node, len(weight.shape)), use.node.outputs[0]
     if transposed.shape is None:
         transposed.shape = ir.Shape([weight.shape[axis] for axis in order])
     return {order[axis] for axis in axes_of(transposed, graph)}
 
 
+def _order(transpose: ir.Node, rank: int) -> Sequence[int]:
+    return transpose.attributes.get_ints("perm", tuple(reversed(range(rank))))
+
+
 def _take_transpose(writer: GraphWriter, use: Use, axis: int, parts: Sequence[Part]) -> None:
     """Transpose each part."""
-    node, transposed = use.node, use.node.outputs[0]
-    order = node.attributes.get_ints("perm", (1, 0))
+    transposed = use.node.outputs[0]
+    assert transposed.shape is not None
+    order = _order(use.node, len(transposed.shape))
     moved = [part._replace(value=writer.add("Transpose", [part.value], perm=order)) for part in parts]
     take_parts(writer, transposed, order.index(axis), moved)
     drop_unused(writer.graph, transposed)
@@ -158,9 +161,10 @@ def _rows_of(node: ir.Node) -> ir.Value | None:
     if node.op_type == "Gather":
         return indices
     last_added = indices.producer()
-    if last_added is None or last_added.op_type != "Unsqueeze" or constant_of(last_added, 1) != [-1]:
+    if last_added is None or last_added.op_type != "Unsqueeze":
         return None
-    return input_of(last_added, 0)
+    axes = constant_of(last_added, 1)
+    return input_of(last_added, 0) if axes is not None and axes.tolist() == [-1] else None
 
 
 def _take_lookup(writer: GraphWriter, use: Use, axis: int, parts: Sequence[Part]) -> None:

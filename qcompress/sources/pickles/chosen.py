@@ -10,12 +10,12 @@ from qcompress.errors import SourceError
 from qcompress.graph.module_types import layer_kind
 from qcompress.kinds import UNKNOWN
 from qcompress.sources.pickles.standins import StandIn, TensorRef, shown
+from qcompress.sources.prefixes import WRAPPERS
 
 # The keys under which checkpoints keep their model, the most likely first.
 _USUAL: Final = ("", "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 # A candidate that holds less than this share of the largest one's values is no model: a loss or a mean beside it.
 _MODEL_SHARE: Final = 0.1
-_PREFIXES: Final = ("module.", "_orig_mod.")
 MAX_DEPTH: Final = 200
 MAX_MODULES: Final = 200_000
 MAX_PLACES: Final = 200
@@ -111,7 +111,7 @@ def _named(value: Any, label: str) -> list[Named]:
 
 
 def _without_prefix(tensors: list[Named]) -> list[Named]:
-    for prefix in _PREFIXES:
+    for prefix in WRAPPERS:
         if all(t.name.startswith(prefix) for t in tensors):
             return _without_prefix([Named(t.name.removeprefix(prefix), t.kind, t.ref) for t in tensors])
     return tensors

@@ -142,7 +142,7 @@ def test_measurements_within_the_file(qcompress, files):
     assert document["file"]["nbytes"] == after.nbytes == (files / FILE).stat().st_size  # what ships, and gate measures
     added = f"{FILE}: +{after.nbytes - before.nbytes:,} B of measurements, it now takes {after.nbytes:,} B"
     assert result.stderr == f"{added}\nmeasurements written to {FILE}.validation.json and into {FILE}\n"
-    (files / "qcompress.toml").write_text(f"[gate]\nmax_size = {after.nbytes - 1}\n")
+    (files / "qcompress.toml").write_text(f'[gate]\nmax_size = {after.nbytes - 1}\nfiles = ["{FILE}"]\n')
     over = f": more than max_size of the gate in qcompress.toml allows ({after.nbytes - 1:,} B), so that the gate will"
     assert over in qcompress(*args, "--quiet").stderr
     (files / "qcompress.toml").unlink()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from qcompress.posthoc.settings import PosthocSettings
 from qcompress_exporters import export, validate
 from qcompress_exporters.onnx_format import metadata, targets
 from qcompress_exporters.onnx_format.file import build
+from qcompress_exporters.onnx_format.parts import axes_of
 from qcompress_exporters.options import BuildOptions
 from qcompress_exporters.parity import sessions
 from qcompress_exporters.parity.report import ParityReport
@@ -207,3 +209,16 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path.write_bytes(metadata.serialize(proto, {p.key: p.value for p in proto.metadata_props}))
     with pytest.raises(SourceError, match=r"^The parts of 0\.weight in the file do not fit together: export it again"):
         validate(model, path, data)
+
+
+@pytest.mark.parametrize(("axes", "found"), [([-1], [0]), ([-2, -1], []), (None, [])])
+def test_only_lookups_of_whole_rows_take_parts(axes: list[int] | None, found: list[int]) -> None:
+    table, rows = (ir.Value(name=name, shape=ir.Shape(shape)) for name, shape in (("table", [9, 4]), ("rows", [5])))
+    indices, nodes = rows, []
+    if axes is not None:
+        constant = ir.Value(name="axes", const_value=ir.tensor(np.array(axes)))
+        nodes = [ir.node("Unsqueeze", [rows, constant])]
+        indices = nodes[0].outputs[0]
+    nodes.append(ir.node("GatherND", [table, indices]))
+    graph = ir.Graph([table, rows], nodes[-1].outputs, nodes=nodes, opset_imports={"": 18})
+    assert axes_of(table, graph) == found
